@@ -1,0 +1,50 @@
+"""The errors a user can meet, from here up to the command line.
+
+::
+
+    EdgewrightError                 exit code 1
+    ├── InputError                  2   the caller gave something unusable
+    │   └── BundleError                 a bundle that is missing, altered, truncated or of another schema
+    ├── ParityError                 3   two runtimes disagree beyond the tolerance
+    ├── QualityFloorError           4   the result exists and is not good enough
+    └── ProviderError               5   the execution provider that was asked for is not there
+
+``edgewright.pipeline.errors`` continues this tree. Every text says what happened, to which file,
+layer or node, and what to do next.
+"""
+
+from __future__ import annotations
+
+
+class EdgewrightError(Exception):
+    """Base of every error raised on purpose; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(EdgewrightError):
+    """The caller gave something unusable: a file, an array, an option."""
+
+    exit_code = 2
+
+
+class BundleError(InputError):
+    """A bundle is missing, altered, truncated, of an unknown schema, or names a file outside itself."""
+
+
+class ParityError(EdgewrightError):
+    """Two runtimes disagree beyond the tolerance."""
+
+    exit_code = 3
+
+
+class QualityFloorError(EdgewrightError):
+    """The work finished, and its result breaks a floor that the caller set."""
+
+    exit_code = 4
+
+
+class ProviderError(EdgewrightError):
+    """The execution provider that was asked for is not available, or did not take every node."""
+
+    exit_code = 5

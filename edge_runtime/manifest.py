@@ -1,0 +1,335 @@
+"""The bundle's manifest: the one contract between the machine that exports and the device that runs.
+
+A bundle is an immutable folder, or the same files in a zip::
+
+    manifest.json      this schema
+    manifest.sha256    sha256 of manifest.json, hex, one line
+    model.onnx         also carries labels, preprocessing and exits in its metadata
+    model.onnx.data    only for models whose weights are stored externally
+    golden.npz         cases with inputs and expected outputs, see `GoldenCase`
+    edge_runtime.pyz   this package, runnable with numpy and onnxruntime
+
+Standard library only. Everything here is plain data: `Manifest.from_json(manifest.to_json())` is the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import BundleError
+
+SCHEMA_VERSION = 1
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_HASH_FILE = "manifest.sha256"
+MODEL_FILE = "model.onnx"
+GOLDEN_FILE = "golden.npz"
+RUNTIME_FILE = "edge_runtime.pyz"
+
+LABEL, SCORES, EXIT_INDEX, LOGITS = "label", "scores", "exit_index", "logits"
+"""Output names. A model with exits has LABEL, SCORES, EXIT_INDEX; one without has LOGITS."""
+
+THRESHOLDS = "thresholds"
+"""Name of the outer initializer, float32 [K], that `SessionOptions.add_initializer` may override."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output. A string in `shape` is a named dynamic axis, e.g. ``("batch", 3, 32, 32)``."""
+
+    name: str
+    dtype: str
+    """numpy name: float32, int64, ..."""
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and hash of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a raw image becomes the float32 input: resize to `size`, times `scale`, minus `mean`, over `std`.
+
+    Applied by `predict` to uint8 arrays [H, W, C] or [N, H, W, C] and to image files; float arrays are
+    taken as already preprocessed. `kind` is ``"image"`` or ``"none"``.
+    """
+
+    kind: str = "none"
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels."""
+    channels: int = 3
+    scale: float = 1.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """One way out of the network, in order of depth; the last entry is the network's own end."""
+
+    index: int
+    name: str
+    """module path the head reads, ``"final"`` for the last."""
+    macs: int
+    """MACs of one row that leaves here: everything executed up to here, all heads passed included."""
+    attention_macs: int = 0
+    """QK^T and AV products among the executed nodes, not part of `macs`."""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """The rule that decides who leaves; `never` and `always` are the thresholds that switch it off or force it."""
+
+    name: str
+    never: float
+    always: float
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A validated setting of the thresholds; `metrics` were measured on the validation split."""
+
+    name: str
+    thresholds: tuple[float, ...]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """What `verify` holds a run to.
+
+    An element passes if ``|a - b| <= abs + rel * |b|``; NaN against a number never passes. `reference` compares
+    with this same file on the exporting machine's CPU, `torch` with the compressed PyTorch model.
+    Labels and exits must be equal, except where a case's `margin` is at most `flip_margin`.
+    """
+
+    reference_abs: float = 1e-4
+    reference_rel: float = 1e-4
+    torch_abs: float = 1e-4
+    torch_rel: float = 1e-4
+    flip_margin: float = 0.0
+    """Largest numeric error measured at export; a decision closer than this to its threshold may flip."""
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One initializer of the exported file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    sha256: str
+    graph: str
+    """``""`` for the main graph, else the path of the branch, e.g. ``"exit0.else/exit1.else"``."""
+    readers: tuple[str, ...] = ()
+    """names of the nodes that read it."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Where the bytes are, stage by stage; proves that shared storage stays shared."""
+
+    torch_unique_bytes: int
+    """unique parameter and buffer storage of the PyTorch model."""
+    raw_unique_bytes: int
+    """unique initializer contents of the freshly captured graph."""
+    unique_weight_bytes: int
+    """unique initializer contents of model.onnx."""
+    stored_weight_bytes: int
+    """all initializers of model.onnx, copies counted: equal to the line above when nothing is duplicated."""
+    runtime_weight_bytes: int | None
+    """all initializers of the graph as ONNX Runtime optimizes it for the CPU (basic level), or None if not measured."""
+    rows: tuple[LedgerRow, ...] = ()
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """initializer name -> module paths that share it, for every basis used by at least two modules."""
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One node of the exported graph, in all nesting levels."""
+
+    name: str
+    op: str
+    outputs: tuple[str, ...]
+    module: str
+    """torch module path it came from; ``""`` for nodes of the exporter's own making."""
+    exit: int
+    """smallest exit index whose decision needs this node."""
+    macs: int
+    """multiply-accumulates for one row; 0 for everything but convolutions and matrix products with a weight."""
+    attention_macs: int
+    """multiply-accumulates of a product of two activations."""
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A label or exit that differs between PyTorch and ONNX, excused because its margin is within numeric error."""
+
+    split: str
+    row: int
+    kind: str
+    """``"label"`` or ``"exit"``."""
+    torch: int
+    onnx: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """PyTorch against ONNX Runtime (CPU, fp32), over the natural cases and every forced exit."""
+
+    max_abs_diff: float
+    fraction_outside: float
+    """share of elements outside the torch tolerance (trtexec's l0)."""
+    rows: int
+    label_agreement: float
+    """share of rows, excused flips counted as disagreeing."""
+    exit_agreement: float
+    exits_covered: int
+    exits_total: int
+    excused: tuple[Flip, ...] = ()
+    optimization_levels: Mapping[str, float] = field(default_factory=dict)
+    """max |diff| at each ONNX Runtime graph optimization level."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a device needs to know about a bundle, and everything a reader needs to trust it."""
+
+    name: str
+    batch: str
+    """``"single"``: one row a run (models with exits); ``"dynamic"``: any number of rows."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    exits: tuple[ExitSpec, ...]
+    policy: PolicySpec | None
+    operating_points: tuple[OperatingPoint, ...]
+    """first entry = the values stored in the graph."""
+    tolerances: Tolerances
+    parity: ParityReport
+    ledger: Ledger
+    nodes: tuple[NodeRow, ...]
+    edits: tuple[Mapping[str, Any], ...]
+    """what each compression stage did, as in the checkpoint."""
+    opset: int
+    ir_version: int
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+    """decisions worth knowing, e.g. why a simplifier's result was not kept."""
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """Canonical JSON text: sorted keys, two spaces, newline at the end, no timestamps."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Parses and checks a manifest.
+
+        Raises:
+            BundleError: not JSON, another schema version, or a field that is missing, unknown or of a wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again") from None
+        if not isinstance(data, dict):
+            raise BundleError(f"{MANIFEST_FILE} does not hold an object; the bundle is damaged: export it again")
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{MANIFEST_FILE} has schema_version {version!r}, this runtime reads {SCHEMA_VERSION}: "
+                "use the edge_runtime.pyz that lies in the bundle, or export again"
+            )
+        return _typed(cls, data, MANIFEST_FILE)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One recorded run. In golden.npz its arrays are ``<index:04d>/<group>/<name>``.
+
+    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, and for models with exits
+    ``thresholds`` (float32 [K], the values this case ran with) and ``margin`` (float32 [N], smallest distance of a
+    decision on the row's path to its threshold). `inputs` hold what the graph takes, already preprocessed.
+    """
+
+    inputs: Mapping[str, Any]
+    torch: Mapping[str, Any]
+    reference: Mapping[str, Any]
+    thresholds: Any | None = None
+    margin: Any | None = None
+
+
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """Turns JSON data into the annotated type, refusing everything that does not fit it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _typed_union(arguments, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _typed_dataclass(kind, value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _misfit(where, "a list", value)
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        if len(arguments) != len(value):
+            raise _misfit(where, f"{len(arguments)} items", value)
+        return tuple(_typed(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise _misfit(where, "an object", value)
+        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is type(None):
+        kind = types.NoneType
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise _misfit(where, kind.__name__, value)
+    return value
+
+
+def _typed_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    for kind in kinds:
+        try:
+            return _typed(kind, value, where)
+        except BundleError:
+            continue
+    raise _misfit(where, " or ".join(getattr(k, "__name__", str(k)) for k in kinds), value)
+
+
+def _typed_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise _misfit(where, "an object", value)
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            raise BundleError(f"{where} has the unknown field {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise BundleError(f"{where} lacks the field {name!r}; the bundle is damaged: export it again")
+    return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _misfit(where: str, wanted: str, value: Any) -> BundleError:
+    return BundleError(f"{where} should be {wanted} and is {value!r:.80}; the bundle is damaged: export it again")

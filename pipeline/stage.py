@@ -1,0 +1,154 @@
+"""The contract of a compression stage, and everything that passes through it.
+
+A stage is one module in `pipeline/stages/` with one frozen pydantic config, the two functions `fit` and `rebuild`,
+and a `STAGE = Stage(...)` that names them. What we compare against is a criterion inside a stage, never a second
+stage.
+
+- `fit(model, task, config, context) -> StageResult` may use data, time and randomness. It may change `model` in
+  place: the runner hands it a copy. It returns the model in eval mode, on the CPU.
+- `rebuild(model, edit) -> model` turns the model that `fit` was given into one with the *structure* that `fit`
+  returned: same modules, same state-dict keys, same shapes, same sharing. It uses nothing but `edit`: no data, no
+  randomness, no recomputed choice. The values come from the checkpoint's `weights.safetensors`, which is loaded
+  once, after the last edit; `edit.tensors` are for structure that is too large for JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .task import SplitName, Task
+
+Json: TypeAlias = Any
+"""None, bool, int, float, str, or lists and string-keyed dicts of them."""
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's configuration: frozen, unknown keys refused, every field described and with a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a stage did to the structure of a model: all that `rebuild` needs."""
+
+    stage: str
+    data: Mapping[str, Json] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What `fit` returns.
+
+    Attributes:
+        model: the compressed model, eval mode, CPU.
+        edit: see `Edit`.
+        metrics: JSON for the report only.
+        artifacts: numeric arrays for the report only (scores, threshold trials), by name.
+        notes: sentences for the report; a stage that did not reduce MACs or parameters says here why.
+    """
+
+    model: nn.Module
+    edit: Edit
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+    artifacts: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class State:
+    """What a long stage saves to be able to go on after an interruption."""
+
+    data: Mapping[str, Json]
+    tensors: Mapping[str, Tensor]
+
+
+class Progress(Protocol):
+    """Shows how far long work has come; silent when not on a terminal."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """Yields `items`, showing the share done and the time left."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line about what is happening."""
+        ...
+
+
+T = TypeVar("T")
+
+
+class Context(Protocol):
+    """What the runner gives a stage beside model, task and config."""
+
+    @property
+    def seed(self) -> int:
+        """The recipe's seed mixed with the position of the stage."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Where to report progress."""
+        ...
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for temporary files of this stage, removed when it is done."""
+        ...
+
+    def generator(self, *name: str | int) -> torch.Generator:
+        """A CPU generator whose seed depends on `seed` and `name` only, e.g. ``generator("shuffle", epoch)``."""
+        ...
+
+    def save(self, name: str, state: State) -> None:
+        """Stores the stage's progress under `name`, replacing what was there; atomic.
+
+        A nested piece of work (the epochs inside a pruning iteration) uses a name of its own.
+        """
+        ...
+
+    def load(self, name: str) -> State | None:
+        """What an interrupted run saved last under `name`, or None."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C]):
+    """The declaration of a stage.
+
+    Attributes:
+        name: as recipes write it.
+        config: its configuration class.
+        fit: see the module's text.
+        rebuild: see the module's text.
+        requires: stages that must have come before.
+        forbids: stages that must not have come before, with the reason shown to the user.
+        splits: the data splits `fit` reads; checked before any compute, `test` is never among them.
+        per_class: True if every class needs samples in those splits.
+    """
+
+    name: str
+    config: type[C]
+    fit: Callable[[nn.Module, Task, C, Context], StageResult]
+    rebuild: Callable[[nn.Module, Edit], nn.Module]
+    requires: frozenset[str] = frozenset()
+    forbids: Mapping[str, str] = field(default_factory=dict)
+    splits: tuple[SplitName, ...] = ()
+    per_class: bool = False
