@@ -4,7 +4,8 @@
 
     EdgewrightError                 exit code 1
     ├── InputError                  2   the caller gave something unusable
-    │   └── BundleError                 a bundle that is missing, altered, truncated or of another schema
+    │   ├── BundleError                 a bundle that is missing, altered, truncated or of another schema
+    │   └── ExportError                 a model that cannot become ONNX (raised on the exporting side only)
     ├── ParityError                 3   two runtimes disagree beyond the tolerance
     ├── QualityFloorError           4   the result exists and is not good enough
     └── ProviderError               5   the execution provider that was asked for is not there
@@ -30,6 +31,10 @@ class InputError(EdgewrightError):
 
 class BundleError(InputError):
     """A bundle is missing, altered, truncated, of an unknown schema, or names a file outside itself."""
+
+
+class ExportError(InputError):
+    """A model cannot become ONNX: an operation without translation, or control flow that depends on data."""
 
 
 class ParityError(EdgewrightError):

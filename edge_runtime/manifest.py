@@ -9,7 +9,8 @@ A bundle is an immutable folder, or the same files in a zip::
     golden.npz         cases with inputs and expected outputs, see `GoldenCase`
     edge_runtime.pyz   this package, runnable with numpy and onnxruntime
 
-Standard library only. Everything here is plain data: `Manifest.from_json(manifest.to_json())` is the identity.
+Standard library only. Everything here is plain data:
+`Manifest.from_json(manifest.to_json())` is the identity.
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ LABEL, SCORES, EXIT_INDEX, LOGITS = "label", "scores", "exit_index", "logits"
 """Output names. A model with exits has LABEL, SCORES, EXIT_INDEX; one without has LOGITS."""
 
 THRESHOLDS = "thresholds"
-"""Name of the outer initializer, float32 [K], that `SessionOptions.add_initializer` may override."""
+"""Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
+
+It lies inside model.onnx, never in an external file, and no exporting step may fold it.
+"""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One graph input or output. A string in `shape` is a named dynamic axis, e.g. ``("batch", 3, 32, 32)``."""
+    """One graph input or output.
+
+    A string in `shape` is a named dynamic axis, e.g. ``("batch", 3, 32, 32)``.
+    """
 
     name: str
     dtype: str
@@ -90,7 +97,10 @@ class ExitSpec:
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """The rule that decides who leaves; `never` and `always` are the thresholds that switch it off or force it."""
+    """The rule that decides who leaves.
+
+    `never` and `always` are the thresholds that switch it off or force it.
+    """
 
     name: str
     never: float
@@ -110,8 +120,9 @@ class OperatingPoint:
 class Tolerances:
     """What `verify` holds a run to.
 
-    An element passes if ``|a - b| <= abs + rel * |b|``; NaN against a number never passes. `reference` compares
-    with this same file on the exporting machine's CPU, `torch` with the compressed PyTorch model.
+    An element passes if ``|a - b| <= abs + rel * |b|``; NaN against a number never passes.
+    `reference` compares with this same file on the exporting machine's CPU, `torch` with the compressed
+    PyTorch model.
     Labels and exits must be equal, except where a case's `margin` is at most `flip_margin`.
     """
 
@@ -147,11 +158,14 @@ class Ledger:
     raw_unique_bytes: int
     """unique initializer contents of the freshly captured graph."""
     unique_weight_bytes: int
-    """unique initializer contents of model.onnx."""
+    """distinct initializer contents of model.onnx."""
     stored_weight_bytes: int
-    """all initializers of model.onnx, copies counted: equal to the line above when nothing is duplicated."""
+    """all initializers of model.onnx, copies counted; above `torch_unique_bytes` something was duplicated.
+
+    Two tensors of equal content, such as biases that are still zero, count twice here and in PyTorch.
+    """
     runtime_weight_bytes: int | None
-    """all initializers of the graph as ONNX Runtime optimizes it for the CPU (basic level), or None if not measured."""
+    """all initializers after ONNX Runtime optimized the graph for the CPU (basic level), if measured."""
     rows: tuple[LedgerRow, ...] = ()
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """initializer name -> module paths that share it, for every basis used by at least two modules."""
@@ -169,7 +183,7 @@ class NodeRow:
     exit: int
     """smallest exit index whose decision needs this node."""
     macs: int
-    """multiply-accumulates for one row; 0 for everything but convolutions and matrix products with a weight."""
+    """multiply-accumulates for one row; 0 for all but convolutions and matrix products with a weight."""
     attention_macs: int
     """multiply-accumulates of a product of two activations."""
     weight_bytes: int
@@ -177,7 +191,7 @@ class NodeRow:
 
 @dataclass(frozen=True)
 class Flip:
-    """A label or exit that differs between PyTorch and ONNX, excused because its margin is within numeric error."""
+    """A label or exit that differs between PyTorch and ONNX; its margin is within numeric error."""
 
     split: str
     row: int
@@ -244,12 +258,15 @@ class Manifest:
         """Parses and checks a manifest.
 
         Raises:
-            BundleError: not JSON, another schema version, or a field that is missing, unknown or of a wrong type.
+            BundleError: not JSON, another schema version, or a field that is missing, unknown or of a
+                wrong type.
         """
         try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise BundleError(f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again") from None
+            data = json.loads(text, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(
+                f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again"
+            ) from None
         if not isinstance(data, dict):
             raise BundleError(f"{MANIFEST_FILE} does not hold an object; the bundle is damaged: export it again")
         version = data.get("schema_version")
@@ -265,9 +282,10 @@ class Manifest:
 class GoldenCase:
     """One recorded run. In golden.npz its arrays are ``<index:04d>/<group>/<name>``.
 
-    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, and for models with exits
-    ``thresholds`` (float32 [K], the values this case ran with) and ``margin`` (float32 [N], smallest distance of a
-    decision on the row's path to its threshold). `inputs` hold what the graph takes, already preprocessed.
+    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, and for models
+    with exits ``thresholds`` (float32 [K], the values this case ran with) and ``margin`` (float32 [N],
+    smallest distance of a decision on the row's path to its threshold). `inputs` hold what the graph takes,
+    already preprocessed.
     """
 
     inputs: Mapping[str, Any]
@@ -275,6 +293,10 @@ class GoldenCase:
     reference: Mapping[str, Any]
     thresholds: Any | None = None
     margin: Any | None = None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:
@@ -293,7 +315,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
             return tuple(_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
         if len(arguments) != len(value):
             raise _misfit(where, f"{len(arguments)} items", value)
-        return tuple(_typed(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value)))
+        return tuple(_typed(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True)))
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, dict):
             raise _misfit(where, "an object", value)
@@ -324,9 +346,11 @@ def _typed_dataclass(kind: Any, value: Any, where: str) -> Any:
     for key in value:
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
-            raise BundleError(f"{where} has the unknown field {key!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise BundleError(f"{where} has the unknown field {key!r}{hint}")
     for name, f in fields.items():
-        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in value:
             raise BundleError(f"{where} lacks the field {name!r}; the bundle is damaged: export it again")
     return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 

@@ -1,0 +1,353 @@
+"""Bundles: opened with distrust, written with fixed bytes.
+
+Nothing of a bundle is parsed before its hash has been checked, and `manifest.sha256` comes first: it vouches
+for the manifest, and the manifest vouches for every other file. A hash proves that a bundle is the one that
+was exported, not who exported it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO
+
+from .errors import BundleError, InputError
+from .golden import read_golden
+from .manifest import (
+    GOLDEN_FILE,
+    MANIFEST_FILE,
+    MANIFEST_HASH_FILE,
+    MODEL_FILE,
+    FileEntry,
+    GoldenCase,
+    Manifest,
+)
+
+MANIFEST_LIMIT_BYTES = 64 << 20
+_CHUNK = 1 << 20
+_FIXED_DATE = (1980, 1, 1, 0, 0, 0)
+_OWN_FILES = frozenset({MANIFEST_FILE, MANIFEST_HASH_FILE})
+
+
+class Bundle:
+    """A bundle whose every byte has been checked against its manifest. Use it as a context manager.
+
+    Attributes:
+        manifest: the parsed manifest.
+        source: the folder or zip it was opened from.
+        folder: where its files lie; a temporary folder when `source` is a zip.
+        sha256: hash of manifest.json, which names the whole bundle.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        source: Path,
+        folder: Path,
+        sha256: str,
+        temporary: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.source = source
+        self.folder = folder
+        self.sha256 = sha256
+        self._temporary = temporary
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` of the manifest lies.
+
+        Raises:
+            BundleError: the manifest lists no such file.
+        """
+        if name not in self.manifest.files and name not in _OWN_FILES:
+            listed = ", ".join(sorted(self.manifest.files))
+            raise BundleError(f"{self.source} has no file {name!r}; it has {listed}")
+        return self.folder / name
+
+    def golden(self) -> list[GoldenCase]:
+        """Reads the recorded cases, in order."""
+        return read_golden(self.path(GOLDEN_FILE))
+
+    def close(self) -> None:
+        """Removes the temporary folder of a zip; nothing happens to a folder."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def __enter__(self) -> Bundle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Opens a bundle, a folder or a zip, after checking all of it.
+
+    Args:
+        path: the bundle. A zip is unpacked into a temporary folder, which `Bundle.close` removes.
+
+    Raises:
+        BundleError: anything missing, extra, altered, truncated, linked or named outside the folder; the text
+            names the file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        if path.is_file():
+            return _open_zip(path)
+    except OSError as error:
+        raise BundleError(f"cannot read the bundle {path}: {error}") from None
+    raise BundleError(f"no bundle at {path}: give the folder or the zip that the export wrote")
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """Hex sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manifest:
+    """Closes a bundle: hashes what lies in `folder` and writes manifest.json and manifest.sha256.
+
+    Args:
+        folder: holds model.onnx, golden.npz and whatever else belongs to the bundle.
+        manifest: everything but `files`, which is filled here.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        BundleError: a symlink in the folder, or model.onnx or golden.npz missing.
+    """
+    folder = Path(folder)
+    names = sorted(_listing(folder) - _OWN_FILES)
+    files = {name: FileEntry((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
+    _require(files, folder)
+    manifest = replace(manifest, files=files)
+    text = manifest.to_json().encode()
+    (folder / MANIFEST_FILE).write_bytes(text)
+    (folder / MANIFEST_HASH_FILE).write_text(hashlib.sha256(text).hexdigest() + "\n", encoding="ascii")
+    return manifest
+
+
+def pack_zip(folder: str | os.PathLike[str], zip_path: str | os.PathLike[str]) -> None:
+    """Packs a bundle folder into a zip with fixed bytes: sorted, stored without compression, fixed dates.
+
+    Args:
+        folder: a complete bundle; it is checked first.
+        zip_path: file to write; replaced if it exists.
+
+    Raises:
+        BundleError: the folder is no intact bundle.
+    """
+    zip_path = Path(zip_path)
+    temporary = zip_path.with_name(zip_path.name + ".part")
+    with open_bundle(folder) as bundle, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(_OWN_FILES) + sorted(bundle.manifest.files):
+            source = bundle.path(name)
+            info = zipfile.ZipInfo(name, _FIXED_DATE)
+            info.external_attr = 0o644 << 16
+            info.file_size = source.stat().st_size  # tells zipfile whether the entry needs zip64
+            with source.open("rb") as reader, archive.open(info, "w") as writer:
+                shutil.copyfileobj(reader, writer, _CHUNK)
+    temporary.replace(zip_path)
+
+
+def _open_folder(folder: Path) -> Bundle:
+    names = _listing(folder)
+    _require_own(names, folder)
+    manifest, sha256 = _checked_manifest(
+        _read_bounded(folder / MANIFEST_FILE), _read_bounded(folder / MANIFEST_HASH_FILE), folder
+    )
+    _compare_listing(names, manifest, folder)
+    for name, entry in manifest.files.items():
+        size = (folder / name).stat().st_size
+        if size != entry.bytes:
+            raise _altered(folder, name, f"has {size} bytes, the manifest says {entry.bytes}")
+        if file_sha256(folder / name) != entry.sha256:
+            raise _altered(folder, name, "differs from the manifest's sha256")
+    return Bundle(manifest, folder, folder, sha256)
+
+
+def _open_zip(path: Path) -> Bundle:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _unpack(archive, path)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+        raise BundleError(f"{path} is neither a folder nor a readable zip ({error}): copy it again") from None
+
+
+def _unpack(archive: zipfile.ZipFile, path: Path) -> Bundle:
+    entries = _zip_listing(archive, path)
+    _require_own(entries, path)
+    own = {name: _read_zip_bounded(archive, entries[name], path) for name in _OWN_FILES}
+    manifest, sha256 = _checked_manifest(own[MANIFEST_FILE], own[MANIFEST_HASH_FILE], path)
+    _compare_listing(entries, manifest, path)
+    needed = sum(entry.bytes for entry in manifest.files.values())
+    temporary = tempfile.TemporaryDirectory(prefix="edgewright-")
+    try:
+        free = shutil.disk_usage(temporary.name).free
+        if needed > free:
+            raise InputError(
+                f"{path} unpacks to {needed} bytes and {temporary.name} has {free} free: set TMPDIR to "
+                "a larger disk, or unpack the zip yourself and give the folder"
+            )
+        folder = Path(temporary.name)
+        for name, data in own.items():
+            (folder / name).write_bytes(data)
+        for name, entry in manifest.files.items():
+            _extract(archive, entries[name], entry, folder / name, path)
+    except BaseException:
+        temporary.cleanup()
+        raise
+    return Bundle(manifest, path, folder, sha256, temporary)
+
+
+def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, entry: FileEntry, target: Path, source: Path) -> None:
+    """Unpacks one file, never writing more than the manifest allows."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest, written = hashlib.sha256(), 0
+    with archive.open(info) as reader, target.open("wb") as writer:
+        while chunk := _next_chunk(reader, info, source):
+            written += len(chunk)
+            if written > entry.bytes:
+                raise _altered(source, info.filename, f"unpacks to more than the manifest's {entry.bytes} bytes")
+            digest.update(chunk)
+            writer.write(chunk)
+    if written != entry.bytes:
+        raise _altered(source, info.filename, f"has {written} bytes, the manifest says {entry.bytes}")
+    if digest.hexdigest() != entry.sha256:
+        raise _altered(source, info.filename, "differs from the manifest's sha256")
+
+
+def _next_chunk(reader: IO[bytes], info: zipfile.ZipInfo, source: Path) -> bytes:
+    try:
+        return reader.read(_CHUNK)
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        zlib.error,
+    ) as error:  # names the entry, unlike the archive-wide handler
+        raise _altered(source, info.filename, f"cannot be unpacked ({error})") from None
+
+
+def _listing(folder: Path) -> set[str]:
+    """Names of all files below `folder`, with forward slashes; links and special files are refused."""
+    names: set[str] = set()
+    for root, folders, files in os.walk(folder, followlinks=False):
+        for name in folders + files:
+            here = Path(root) / name
+            relative = here.relative_to(folder).as_posix()
+            mode = here.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                raise BundleError(f"{folder} holds the symlink {relative!r}; a bundle holds plain files only")
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BundleError(f"{folder} holds {relative!r}, which is no plain file")
+            if stat.S_ISREG(mode):
+                names.add(relative)
+    return names
+
+
+def _zip_listing(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        _check_name(info.orig_filename.removesuffix("/"), path)
+        if info.flag_bits & 1:
+            raise BundleError(f"{path} holds the encrypted entry {info.filename!r}: pack it without a password")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise BundleError(f"{path} holds the symlink {info.filename!r}; a bundle holds plain files only")
+        if info.is_dir():
+            continue
+        if info.filename in entries:
+            raise BundleError(f"{path} holds {info.filename!r} twice: it was not written by an export")
+        entries[info.filename] = info
+    return entries
+
+
+def _check_name(name: str, source: Path) -> None:
+    """Refuses a name that could mean a place outside the bundle on any operating system."""
+    pure = PurePosixPath(name)
+    unsafe = not name or pure.is_absolute() or ".." in pure.parts or str(pure) != name
+    if unsafe or any(character in name for character in "\\:\0"):
+        raise BundleError(f"{source} names {name!r}, which may leave the bundle's folder: do not use this bundle")
+
+
+def _require_own(names: Iterable[str], source: Path) -> None:
+    names = set(names)
+    for wanted in (MANIFEST_FILE, MANIFEST_HASH_FILE):
+        if wanted in names:
+            continue
+        nested = [name for name in sorted(names) if name.endswith("/" + wanted)]
+        hint = f"it lies in {nested[0]!r}, use that folder" if nested else "this is no bundle, or half of one"
+        raise BundleError(f"{source} has no {wanted}: {hint}")
+
+
+def _require(files: Mapping[str, FileEntry], source: Path) -> None:
+    for wanted in (MODEL_FILE, GOLDEN_FILE):
+        if wanted not in files:
+            raise BundleError(f"{source} has no {wanted}: a bundle cannot go without it, export it again")
+
+
+def _checked_manifest(text: bytes, hash_text: bytes, source: Path) -> tuple[Manifest, str]:
+    actual = hashlib.sha256(text).hexdigest()
+    if hash_text.decode("ascii", "replace").strip() != actual:
+        raise _altered(source, MANIFEST_FILE, f"differs from {MANIFEST_HASH_FILE}")
+    try:
+        manifest = Manifest.from_json(text.decode())
+    except UnicodeDecodeError:
+        raise BundleError(f"{source}: {MANIFEST_FILE} is not UTF-8; export it again") from None
+    except BundleError as error:
+        raise BundleError(f"{source}: {error}") from None
+    return manifest, actual
+
+
+def _compare_listing(names: Iterable[str], manifest: Manifest, source: Path) -> None:
+    for name in manifest.files:
+        _check_name(name, source)
+        if name in _OWN_FILES:
+            raise BundleError(f"{source}: the manifest lists {name!r}, which cannot vouch for itself")
+    present, listed = set(names) - _OWN_FILES, set(manifest.files)
+    if missing := sorted(listed - present):
+        raise BundleError(f"{source} lacks {', '.join(map(repr, missing))}: copy the bundle again, completely")
+    if extra := sorted(present - listed):
+        raise BundleError(
+            f"{source} holds {', '.join(map(repr, extra))}, which the manifest does not list: a bundle is "
+            "immutable, put other files beside it"
+        )
+    _require(manifest.files, source)
+
+
+def _read_bounded(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return _bounded(stream.read(MANIFEST_LIMIT_BYTES + 1), path.name, path.parent)
+
+
+def _read_zip_bounded(archive: zipfile.ZipFile, info: zipfile.ZipInfo, source: Path) -> bytes:
+    with archive.open(info) as stream:
+        return _bounded(stream.read(MANIFEST_LIMIT_BYTES + 1), info.filename, source)
+
+
+def _bounded(data: bytes, name: str, source: Path) -> bytes:
+    if len(data) > MANIFEST_LIMIT_BYTES:
+        raise BundleError(f"{source}: {name} is larger than {MANIFEST_LIMIT_BYTES} bytes: this is no bundle")
+    return data
+
+
+def _altered(source: Path, name: str, what: str) -> BundleError:
+    return BundleError(f"{source}: {name} {what}; the bundle was altered or truncated: copy or export it again")

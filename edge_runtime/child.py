@@ -1,0 +1,138 @@
+"""A fresh process for every measurement, whose crash or hang is a result and not an accident.
+
+The parent may have imported torch, whose thread pool would fight ONNX Runtime's; the child imports this
+package, numpy and onnxruntime. It works alike from a source tree, an installation and inside
+edge_runtime.pyz.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import errors
+from .golden import read_npz
+from .measuring import Feed, write_feeds
+
+_PACKAGE = __package__ or "edge_runtime"
+# `python -c` puts the working folder first on the path, where a user's own `models` or `numpy.py` may lie.
+_START = (
+    "import sys, time; started = time.perf_counter_ns(); "
+    "sys.path[:] = [p for p in sys.path if p]; "
+    "sys.argv[1] in sys.path or sys.path.insert(0, sys.argv[1]); "
+    "import importlib; importlib.import_module(sys.argv[2]).main(started, sys.argv[3])"
+)
+_TAIL = 2000
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What the child is to load.
+
+    Attributes:
+        name: for the report.
+        model: the ONNX file.
+        feeds: inputs, one mapping a run.
+        manifest: its manifest.json, if it comes from a bundle.
+        thresholds: for its exits.
+    """
+
+    name: str
+    model: Path
+    feeds: Sequence[Feed]
+    manifest: Path | None = None
+    thresholds: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ChildResult:
+    """What came back: `status` is ``ok``, ``crashed`` or ``timeout``, with the reason unless ok."""
+
+    status: str
+    reason: str | None
+    answer: Mapping[str, Any]
+    samples: NDArray[np.int64]
+    exits: NDArray[np.int64]
+
+
+def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeout_s: float) -> ChildResult:
+    """Measures in a fresh process.
+
+    Args:
+        artefacts: at least one.
+        settings: the rest of `measuring.main`'s spec.
+        timeout_s: the child is killed after this.
+
+    Raises:
+        EdgewrightError: whatever the child raised on purpose, with the same class and text.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgewright-bench-") as name:
+        folder = Path(name)
+        spec_path = _write_spec(folder, artefacts, settings)
+        with (folder / "output").open("wb") as output:
+            try:
+                done = subprocess.run(
+                    child_command(spec_path),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=timeout_s,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                return _failed("timeout", f"the measuring process was stopped after {timeout_s:g} s")
+        answer_path = folder / "answer.json"
+        if done.returncode != 0 or not answer_path.exists():
+            tail = (folder / "output").read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
+            return _failed("crashed", _death(done.returncode) + (f": {tail}" if tail else ""))
+        answer = json.loads(answer_path.read_text(encoding="utf-8"))
+        if "error" in answer:
+            raise getattr(errors, answer["error"]["kind"], errors.EdgewrightError)(answer["error"]["message"])
+        arrays = read_npz(folder / "samples.npz")
+        return ChildResult("ok", None, answer, arrays["samples"], arrays["exits"])
+
+
+def child_command(spec_path: Path) -> list[str]:
+    """The command line of the measuring process."""
+    root = Path(__file__).parents[len(_PACKAGE.split("."))]
+    isolated = ["-I"] if sys.flags.isolated else []
+    return [sys.executable, *isolated, "-c", _START, str(root), f"{_PACKAGE}.measuring", str(spec_path)]
+
+
+def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[str, Any]) -> Path:
+    entries = []
+    for index, artefact in enumerate(artefacts):
+        inputs = folder / f"inputs{index}.npz"
+        write_feeds(inputs, artefact.feeds)
+        entry = {
+            "name": artefact.name,
+            "model": str(artefact.model.resolve()),
+            "manifest": str(artefact.manifest.resolve()) if artefact.manifest else None,
+            "inputs": str(inputs),
+            "thresholds": list(artefact.thresholds) if artefact.thresholds is not None else None,
+        }
+        entries.append(entry)
+    path = folder / "spec.json"
+    path.write_text(json.dumps({**settings, "result": str(folder), "artefacts": entries}), encoding="utf-8")
+    return path
+
+
+def _failed(status: str, reason: str) -> ChildResult:
+    return ChildResult(status, reason, {}, np.zeros(0, np.int64), np.zeros(0, np.int64))
+
+
+def _death(returncode: int) -> str:
+    if returncode >= 0:
+        return f"the measuring process ended with exit code {returncode}"
+    known = {member.value: member.name for member in signal.Signals}
+    return f"the measuring process was ended by {known.get(-returncode, f'signal {-returncode}')}"

@@ -1,0 +1,119 @@
+"""What a graph takes, and whether given arrays are that."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InputError
+from .manifest import Preprocessing, TensorSpec
+from .preprocess import preprocess_image
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+def specs_of(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    """The specs of a session's inputs or outputs."""
+    return tuple(
+        TensorSpec(
+            node.name,
+            _DTYPES.get(node.type, node.type),
+            tuple(size if isinstance(size, int) else str(size or f"axis{i}") for i, size in enumerate(node.shape)),
+        )
+        for node in nodes
+    )
+
+
+def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Holds arrays against the specs of the inputs, without running anything.
+
+    Raises:
+        InputError: a missing or unknown name, another dtype or shape, two sizes for one named axis, an empty
+            array.
+    """
+    names = [spec.name for spec in specs]
+    for name in feeds:
+        if name not in names:
+            close = difflib.get_close_matches(str(name), names, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(f"unknown input {name!r}: {hint}the model takes {', '.join(names)}")
+    axes: dict[str, tuple[int, str]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        if spec.name not in feeds:
+            raise InputError(f"input {spec.name!r} is missing: wanted {spec.dtype} {_shape_text(spec.shape)}")
+        value = np.asarray(feeds[spec.name])
+        _check_one(spec, value, axes)
+        arrays[spec.name] = value
+    return arrays
+
+
+def prepare(
+    x: ArrayLike | Mapping[str, ArrayLike],
+    specs: Sequence[TensorSpec],
+    preprocessing: Preprocessing | None = None,
+) -> dict[str, NDArray[Any]]:
+    """Turns what a person has into what a graph takes, without checking it; `check_feeds` does that.
+
+    Args:
+        x: one array for a graph with one input, or a mapping of input names to arrays. uint8 images are
+            preprocessed, other arrays get a batch axis if they lack one.
+        specs: of the graph's inputs.
+        preprocessing: the manifest's; None: arrays are taken as they are.
+
+    Raises:
+        InputError: one array for a graph with several inputs, or an image that does not fit.
+    """
+    if isinstance(x, Mapping):
+        given = {name: np.asarray(value) for name, value in x.items()}
+    elif len(specs) == 1:
+        given = {specs[0].name: np.asarray(x)}
+    else:
+        names = ", ".join(spec.name for spec in specs)
+        raise InputError(f"the model has {len(specs)} inputs: give a mapping (.npz) with {names}")
+    by_name = {spec.name: spec for spec in specs}
+    for name, value in given.items():
+        spec = by_name.get(name)
+        if spec is None:  # `check_feeds` names it
+            continue
+        is_image = preprocessing is not None and preprocessing.kind == "image"
+        if preprocessing is not None and is_image and value.dtype == np.uint8 != np.dtype(spec.dtype):
+            given[name] = preprocess_image(value, preprocessing)
+        elif value.ndim == len(spec.shape) - 1:
+            given[name] = value[None]
+    return given
+
+
+def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int, str]]) -> None:
+    wanted = f"wanted {spec.dtype} {_shape_text(spec.shape)}"
+    got = f"got {value.dtype} {list(value.shape)}"
+    if value.dtype != np.dtype(spec.dtype):
+        raise InputError(f"input {spec.name!r}: {wanted}, {got}: convert it with .astype({spec.dtype!r})")
+    fits = len(value.shape) == len(spec.shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(spec.shape, value.shape, strict=True)
+    )
+    if not fits:
+        single = spec.shape[:1] == (1,) and value.shape[1:] == tuple(spec.shape[1:])
+        hint = ": the model takes one row a run, use predict() or run_rows()" if single else ""
+        raise InputError(f"input {spec.name!r}: {wanted}, {got}{hint}")
+    if value.size == 0:
+        raise InputError(f"input {spec.name!r} is empty: {wanted}, {got}")
+    for want, have in zip(spec.shape, value.shape, strict=True):
+        if isinstance(want, str):
+            size, owner = axes.setdefault(want, (have, spec.name))
+            if size != have:
+                raise InputError(f"input {spec.name!r}: axis {want!r} has {have} and is {size} in input {owner!r}")
+
+
+def _shape_text(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"

@@ -1,0 +1,228 @@
+"""Loading a model and running it: strict about the provider, exact about what goes in.
+
+`load` opens a bundle; `session_on` takes a bare ``model.onnx``, which is what the export's parity check needs
+before there is a bundle. Both give a `Runner`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .bundle import Bundle, open_bundle
+from .errors import BundleError, InputError
+from .feeds import specs_of
+from .manifest import MODEL_FILE, THRESHOLDS, Manifest
+from .onnx_file import with_vector
+from .providers import CPU, not_started, placement_of, provider_names, session_providers
+from .runner import Runner
+
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+OPTIMIZATION_LEVELS = {
+    "disabled": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+
+
+def load(
+    bundle: str | os.PathLike[str] | Bundle,
+    providers: Sequence[str] | str | None = None,
+    threads: int | None = None,
+    thresholds: Sequence[float] | None = None,
+    operating_point: str | None = None,
+    allow_fallback: bool = False,
+    optimization_level: str = "all",
+) -> Runner:
+    """Opens a bundle and makes it ready to run.
+
+    Args:
+        bundle: folder or zip; or an open `Bundle`, which stays the caller's to close.
+        providers: ``cpu``, ``cuda``, ``tensorrt`` or full names, in order of priority; None: the CPU.
+        threads: intra-op threads; None: ONNX Runtime's choice.
+        thresholds: [K] values for the exits, instead of those stored in the graph.
+        operating_point: name of one of the manifest's settings, instead of `thresholds`.
+        allow_fallback: run on the CPU what the provider does not take, and say so in `Runner.placement`.
+        optimization_level: ``disabled``, ``basic``, ``extended`` or ``all``.
+
+    Raises:
+        BundleError: the bundle is not intact.
+        InputError: an option that does not fit.
+        ProviderError: the provider is not there, or does not take every node.
+    """
+    owned = not isinstance(bundle, Bundle)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    try:
+        manifest = opened.manifest
+        explicit = explicit_thresholds(manifest, thresholds, operating_point)
+        runner = session_on(
+            opened.path(MODEL_FILE),
+            providers=providers,
+            threads=threads,
+            thresholds=explicit,
+            allow_fallback=allow_fallback,
+            optimization_level=optimization_level,
+            manifest=manifest,
+        )
+    except BaseException:
+        if owned:
+            opened.close()
+        raise
+    if owned:
+        runner.owned_bundle = opened
+    return runner
+
+
+def session_on(
+    model: str | os.PathLike[str],
+    *,
+    providers: Sequence[str] | str | None = None,
+    threads: int | None = None,
+    thresholds: Sequence[float] | None = None,
+    allow_fallback: bool = False,
+    optimization_level: str = "all",
+    manifest: Manifest | None = None,
+    optimized_path: str | os.PathLike[str] | None = None,
+) -> Runner:
+    """Makes a session on a bare ONNX file.
+
+    Args:
+        model: the file.
+        providers: as in `load`.
+        threads: as in `load`.
+        thresholds: values for the initializer `THRESHOLDS`, as many as it has.
+        allow_fallback: as in `load`.
+        optimization_level: as in `load`.
+        manifest: if given, the session must have its inputs and outputs.
+        optimized_path: where ONNX Runtime writes the graph as it optimized it.
+
+    Raises:
+        InputError: no such file, not a model, or an option that does not fit.
+        ProviderError: as in `load`.
+    """
+    import onnxruntime
+
+    path = Path(model)
+    if not path.is_file():
+        raise InputError(f"no model at {path}")
+    requested = provider_names(providers)
+    usable = session_providers(requested, onnxruntime.get_available_providers(), allow_fallback)
+    strict = not allow_fallback and CPU not in requested
+    options = _session_options(threads, optimization_level, strict)
+    if optimized_path is not None:
+        options.optimized_model_filepath = os.fspath(optimized_path)
+    values: tuple[float, ...] | None = None
+    source: str | bytes = os.fspath(path)
+    if thresholds is not None:
+        values = _checked_thresholds(thresholds)
+        source = with_vector(path, THRESHOLDS, values)
+        # A model given as bytes has no place of its own, from which to find model.onnx.data.
+        options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
+    try:
+        # enable_fallback=0: ONNX Runtime's own retry on the CPU is what strictness forbids.
+        session = onnxruntime.InferenceSession(source, options, providers=usable, enable_fallback=0)
+    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        if requested != (CPU,):
+            raise not_started(requested, (), str(error)) from error
+        raise InputError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; if the file is intact, "
+            "this release is too old for its opset or IR version"
+        ) from error
+    present = session.get_providers()
+    if not allow_fallback and any(name not in present for name in requested):
+        raise not_started(requested, present)
+    placement = placement_of(session, requested, strict)
+    if manifest is not None:
+        _check_interface(session, manifest, path)
+        if values is None and manifest.policy is not None and manifest.operating_points:
+            values = manifest.operating_points[0].thresholds
+    return Runner(
+        session,
+        path=path,
+        placement=placement,
+        manifest=manifest,
+        thresholds=values,
+        threads=threads,
+    )
+
+
+def explicit_thresholds(
+    manifest: Manifest, thresholds: Sequence[float] | None, operating_point: str | None
+) -> tuple[float, ...] | None:
+    """The thresholds that two options ask for; None to leave those stored in the graph.
+
+    Raises:
+        InputError: both options, an unknown operating point, thresholds for a model without exits, a wrong
+            number of them, or one that is not finite.
+    """
+    points = {point.name: point.thresholds for point in manifest.operating_points}
+    if thresholds is not None and operating_point is not None:
+        raise InputError("give thresholds or an operating point, not both")
+    if operating_point is not None:
+        if operating_point not in points:
+            close = difflib.get_close_matches(operating_point, points, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            known = ", ".join(points) or "none"
+            raise InputError(f"unknown operating point {operating_point!r}: {hint}the bundle has {known}")
+        thresholds = points[operating_point]
+    if thresholds is None:
+        return None
+    wanted = len(manifest.exits) - 1 if manifest.policy is not None else 0
+    values = tuple(float(value) for value in thresholds)
+    if wanted <= 0:
+        raise InputError(f"{manifest.name} has no early exits, so there are no thresholds to set")
+    if len(values) != wanted:
+        raise InputError(f"{manifest.name} has {wanted} thresholds, got {len(values)}: {list(values)}")
+    return values
+
+
+def _session_options(threads: int | None, optimization_level: str, strict: bool) -> Any:
+    import onnxruntime
+
+    if optimization_level not in OPTIMIZATION_LEVELS:
+        known = ", ".join(OPTIMIZATION_LEVELS)
+        raise InputError(f"unknown optimization level {optimization_level!r}: use {known}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is a positive number, not {threads}")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel, OPTIMIZATION_LEVELS[optimization_level]
+    )
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    # Releases before 1.24 ignore a key that they do not know.
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if strict:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
+        values = np.asarray(thresholds, np.float32)
+    if values.ndim != 1 or values.size == 0:
+        raise InputError(f"thresholds are a list of numbers, got {thresholds!r}")
+    if not np.isfinite(values).all():
+        raise InputError(
+            f"thresholds must be finite in float32, got {list(thresholds)}: the policy's `never` and "
+            "`always` in the manifest switch an exit off or force it"
+        )
+    return tuple(values.tolist())
+
+
+def _check_interface(session: Any, manifest: Manifest, path: Path) -> None:
+    for kind, declared, nodes in (
+        ("inputs", manifest.inputs, session.get_inputs()),
+        ("outputs", manifest.outputs, session.get_outputs()),
+    ):
+        actual = {spec.name: spec.dtype for spec in specs_of(nodes)}
+        wanted = {spec.name: spec.dtype for spec in declared}
+        if actual != wanted:
+            raise BundleError(f"{path}: the graph's {kind} are {actual}, the manifest says {wanted}: export it again")

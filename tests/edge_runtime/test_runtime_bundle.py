@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import stat
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgewright.edge_runtime import (
+    BundleError,
+    GoldenCase,
+    InputError,
+    Manifest,
+    open_bundle,
+    pack_zip,
+    read_golden,
+    write_golden,
+    write_manifest,
+)
+from edgewright.edge_runtime import bundle as bundle_module
+from edgewright.edge_runtime.golden import read_npz, write_npz
+
+
+def _seal(folder: Path, change) -> None:
+    """Changes the manifest's JSON and makes its hash fit again: what only an attacker would do."""
+    data = json.loads((folder / "manifest.json").read_text())
+    change(data)
+    text = json.dumps(data).encode()
+    (folder / "manifest.json").write_bytes(text)
+    (folder / "manifest.sha256").write_text(hashlib.sha256(text).hexdigest() + "\n")
+
+
+def _zip(folder: Path, target: Path, change=None) -> Path:
+    """Packs a folder without any check; `change` gets the open archive."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, file.name)
+        if change is not None:
+            change(archive)
+    return target
+
+
+def test_opens_a_folder(bundle: Path) -> None:
+    with open_bundle(bundle) as opened:
+        assert opened.manifest.name == "tiny"
+        assert opened.path("model.onnx") == bundle / "model.onnx"
+        cases = opened.golden()
+    assert len(cases) == 4 and cases[0].inputs["x"].shape == (12, 3, 6, 6)
+    assert cases[0].thresholds.dtype == np.float32 and cases[0].margin.shape == (12,)
+
+
+def test_opens_a_zip_and_removes_its_folder(bundle: Path, tmp_path: Path) -> None:
+    pack_zip(bundle, tmp_path / "bundle.zip")
+    with open_bundle(tmp_path / "bundle.zip") as opened:
+        folder = opened.folder
+        assert folder != bundle and opened.path("golden.npz").is_file()
+        assert len(opened.golden()) == 4
+    assert not folder.exists()
+
+
+def test_a_zip_and_its_folder_are_one_bundle(bundle: Path, tmp_path: Path) -> None:
+    pack_zip(bundle, tmp_path / "a.zip")
+    os.utime(bundle / "model.onnx", (1, 1))
+    pack_zip(bundle, tmp_path / "b.zip")
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with open_bundle(bundle) as one, open_bundle(tmp_path / "a.zip") as other:
+        assert one.sha256 == other.sha256 and one.manifest == other.manifest
+
+
+def test_writing_a_manifest_twice_gives_equal_bytes(bundle: Path) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    with open_bundle(bundle) as opened:
+        written = write_manifest(bundle, dataclasses.replace(opened.manifest, files={}))
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert set(written.files) == {"model.onnx", "golden.npz"}
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "manifest.json", "manifest.sha256"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=name):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_altered_file_is_named(bundle: Path, tmp_path: Path, name: str, packed: bool) -> None:
+    data = bytearray((bundle / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / name).write_bytes(data)
+    path = _zip(bundle, tmp_path / "b.zip") if packed else bundle
+    with pytest.raises(BundleError, match=rf"{name} differs from the manifest's sha256"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_truncated_or_longer_file_is_named(bundle: Path, tmp_path: Path, change: int, packed: bool) -> None:
+    data = (bundle / "model.onnx").read_bytes()
+    (bundle / "model.onnx").write_bytes(data[:change] if change < 0 else data + b"\0")
+    path = _zip(bundle, tmp_path / "b.zip") if packed else bundle
+    with pytest.raises(BundleError, match=r"model\.onnx .*bytes"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_altered_manifest_is_refused_before_it_is_parsed(
+    bundle: Path, tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bundle / "manifest.json").write_bytes(b"not even json")
+    monkeypatch.setattr(Manifest, "from_json", lambda text: pytest.fail("parsed before its hash was checked"))
+    path = _zip(bundle, tmp_path / "b.zip") if packed else bundle
+    with pytest.raises(BundleError, match=r"manifest\.json differs from manifest\.sha256"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_extra_file_is_named(bundle: Path, tmp_path: Path, packed: bool) -> None:
+    (bundle / "notes.txt").write_text("hello")
+    path = _zip(bundle, tmp_path / "b.zip") if packed else bundle
+    with pytest.raises(BundleError, match=r"'notes\.txt'.*not list"):
+        open_bundle(path)
+
+
+def test_files_in_subfolders_belong_to_the_listing(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "text").mkdir()
+    (bundle / "text" / "tokens.json").write_text("{}")
+    with pytest.raises(BundleError, match="text/tokens"):
+        open_bundle(bundle)
+    with zipfile.ZipFile(tmp_path / "none.zip", "w"):
+        pass
+    manifest = Manifest.from_json((bundle / "manifest.json").read_text())
+    write_manifest(bundle, manifest)
+    pack_zip(bundle, tmp_path / "b.zip")
+    with open_bundle(tmp_path / "b.zip") as opened:
+        assert opened.path("text/tokens.json").read_text() == "{}"
+
+
+def test_a_symlink_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "model.onnx").rename(tmp_path / "elsewhere.onnx")
+    (bundle / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match=r"symlink 'model\.onnx'"):
+        open_bundle(bundle)
+    with pytest.raises(BundleError, match="symlink"):
+        write_manifest(bundle, Manifest.from_json((bundle / "manifest.json").read_text()))
+
+
+def test_a_symlinked_folder_and_a_pipe_are_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "linked").symlink_to(tmp_path)
+    with pytest.raises(BundleError, match="symlink 'linked'"):
+        open_bundle(bundle)
+    (bundle / "linked").unlink()
+    os.mkfifo(bundle / "pipe")
+    with pytest.raises(BundleError, match="'pipe', which is no plain file"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "c:\\x", "a\\b", "./x", "a//b", ""])
+def test_a_manifest_that_leaves_the_folder_is_refused(bundle: Path, name: str) -> None:
+    _seal(bundle, lambda data: data["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+    with pytest.raises(BundleError, match="may leave the bundle's folder"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "a/../../outside.txt", "..\\outside.txt"])
+def test_zip_slip_is_refused_and_writes_nothing(bundle: Path, tmp_path: Path, name: str) -> None:
+    path = _zip(bundle, tmp_path / "b.zip", lambda archive: archive.writestr(name, "x"))
+    with pytest.raises(BundleError, match="may leave the bundle's folder"):
+        open_bundle(path)
+    assert not list(tmp_path.glob("**/outside.txt"))
+
+
+def test_zip_entries_that_are_doubled_linked_or_encrypted_are_refused(bundle: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duplicate"):
+        path = _zip(bundle, tmp_path / "a.zip", lambda archive: archive.writestr("model.onnx", "x"))
+    with pytest.raises(BundleError, match=r"'model\.onnx' twice"):
+        open_bundle(path)
+
+    def link(archive: zipfile.ZipFile) -> None:
+        info = zipfile.ZipInfo("link")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        archive.writestr(info, "/etc/passwd")
+
+    with pytest.raises(BundleError, match="symlink 'link'"):
+        open_bundle(_zip(bundle, tmp_path / "b.zip", link))
+
+    path = _zip(bundle, tmp_path / "c.zip")
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 8] |= 1  # the encryption bit of the last entry in the directory
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="encrypted"):
+        open_bundle(path)
+
+
+def test_a_zip_bomb_stops_at_the_size_in_the_manifest(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "golden.npz").write_bytes(b"\0" * 50_000_000)
+    path = _zip(bundle, tmp_path / "b.zip")
+    assert path.stat().st_size < 200_000
+    with pytest.raises(BundleError, match=r"golden\.npz unpacks to more than the manifest's"):
+        open_bundle(path)
+
+
+def test_a_manifest_that_asks_for_more_than_the_disk_is_refused(bundle: Path, tmp_path: Path) -> None:
+    _seal(bundle, lambda data: data["files"]["model.onnx"].update(bytes=10**18))
+    with pytest.raises(InputError, match="free: set TMPDIR"):
+        open_bundle(_zip(bundle, tmp_path / "b.zip"))
+
+
+def test_a_folder_packed_with_its_own_name_is_explained(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for file in bundle.iterdir():
+            archive.write(file, f"bundle/{file.name}")
+    with pytest.raises(BundleError, match=r"it lies in 'bundle/manifest\.json'"):
+        open_bundle(tmp_path / "b.zip")
+
+
+def test_a_damaged_zip_entry_is_named(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "b.zip"
+    pack_zip(bundle, path)
+    data = bytearray(path.read_bytes())
+    data[data.index((bundle / "model.onnx").read_bytes()[:64]) + 32] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        open_bundle(path)
+
+
+def test_not_a_bundle_at_all(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle at"):
+        open_bundle(tmp_path / "nothing")
+    (tmp_path / "file").write_bytes(b"hello")
+    with pytest.raises(BundleError, match="neither a folder nor a readable zip"):
+        open_bundle(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match=r"has no manifest\.json"):
+        open_bundle(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(schema_version=99), "schema_version 99, this runtime reads 1"),
+        (lambda data: data.pop("schema_version"), "schema_version None"),
+        (lambda data: data.update(lables=[]), "unknown field 'lables'.*did you mean 'labels'"),
+        (lambda data: data.pop("labels"), "lacks the field 'labels'"),
+        (lambda data: data.update(batch=3), "batch should be str"),
+        (lambda data: data["inputs"][0].update(shape=[1.5]), "shape"),
+    ],
+)
+def test_a_manifest_of_another_form_is_refused(bundle: Path, change, message: str) -> None:
+    _seal(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+
+
+def test_manifest_json_round_trip(make_manifest) -> None:
+    manifest = make_manifest()
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"schema_version": NaN}', "[" * 100_000])
+def test_a_manifest_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(BundleError):
+        Manifest.from_json(text)
+
+
+def test_a_huge_manifest_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "MANIFEST_LIMIT_BYTES", 100)
+    with pytest.raises(BundleError, match="larger than 100 bytes"):
+        open_bundle(bundle)
+
+
+def test_golden_bytes_depend_on_the_cases_only(tmp_path: Path) -> None:
+    x, y = np.arange(6, dtype=np.float32).reshape(2, 3), np.array([1, 2])
+    write_golden(tmp_path / "a.npz", [GoldenCase({"x": x, "m": y}, {"o": y}, {})])
+    write_golden(tmp_path / "b.npz", [GoldenCase({"m": y, "x": np.asfortranarray(x)}, {"o": y}, {})])
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    assert np.load(tmp_path / "a.npz")["0000/input/x"].tolist() == x.tolist()
+
+
+def test_golden_round_trip_keeps_every_case(tmp_path: Path) -> None:
+    arrays = {
+        "plain": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a/b.c": np.array(7, np.int64),
+        "half": np.ones((0, 2), np.float16),
+    }
+    cases = [GoldenCase(arrays, {"o": np.arange(i)}, {"o": np.arange(i)}) for i in range(1, 13)]
+    cases.append(dataclasses.replace(cases[0], thresholds=[0.5], margin=[0.1, 0.2]))
+    write_golden(tmp_path / "g.npz", cases)
+    read = read_golden(tmp_path / "g.npz")
+    assert len(read) == 13 and [len(case.torch["o"]) for case in read[:12]] == list(range(1, 13))
+    for name, value in arrays.items():
+        assert read[3].inputs[name].dtype == value.dtype and read[3].inputs[name].shape == value.shape
+    assert read[0].thresholds is None and read[12].margin.tolist() == np.float32([0.1, 0.2]).tolist()
+
+
+def test_golden_refuses_objects_and_empty_cases(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Python objects"):
+        write_npz(tmp_path / "o.npz", {"x": np.array([{}])})
+    with pytest.raises(InputError, match="at least one case"):
+        write_golden(tmp_path / "g.npz", [])
+    with pytest.raises(InputError, match="needs inputs and expected outputs"):
+        write_golden(tmp_path / "g.npz", [GoldenCase({"x": np.ones(1)}, {}, {})])
+
+
+def test_reading_an_npz_is_bounded_and_unpickles_nothing(tmp_path: Path) -> None:
+    np.savez(tmp_path / "pickled.npz", x=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(InputError, match="pickled Python objects"):
+        read_npz(tmp_path / "pickled.npz")
+    np.savez_compressed(tmp_path / "big.npz", x=np.zeros(1_000_000))
+    with pytest.raises(InputError, match="more than the 1000"):
+        read_npz(tmp_path / "big.npz", limit_bytes=1000)
+    # A header that asks for far more memory than the entry holds must not be believed.
+    with zipfile.ZipFile(tmp_path / "liar.npz", "w") as archive:
+        header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
+        header += b" " * (118 - len(header)) + b"\n"
+        archive.writestr("x.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(InputError, match="holds 0 bytes"):
+        read_npz(tmp_path / "liar.npz")
+    (tmp_path / "no.npz").write_bytes(b"no")
+    with pytest.raises(InputError, match="not a readable"):
+        read_npz(tmp_path / "no.npz")
+
+
+@pytest.mark.parametrize("key", ["x", "0000/other/x", "0001/input/x"])
+def test_golden_with_a_foreign_key_or_a_gap_is_refused(tmp_path: Path, key: str) -> None:
+    write_npz(tmp_path / "g.npz", {key: np.ones(1)})
+    with pytest.raises(BundleError, match="export"):
+        read_golden(tmp_path / "g.npz")

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import edgewright.edge_runtime as edge_runtime
+from edgewright.edge_runtime import InputError, cli, pack_zip, write_manifest, write_runtime_archive
+from edgewright.edge_runtime.errors import EdgewrightError
+
+SOURCE = Path(edge_runtime.__file__).parents[2]
+
+
+def _run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pyz") / "edge_runtime.pyz"
+    write_runtime_archive(path)
+    return path
+
+
+def test_verify(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(bundle), "--json", str(tmp_path / "v.json")]) == 0
+    assert "tiny: verified" in capsys.readouterr().out
+    assert json.loads((tmp_path / "v.json").read_text())["passed"] is True
+
+
+def test_verify_that_fails_exits_3(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from edgewright.edge_runtime import open_bundle, write_golden
+
+    with open_bundle(bundle) as opened:
+        cases, manifest = opened.golden(), opened.manifest
+    cases[0].torch["scores"] = cases[0].torch["scores"] + 1
+    write_golden(bundle / "golden.npz", cases)
+    write_manifest(bundle, manifest)
+    assert cli.main(["verify", str(bundle)]) == 3
+    assert "FAILED: case 0000, against torch, output 'scores'" in capsys.readouterr().out
+
+
+def test_predict(bundle: Path, tmp_path: Path, rows: np.ndarray, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", rows)
+    np.savez(tmp_path / "x.npz", x=rows)
+    json_path = tmp_path / "p.json"
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), "--json", str(json_path)]) == 0
+    first = capsys.readouterr().out
+    assert re.match(r"row 0: (ant|bee|cat|dog)  score 0\.\d{4}  exit [012]\n", first)
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npz")]) == 0
+    assert capsys.readouterr().out == first
+    data = json.loads(json_path.read_text())
+    assert len(data["scores"]) == 3 and data["schema_version"] == 1
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), "--thresholds", "2,0"]) == 0
+    assert capsys.readouterr().out.count("exit 1") == 3
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), "--operating-point", "deep"]) == 0
+    assert capsys.readouterr().out.count("exit 2") == 3
+
+
+def test_predict_writes_nan_as_null(flat_bundle: Path, tmp_path: Path, rows: np.ndarray) -> None:
+    rows[0] = np.nan
+    np.save(tmp_path / "x.npy", rows)
+    json_path = tmp_path / "p.json"
+    assert cli.main(["predict", str(flat_bundle), str(tmp_path / "x.npy"), "--json", str(json_path)]) == 0
+    scores = json.loads(json_path.read_text())["scores"]
+    assert scores[0][0] is None and scores[1][0] is not None
+
+
+def test_predict_an_image(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    images.fromarray(pixels).save(tmp_path / "x.png")
+    np.save(tmp_path / "x.npy", pixels)
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.png")]) == 0
+    from_image = capsys.readouterr().out
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy")]) == 0
+    assert capsys.readouterr().out == from_image
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    assert cli.main(["predict", str(bundle), str(tmp_path / "bad.png")]) == 2
+    assert cli.main(["predict", str(bundle), str(tmp_path / "none.png")]) == 2
+
+
+def test_an_image_without_pillow(bundle: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "x.png").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.png")]) == 2
+    assert "needs Pillow" in capsys.readouterr().err
+
+
+def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", str(bundle), "--threads", "1", "--min-seconds", "0.1", "--min-samples", "70"]
+    files = ["--json", str(tmp_path / "b.json"), "--samples-file", str(tmp_path / "s.npy")]
+    assert cli.main([*arguments, *files]) == 0
+    assert "95 % interval" in capsys.readouterr().out
+    row = json.loads((tmp_path / "b.json").read_text())
+    assert row["session"]["intra"] == 1 and row["samples_file"] == "s.npy"
+
+
+def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor", "--json", str(tmp_path / "d.json")])
+    assert json.loads((tmp_path / "d.json").read_text())["ok"] is (code == 0)
+    assert onnxruntime.__version__ in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_a_code(bundle: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    assert cli.main(["verify", str(tmp_path / "none")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no bundle at") and len(error.splitlines()) == 1
+    with pytest.raises(InputError):
+        cli.main(["verify", str(tmp_path / "none"), "--debug"])
+    assert cli.main(["verify", str(bundle), "--json", str(tmp_path / "no" / "v.json")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("edgewright.edge_runtime.verification.verify", broken)
+    assert cli.main(["verify", str(bundle)]) == EdgewrightError.exit_code == 1
+    assert "internal error: RuntimeError: a bug; run again with --debug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["verfy"], ["predict", "b"], ["bench", "b", "--thresholds", "x"]])
+def test_usage_errors_exit_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+
+
+def test_without_onnxruntime_the_message_says_so(bundle: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+    def missing(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr("edgewright.edge_runtime.verification.verify", missing)
+    assert cli.main(["verify", str(bundle)]) == 5
+    assert "onnxruntime is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers() and shutil.which("nvidia-smi") is not None,
+    reason="needs a machine without CUDA",
+)
+def test_a_provider_that_is_not_there_exits_5(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(bundle), "--provider", "cuda"]) == 5
+    error = capsys.readouterr().err
+    assert "CUDAExecutionProvider was asked for" in error and "Traceback" not in error
+    assert cli.main(["verify", str(bundle), "--provider", "cuda", "--allow-fallback"]) == 0
+
+
+def test_as_a_module(bundle: Path) -> None:
+    done = _run("-m", "edgewright.edge_runtime", "verify", bundle)
+    assert done.returncode == 0, done.stderr
+    assert "tiny: verified" in done.stdout
+    done = _run("-m", "edgewright.edge_runtime", "verify", bundle / "none")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_help_imports_neither_numpy_nor_onnxruntime() -> None:
+    code = (
+        "import sys; from edgewright.edge_runtime import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('numpy', 'onnxruntime') if name in sys.modules])"
+    )
+    assert _run("-c", code).stdout.splitlines()[-1] == "[]"
+
+
+def test_the_package_imports_nothing_but_numpy_and_onnxruntime() -> None:
+    # What a bare numpy + onnxruntime import brings along is theirs; everything beyond it would be ours.
+    code = """
+import json, sys
+import numpy, onnxruntime
+before = set(sys.modules)
+import edgewright.edge_runtime as package
+for name in package.__all__:
+    getattr(package, name)
+import edgewright.edge_runtime.cli
+tops = {name.split('.')[0] for name in set(sys.modules) - before}
+print(json.dumps(sorted(tops - set(sys.stdlib_module_names) - {'edgewright'})))
+print(json.dumps(sorted(
+    name for name in ('torch', 'onnx', 'typer', 'rich', 'pydantic', 'yaml') if name in sys.modules)))
+"""
+    done = _run("-c", code)
+    assert done.returncode == 0, done.stderr
+    beyond, forbidden = map(json.loads, done.stdout.splitlines())
+    assert set(beyond) <= {"numpy", "onnxruntime"} and forbidden == []
+
+
+def test_all_is_what_can_be_imported() -> None:
+    for name in edge_runtime.__all__:
+        assert getattr(edge_runtime, name) is not None
+    assert sorted(edge_runtime.__all__) == edge_runtime.__all__ == sorted(edge_runtime._WHERE)
+    assert set(edge_runtime.__all__) <= set(dir(edge_runtime))
+    with pytest.raises(AttributeError, match="nothing_like_this"):
+        edge_runtime.nothing_like_this  # noqa: B018
+
+
+class TestArchive:
+    def test_bytes_depend_on_the_sources_only(self, pyz: Path, tmp_path: Path) -> None:
+        write_runtime_archive(tmp_path / "again.pyz")
+        assert (tmp_path / "again.pyz").read_bytes() == pyz.read_bytes()
+
+    def test_verify_and_predict_in_isolation(self, pyz: Path, bundle: Path, tmp_path: Path, rows) -> None:
+        pack_zip(bundle, tmp_path / "b.zip")
+        done = _run("-I", pyz, "verify", tmp_path / "b.zip", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "tiny: verified" in done.stdout
+        np.save(tmp_path / "x.npy", rows)
+        done = _run("-I", pyz, "predict", bundle, tmp_path / "x.npy", cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.startswith("row 0: ")
+
+    def test_bench_starts_its_child_from_inside_the_archive(self, pyz: Path, bundle: Path, tmp_path: Path) -> None:
+        json_path = tmp_path / "b.json"
+        options = ["--min-seconds", "0", "--min-samples", "20", "--json", json_path]
+        done = _run("-I", pyz, "bench", bundle, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(json_path.read_text())["status"] == "ok"
+
+    def test_a_tampered_bundle_exits_2(self, pyz: Path, bundle: Path) -> None:
+        with (bundle / "model.onnx").open("ab") as stream:
+            stream.write(b"!")
+        done = _run("-I", pyz, "verify", bundle)
+        assert done.returncode == 2 and "model.onnx has" in done.stderr and "Traceback" not in done.stderr
+
+    def test_it_may_lie_inside_the_bundle(self, pyz: Path, bundle: Path) -> None:
+        from edgewright.edge_runtime import open_bundle
+
+        with open_bundle(bundle) as opened:
+            manifest = opened.manifest
+        shutil.copy(pyz, bundle / "edge_runtime.pyz")
+        assert "edge_runtime.pyz" in write_manifest(bundle, manifest).files
+        done = _run("-I", bundle / "edge_runtime.pyz", "verify", bundle)
+        assert done.returncode == 0, done.stderr

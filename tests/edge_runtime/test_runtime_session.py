@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgewright.edge_runtime import (
+    BundleError,
+    EdgewrightError,
+    InputError,
+    ProviderError,
+    load,
+    open_bundle,
+    pack_zip,
+    session_on,
+)
+from edgewright.edge_runtime import providers as providers_module
+from edgewright.edge_runtime.onnx_file import with_vector
+from edgewright.edge_runtime.preprocess import preprocess_image
+from edgewright.edge_runtime.providers import CPU, placement_of, provider_names, session_providers
+
+CUDA = "CUDAExecutionProvider"
+
+
+def test_predict_gives_what_the_network_gives(bundle: Path, net, rows: np.ndarray) -> None:
+    with load(bundle, threads=1) as runner:
+        prediction = runner.predict(rows)
+        one = runner.predict(rows[1])
+    want, _ = net.run(rows, np.array(runner.thresholds, np.float32))
+    assert prediction.label.tolist() == want["label"].tolist() and prediction.label.dtype == np.int64
+    assert prediction.exit_index.tolist() == want["exit_index"].tolist()
+    np.testing.assert_allclose(prediction.scores, want["scores"], atol=1e-5)
+    names = ["ant", "bee", "cat", "dog"]
+    assert prediction.label_names == [names[i] for i in prediction.label]
+    assert one.label.tolist() == [prediction.label[1]] and one.scores.shape == (1, 4)
+
+
+def test_a_zip_lives_as_long_as_its_runner(bundle: Path, tmp_path: Path, rows: np.ndarray) -> None:
+    pack_zip(bundle, tmp_path / "b.zip")
+    runner = load(tmp_path / "b.zip")
+    folder = runner.path.parent
+    assert folder.is_dir() and runner.predict(rows).label.shape == (3,)
+    runner.close()
+    assert not folder.exists()
+
+
+def test_a_failed_load_leaves_no_folder_behind(bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    pack_zip(bundle, tmp_path / "b.zip")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    with pytest.raises(InputError):
+        load(tmp_path / "b.zip", optimization_level="most")
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_an_open_bundle_stays_open(bundle: Path, rows: np.ndarray) -> None:
+    with open_bundle(bundle) as opened:
+        with load(opened) as first:
+            label = first.predict(rows).label
+        with load(opened, threads=2) as second:
+            assert second.predict(rows).label.tolist() == label.tolist()
+
+
+def test_logits_become_probabilities(flat_bundle: Path, rows: np.ndarray) -> None:
+    with load(flat_bundle) as runner:
+        prediction = runner.predict(rows)
+        logits = runner.run({"x": rows})["logits"]
+    np.testing.assert_allclose(prediction.scores.sum(axis=1), 1, rtol=1e-6)
+    assert prediction.label.tolist() == logits.argmax(axis=1).tolist()
+    assert prediction.exit_index.tolist() == [0, 0, 0] and prediction.scores.dtype == np.float32
+
+
+def test_nan_is_passed_on_and_shows(bundle: Path, flat_bundle: Path, rows: np.ndarray) -> None:
+    rows[1, 0, 0, 0] = np.nan
+    for path in (bundle, flat_bundle):
+        with load(path) as runner:
+            scores = runner.predict(rows).scores
+        assert np.isnan(scores[1]).any() and np.isfinite(scores[[0, 2]]).all()
+
+
+def test_a_batch_in_a_single_row_model_is_looped(bundle: Path, rows: np.ndarray) -> None:
+    with load(bundle) as runner:
+        outputs = runner.run_rows({"x": rows})
+        parts = [runner.run({"x": rows[i : i + 1]}) for i in range(3)]
+    for name, value in outputs.items():
+        assert np.array_equal(value, np.concatenate([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({}, r"input 'x' is missing: wanted float32 \[1, 3, 6, 6\]"),
+        ({"y": np.zeros(1)}, "unknown input 'y'.*the model takes x"),
+        ({"X": np.zeros(1)}, "unknown input 'X'"),
+        ({"x": np.zeros((1, 3, 6, 6))}, r"got float64 \[1, 3, 6, 6\]: convert it with \.astype\('float32'\)"),
+        (
+            {"x": np.zeros((1, 3, 6, 7), np.float32)},
+            r"wanted .*\[1, 3, 6, 6\], got float32 \[1, 3, 6, 7\]",
+        ),
+        ({"x": np.zeros((3, 6, 6), np.float32)}, r"got float32 \[3, 6, 6\]"),
+        ({"x": np.zeros((2, 3, 6, 6), np.float32)}, "one row a run, use predict"),
+        ({"x": np.zeros((1, 3, 6, 6), ">f4")}, "got >f4"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_named(bundle: Path, feeds, message: str) -> None:
+    with load(bundle) as runner, pytest.raises(InputError, match=message):
+        runner.run(feeds)
+
+
+def test_an_empty_batch_is_refused(bundle: Path, flat_bundle: Path) -> None:
+    empty = np.zeros((0, 3, 6, 6), np.float32)
+    with load(flat_bundle) as runner, pytest.raises(InputError, match="'x' is empty"):
+        runner.run({"x": empty})
+    with load(bundle) as runner, pytest.raises(InputError, match="at least one"):
+        runner.predict(empty)
+
+
+def _two_input_model(path: Path) -> Path:
+    nodes = [helper.make_node("Add", ["a", "b"], ["sum"], name="add")]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", "time"]) for n in "ab"]
+    outputs = [helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", "time"])]
+    graph = helper.make_graph(nodes, "two", inputs, outputs)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def test_a_bare_model_with_two_inputs(tmp_path: Path) -> None:
+    runner = session_on(_two_input_model(tmp_path / "two.onnx"))
+    a, b = np.ones((2, 3), np.float32), np.ones((2, 4), np.float32)
+    assert runner.run({"a": a, "b": a})["sum"].tolist() == (2 * a).tolist()
+    with pytest.raises(InputError, match="axis 'time' has 4 and is 3 in input 'a'"):
+        runner.run({"a": a, "b": b})
+    with pytest.raises(InputError, match="has 2 inputs: give a mapping"):
+        runner.predict(a)
+    with pytest.raises(InputError, match="neither 'label' nor 'logits'"):
+        runner.predict({"a": a, "b": a})
+
+
+def test_a_failure_inside_the_graph_names_the_file(tmp_path: Path) -> None:
+    node = helper.make_node("Gather", ["table", "i"], ["row"], name="gather")
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("row", TensorProto.FLOAT, [1])],
+        [numpy_helper.from_array(np.zeros(3, np.float32), "table")],
+    )
+    path = tmp_path / "gather.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    with pytest.raises(EdgewrightError, match=r"failed while running .*gather\.onnx"):
+        session_on(path).run({"i": np.array([9])})
+
+
+@pytest.mark.parametrize("level", ["disabled", "basic", "extended", "all"])
+@pytest.mark.parametrize(("thresholds", "wanted"), [((0, 0), 0), ((2, 0), 1), ((2, 2), 2)])
+def test_thresholds_force_every_exit_at_every_optimization_level(
+    bundle: Path, rows: np.ndarray, level: str, thresholds, wanted: int
+) -> None:
+    # The graph reads thresholds[k] with a constant index: with SessionOptions.add_initializer the value in
+    # the file is folded in from "basic" on, and the new one silently ignored.
+    with load(bundle, thresholds=thresholds, optimization_level=level) as runner:
+        assert runner.predict(rows).exit_index.tolist() == [wanted] * 3
+        assert runner.thresholds == thresholds
+
+
+def test_an_operating_point_by_name(bundle: Path, rows: np.ndarray) -> None:
+    with load(bundle, operating_point="deep") as runner:
+        assert runner.predict(rows).exit_index.tolist() == [2, 2, 2]
+    with load(bundle) as stored, load(bundle, operating_point="default") as named:
+        assert stored.thresholds == pytest.approx(named.thresholds)
+        assert stored.predict(rows).exit_index.tolist() == named.predict(rows).exit_index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thresholds": [0.5]}, r"has 2 thresholds, got 1"),
+        ({"thresholds": [0.5, float("nan")]}, "must be finite"),
+        ({"thresholds": [0.5, 1e300]}, "finite in float32"),
+        ({"operating_point": "depe"}, "did you mean 'deep'"),
+        ({"operating_point": "deep", "thresholds": [1, 1]}, "not both"),
+        ({"threads": 0}, "positive number"),
+        ({"optimization_level": "most"}, "use disabled, basic, extended, all"),
+        ({"providers": "cdua"}, "did you mean 'cuda'"),
+        ({"providers": []}, "empty"),
+    ],
+)
+def test_options_that_do_not_fit(bundle: Path, options, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load(bundle, **options)
+
+
+def test_thresholds_for_a_model_without_exits(flat_bundle: Path) -> None:
+    with pytest.raises(InputError, match="no early exits"):
+        load(flat_bundle, thresholds=[0.5])
+    with pytest.raises(InputError, match="no initializer 'thresholds'"):
+        session_on(flat_bundle / "model.onnx", thresholds=[0.5])
+
+
+def test_setting_a_vector_in_a_file(bundle: Path, tmp_path: Path) -> None:
+    path = bundle / "model.onnx"
+    changed = onnx.load_from_string(with_vector(path, "thresholds", [0.25, 0.75]))
+    original = onnx.load(path)
+    values = {t.name: numpy_helper.to_array(t) for t in changed.graph.initializer}
+    assert values["thresholds"].tolist() == [0.25, 0.75]
+    for tensor in original.graph.initializer:
+        if tensor.name == "thresholds":
+            # The other way to store floats, as torch or hand-written models do.
+            tensor.CopyFrom(helper.make_tensor("thresholds", TensorProto.FLOAT, [2], [0.1, 0.2]))
+    onnx.save(original, tmp_path / "floats.onnx")
+    again = onnx.load_from_string(with_vector(tmp_path / "floats.onnx", "thresholds", [0.25, 0.75]))
+    stored = {t.name: numpy_helper.to_array(t).tolist() for t in again.graph.initializer}
+    assert stored == {name: value.tolist() for name, value in values.items()}
+    for name, given, message in (
+        ("thresholds", [1.0], "has 2 values, got 1"),
+        ("body0.weight", [1.0], "no float32 vector"),
+        ("at0", [1.0], "no float32 vector"),
+        ("nothing", [1.0], "no initializer"),
+    ):
+        with pytest.raises(InputError, match=message):
+            with_vector(path, name, given)
+    data = path.read_bytes()
+    for cut in (1, 10, 100, len(data) // 2):
+        (tmp_path / "cut.onnx").write_bytes(data[:cut])
+        with pytest.raises(InputError):
+            with_vector(tmp_path / "cut.onnx", "thresholds", [0.25, 0.75])
+
+
+def test_weights_beside_the_model_are_found_when_thresholds_are_set(
+    bundle: Path, tmp_path: Path, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "external"
+    folder.mkdir()
+    model = onnx.load(bundle / "model.onnx")
+    onnx.save(
+        model,
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="model.onnx.data",
+        size_threshold=100,
+    )
+    assert (folder / "model.onnx.data").stat().st_size > 1000
+    monkeypatch.chdir(tmp_path)
+    runner = session_on("external/model.onnx", thresholds=[2, 0])
+    assert runner.predict(rows).exit_index.tolist() == [1, 1, 1]
+
+
+def test_weights_outside_the_folder_are_refused(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "external"
+    folder.mkdir()
+    model = onnx.load(bundle / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="w.data", size_threshold=100)
+    shutil.move(folder / "w.data", tmp_path / "w.data")
+    data = (folder / "model.onnx").read_bytes()
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../w.data"
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    assert data != (folder / "model.onnx").read_bytes()
+    with pytest.raises(InputError, match="cannot load"):
+        session_on(folder / "model.onnx")
+
+
+def test_a_model_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no model at"):
+        session_on(tmp_path / "none.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"cannot load .*bad\.onnx"):
+        session_on(tmp_path / "bad.onnx")
+
+
+def test_a_manifest_that_is_not_the_models(bundle: Path, flat_bundle: Path) -> None:
+    with open_bundle(bundle) as opened, pytest.raises(BundleError, match="the graph's outputs are"):
+        session_on(flat_bundle / "model.onnx", manifest=opened.manifest)
+
+
+def test_the_optimized_graph_can_be_kept(bundle: Path, tmp_path: Path) -> None:
+    session_on(bundle / "model.onnx", optimization_level="basic", optimized_path=tmp_path / "o.onnx")
+    assert onnx.load(tmp_path / "o.onnx").graph.node
+
+
+def test_placement_is_reported(bundle: Path) -> None:
+    with load(bundle) as runner:
+        placement = runner.placement
+    assert placement.requested == placement.session == (CPU,)
+    if placement.nodes_per_provider is not None:
+        assert placement.nodes_per_provider[CPU] > 3
+    assert placement.cpu_nodes == () and placement.to_dict()["method"]
+
+
+def test_placement_where_the_runtime_records_none() -> None:
+    class Session:
+        def __init__(self, *names: str) -> None:
+            self.names = names
+
+        def get_providers(self) -> list[str]:
+            return list(self.names)
+
+    assert placement_of(Session(CPU), (CPU,), False).method == "the CPU is the session's only provider"
+    strict = placement_of(Session(CUDA, CPU), (CUDA,), True)
+    assert strict.method == "session.disable_cpu_ep_fallback" and strict.nodes_per_provider is None
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="needs a machine without CUDA")
+class TestWithoutCuda:
+    @pytest.mark.parametrize("provider", ["cuda", "tensorrt", CUDA])
+    def test_asking_for_it_fails_and_says_what_to_do(self, bundle: Path, provider: str) -> None:
+        with pytest.raises(ProviderError) as caught:
+            load(bundle, providers=[provider])
+        text = str(caught.value)
+        assert provider_names(provider)[0] in text
+        assert "install onnxruntime-gpu" in text and "--allow-fallback" in text and caught.value.exit_code == 5
+
+    def test_fallback_is_allowed_on_request_and_reported(self, bundle: Path, rows: np.ndarray) -> None:
+        with load(bundle, providers=["cuda"], allow_fallback=True) as runner:
+            assert runner.predict(rows).label.shape == (3,)
+            assert runner.placement.requested == (CUDA,) and runner.placement.session == (CPU,)
+            assert runner.placement.nodes_per_provider is None or runner.placement.cpu_nodes
+            assert not runner.placement.strict
+
+    def test_a_list_with_the_cpu_in_it_is_not_an_excuse(self, bundle: Path) -> None:
+        with pytest.raises(ProviderError):
+            load(bundle, providers=["cuda", "cpu"])
+
+
+def test_providers_that_this_build_does_not_have() -> None:
+    with pytest.raises(ProviderError, match="QNNExecutionProvider was asked for, this ONNX Runtime has CPU"):
+        session_providers(["QNNExecutionProvider"], [CPU], allow_fallback=False)
+    assert session_providers(["QNNExecutionProvider"], [CPU], allow_fallback=True) == [CPU]
+    assert provider_names(None) == (CPU,)
+    assert provider_names(["trt", "cuda", "cuda"]) == ("TensorrtExecutionProvider", CUDA)
+    assert "the session has" in str(providers_module.not_started([CUDA], [CPU]))
+
+
+class TestPreprocess:
+    def test_images_are_resized_and_normalised(self, bundle: Path) -> None:
+        image = np.random.default_rng(0).integers(0, 256, (17, 11, 3), dtype=np.uint8)
+        with load(bundle) as runner:
+            assert runner.manifest is not None
+            pixels = preprocess_image(image, runner.manifest.preprocessing)
+            assert pixels.shape == (1, 3, 6, 6) and pixels.dtype == np.float32
+            by_hand, by_itself = runner.predict(pixels), runner.predict(image)
+            both = runner.predict(np.stack([image, image]))
+        assert np.array_equal(by_hand.scores, by_itself.scores)
+        assert both.label.tolist() == by_itself.label.tolist() * 2
+
+    def test_without_resizing_the_formula_is_exact(self, bundle: Path) -> None:
+        with open_bundle(bundle) as opened:
+            image = np.arange(108, dtype=np.uint8).reshape(6, 6, 3)
+            pixels = preprocess_image(image, opened.manifest.preprocessing)
+        want = (image.astype(np.float32) / 255 - 0.5) / 0.25
+        np.testing.assert_allclose(pixels[0], want.transpose(2, 0, 1), rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("size", [(5, 9), (64, 48), (13, 40), (20, 30), (1, 1)])
+    def test_resizing_is_pillows(self, size: tuple[int, int]) -> None:
+        images = pytest.importorskip("PIL.Image")
+        from edgewright.edge_runtime.preprocess import resize_bilinear
+
+        image = np.random.default_rng(0).random((20, 30), np.float32)
+        want = np.asarray(images.fromarray(image).resize((size[1], size[0]), images.Resampling.BILINEAR), np.float32)
+        got = resize_bilinear(image[None, :, :, None], size)[0, :, :, 0]
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+    @pytest.mark.parametrize("shape", [(6, 6), (6, 6, 1), (3, 6, 6), (0, 6, 3), (1, 1, 6, 6, 3)])
+    def test_images_of_another_form_are_refused(self, bundle: Path, shape: tuple[int, ...]) -> None:
+        with load(bundle) as runner, pytest.raises(InputError, match=r"uint8 \[H, W, 3\]"):
+            runner.predict(np.zeros(shape, np.uint8))

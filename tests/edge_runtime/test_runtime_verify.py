@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgewright.edge_runtime import GoldenCase, ParityError, open_bundle, verify, write_golden, write_manifest
+
+
+def _rewrite(folder: Path, change_case=None, case: int = 0, **tolerances: float) -> None:
+    """Changes one golden case or the tolerances and seals the bundle again."""
+    with open_bundle(folder) as opened:
+        cases, manifest = opened.golden(), opened.manifest
+    if change_case is not None:
+        cases[case] = change_case(cases[case])
+    write_golden(folder / "golden.npz", cases)
+    changed = dataclasses.replace(manifest.tolerances, **tolerances)
+    write_manifest(folder, dataclasses.replace(manifest, tolerances=changed))
+
+
+def _with(case: GoldenCase, group: str, name: str, change) -> GoldenCase:
+    values = {key: np.array(value) for key, value in getattr(case, group).items()}
+    values[name] = change(values[name])
+    return dataclasses.replace(case, **{group: values})
+
+
+def test_passes_and_covers_every_exit(bundle: Path) -> None:
+    report = verify(bundle)
+    assert report.passed, report.text()
+    assert (report.exits_covered, report.exits_total) == (3, 3)
+    assert report.label_agreement == report.exit_agreement == 1.0
+    assert report.rows == 48 and report.cases == 4
+    assert set(report.max_abs_diff) == {"reference", "torch"}
+    assert len(report.text().splitlines()) < 20
+    report.raise_if_failed()
+    data = json.loads(report.to_json())
+    assert data["passed"] and data["schema_version"] == 1
+
+
+@pytest.mark.parametrize("level", ["disabled", "basic", "extended", "all"])
+def test_passes_at_every_optimization_level(bundle: Path, level: str) -> None:
+    assert verify(bundle, optimization_level=level, threads=1).passed
+
+
+def test_a_model_without_exits(flat_bundle: Path) -> None:
+    report = verify(flat_bundle)
+    assert report.passed, report.text()
+    assert report.label_agreement is None and report.exits_total == 0
+
+
+def test_a_number_beyond_the_tolerance_is_named(bundle: Path) -> None:
+    def nudge(scores: np.ndarray) -> np.ndarray:
+        scores[4, 2] += 0.01
+        return scores
+
+    _rewrite(bundle, lambda case: _with(case, "torch", "scores", nudge), case=1)
+    report = verify(bundle)
+    (finding,) = report.findings
+    assert (finding.case, finding.against, finding.output, finding.row) == (1, "torch", "scores", 4)
+    with pytest.raises(ParityError, match=r"case 0001, against torch, output 'scores', row 4: max \|diff\| 0\.01"):
+        report.raise_if_failed()
+
+
+def test_nan_in_the_reference_fails(bundle: Path) -> None:
+    def spoil(scores: np.ndarray) -> np.ndarray:
+        scores[0, 0] = np.nan
+        return scores
+
+    _rewrite(bundle, lambda case: _with(case, "reference", "scores", spoil))
+    assert "NaN: 0 got, 1 wanted" in verify(bundle).text()
+
+
+def _flip_row_two(values: np.ndarray) -> np.ndarray:
+    values[2] = (values[2] + 1) % 3
+    return values
+
+
+@pytest.mark.parametrize("output", ["label", "exit_index"])
+def test_a_flip_fails_when_its_margin_is_large(bundle: Path, output: str) -> None:
+    _rewrite(bundle, lambda case: _with(case, "torch", output, _flip_row_two))
+    report = verify(bundle)
+    (finding,) = report.findings
+    assert (finding.output, finding.row) == (output, 2) and "margin" in finding.message
+    assert not report.excused
+
+
+def test_a_flip_within_the_numeric_error_is_excused_and_listed(bundle: Path) -> None:
+    def change(case: GoldenCase) -> GoldenCase:
+        case = _with(case, "torch", "exit_index", _flip_row_two)
+        # Another exit has other scores: those of the flipped row are not held against it.
+        case = _with(case, "torch", "scores", lambda s: np.where(np.arange(len(s))[:, None] == 2, s + 1, s))
+        margin = np.array(case.margin)
+        margin[2] = 1e-7
+        return dataclasses.replace(case, margin=margin)
+
+    _rewrite(bundle, change, flip_margin=1e-6)
+    report = verify(bundle)
+    assert report.passed, report.text()
+    (flip,) = report.excused
+    assert (flip.case, flip.row, flip.output) == (0, 2, "exit_index")
+    assert report.exit_agreement is not None and report.exit_agreement < 1
+    assert "excused: case 0000" in report.text()
+
+
+def test_an_exit_that_no_case_takes_fails(bundle: Path) -> None:
+    with open_bundle(bundle) as opened:
+        cases, manifest = opened.golden(), opened.manifest
+    write_golden(bundle / "golden.npz", cases[1:3])
+    write_manifest(bundle, manifest)
+    report = verify(bundle)
+    assert report.exits_covered == 2
+    assert "no case leaves by exit 2" in report.text()
+
+
+def test_missing_and_misshapen_records_are_findings(bundle: Path) -> None:
+    def change(case: GoldenCase) -> GoldenCase:
+        reference = {k: v for k, v in case.reference.items() if k != "scores"}
+        torch = {**case.torch, "scores": case.torch["scores"][:, :3], "label": case.torch["label"][:5]}
+        return dataclasses.replace(case, reference=reference, torch=torch)
+
+    _rewrite(bundle, change)
+    text = verify(bundle).text()
+    assert "is not among the recorded ones" in text
+    assert "shape [12, 4], wanted [12, 3]" in text and "shape [12], wanted [5]" in text
+
+
+def test_many_failures_still_fit_one_screen(bundle: Path) -> None:
+    _rewrite(bundle, lambda case: _with(case, "torch", "label", lambda v: (v + 1) % 4), case=0)
+    _rewrite(bundle, lambda case: _with(case, "torch", "label", lambda v: (v + 1) % 4), case=1)
+    report = verify(bundle)
+    assert len(report.findings) == 24
+    assert len(report.text().splitlines()) < 30 and "and 12 more failures" in report.text()
