@@ -1,11 +1,12 @@
 """Rules that decide, row by row, whether a network with several heads may stop.
 
-A policy is tensor algebra on ``[N, C]`` logits without any data-dependent control flow. The same functions serve
-the threshold search (on cached logits), `MultiExit.forward` and the ONNX export, which captures them and places
-them in front of each `If`; so every operation here is one that a device pays for at each exit.
+A policy is tensor algebra on ``[N, C]`` logits without any data-dependent control flow. The same functions
+serve the threshold search (on cached logits, under `torch.vmap` over thresholds), `MultiExit.forward` and
+the ONNX export, which captures them and places them in front of each `If`; so every operation here is one
+that a device pays for at each exit.
 
-The state that travels from one exit to the next is at most one bool tensor ``excluded [N, C]``. Rows never influence each
-other. A row with NaN logits is never decided and keeps its NaN to the end.
+The state that travels from one exit to the next is at most one bool tensor ``excluded [N, C]``. Rows never
+influence each other. A row whose logits are all NaN is never decided and keeps its NaN to the end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Decision(NamedTuple):
 
 
 class ExitPolicy(Protocol):
-    """The contract; implementations are registered in `POLICIES`."""
+    """The contract; implementations are in `POLICIES`. Thresholds lie between `never` and `always`."""
 
     name: ClassVar[str]
     never: ClassVar[float]
@@ -41,8 +42,9 @@ class ExitPolicy(Protocol):
 
         Args:
             logits: float [N, C], of this exit's head.
-            threshold: float [], of this exit.
-            excluded: bool [N, C] from the exit before; None at the first exit and for policies without memory.
+            threshold: float32 [], of this exit.
+            excluded: bool [N, C] from the exit before; None at the first exit and for policies without
+                memory.
         """
         ...
 
@@ -50,18 +52,26 @@ class ExitPolicy(Protocol):
         """Probabilities float32 [N, C] at the network's own end, for rows that no exit decided."""
         ...
 
-    def margin(self, logits: Tensor, threshold: Tensor) -> Tensor:
-        """Distance float [N] of the closest comparison of this exit to flipping; what numeric error must stay below."""
+    def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
+        """float64 [N]: all logits of a row may move by less than this and `decided` and `excluded` stay.
+
+        In units of a logit, infinity where nothing can flip. Arguments as for `decide`. It is measured as
+        half the distance of two logarithms of probabilities (moving all logits by e moves such a distance
+        by at most 2e), so it also shrinks where a sigmoid saturates and float32 tells two classes apart by
+        a few bits only.
+        """
         ...
 
 
 class ClassExclusion:
-    """An exit excludes the classes it is sure are wrong; the row leaves when one is left (METHODS §2.4, arXiv 2309.13443).
+    """An exit excludes the classes it is sure are wrong; the row leaves when one is left.
 
-    With ``q = sigmoid(logits)`` a class stays while ``q >= beta * max(q)``; the current favourite is readmitted.
-    Exclusions are remembered from exit to exit. The comparison is ``>=`` where the release has ``>``, so that
-    ``beta = 0`` excludes nothing even where a sigmoid underflows to 0; for ``0 < beta < 1`` the two differ only on
-    exact equality. Classes that tie exactly for favourite are all readmitted, so such a row does not leave.
+    METHODS §2.4, arXiv 2309.13443.
+    With ``q = sigmoid(logits)`` a class stays while ``q >= beta * max(q)``, ``0 <= beta <= 1``. Exclusions
+    are remembered from exit to exit; only the current favourite is readmitted. The comparison is ``>=``
+    where the release has ``>``, so that ``beta = 0`` excludes nothing even where a sigmoid underflows to 0,
+    and ``beta = 1`` keeps the favourite; in between the two differ only on exact equality. Classes that tie
+    exactly for favourite are all readmitted (the release readmits the first), so such a row does not leave.
     """
 
     name: ClassVar[str] = "class_exclusion"
@@ -69,33 +79,49 @@ class ClassExclusion:
     always: ClassVar[float] = 1.0
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
-        """See `ExitPolicy.decide`; scores are 1 for the survivor."""
-        q = torch.sigmoid(logits)
+        """See `ExitPolicy.decide`; scores are 1 for the survivor.
+
+        One line for memory, exclusion and readmission: a class that is out must reach the favourite itself,
+        any other one must reach ``beta`` times the favourite.
+        """
+        q = torch.sigmoid(logits.to(torch.float32))
         favourite = q.amax(dim=1, keepdim=True)
-        weak = q < threshold * favourite
+        line = threshold * favourite
         if excluded is not None:
-            weak = (weak | excluded) & (q < favourite)
-        alive = torch.logical_not(weak).to(torch.float32)
+            line = torch.where(excluded, favourite, line)
+        weak = q < line
+        alive = torch.where(weak, 0.0, 1.0)
         return Decision(weak, alive.sum(dim=1) == 1.0, alive)
 
     def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:
         """Softmax over the classes that survived."""
-        if excluded is None:
-            return torch.softmax(logits.to(torch.float32), dim=1)
-        # masked_fill with the finite minimum: infinity would make NaN of a fully excluded row under some runtimes
-        kept = torch.where(excluded, torch.finfo(torch.float32).min, logits.to(torch.float32))
-        return torch.softmax(kept, dim=1)
+        logits = logits.to(torch.float32)
+        if excluded is not None:
+            # the finite minimum: infinity would make NaN of a fully excluded row under some runtimes
+            logits = torch.where(excluded, torch.finfo(torch.float32).min, logits)
+        return torch.softmax(logits, dim=1)
 
-    def margin(self, logits: Tensor, threshold: Tensor) -> Tensor:
-        """Closest of: any class to the line ``beta * max``, and the runner-up to the favourite."""
-        q = torch.sigmoid(logits)
-        top = q.topk(min(2, q.shape[1]), dim=1).values
-        line = (q - threshold * top[:, :1]).abs().amin(dim=1)
-        return torch.minimum(line, top[:, 0] - top[:, -1]) if q.shape[1] > 1 else line
+    def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
+        """See `ExitPolicy.margin`: the class closest to its line.
+
+        The favourite stays whatever beta is, so it counts only where it comes back from exclusion: then the
+        runner-up could take its place.
+        """
+        log_q = torch.nn.functional.logsigmoid(logits.to(torch.float64))
+        best = log_q.topk(min(2, log_q.shape[1]), dim=1)
+        favourite, lead = best.values[:, :1], best.values[:, 0] - best.values[:, -1]
+        line = favourite + threshold.to(torch.float64).log()
+        if excluded is not None:
+            line = torch.where(excluded, favourite, line)
+        distance = (log_q - line).abs().scatter(1, best.indices[:, :1], torch.inf).amin(dim=1)
+        if excluded is not None and log_q.shape[1] > 1:
+            returns = excluded.gather(1, best.indices[:, :1])[:, 0]
+            distance = torch.where(returns, torch.minimum(distance, lead), distance)
+        return distance / 2
 
 
 class MaxProbability:
-    """Leaves when the largest softmax probability exceeds the threshold (METHODS §2.7; SDN, arXiv 1810.07052)."""
+    """Leaves when the largest softmax probability exceeds the threshold (METHODS §2.7; arXiv 1810.07052)."""
 
     name: ClassVar[str] = "max_probability"
     never: ClassVar[float] = 1.0
@@ -112,12 +138,13 @@ class MaxProbability:
         del excluded
         return torch.softmax(logits.to(torch.float32), dim=1)
 
-    def margin(self, logits: Tensor, threshold: Tensor) -> Tensor:
-        """Distance of the largest probability to the threshold, or to the runner-up if that is closer."""
-        p = torch.softmax(logits.to(torch.float32), dim=1)
-        top = p.topk(min(2, p.shape[1]), dim=1).values
-        line = (top[:, 0] - threshold).abs()
-        return torch.minimum(line, top[:, 0] - top[:, -1]) if p.shape[1] > 1 else line
+    def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
+        """See `ExitPolicy.margin`: from the largest probability to the threshold."""
+        del excluded
+        top = torch.log_softmax(logits.to(torch.float64), dim=1).amax(dim=1)
+        threshold = threshold.to(torch.float64)
+        # no float32 softmax exceeds 1, and every one exceeds 0
+        return torch.where((threshold > 0) & (threshold < 1), (top - threshold.log()).abs() / 2, torch.inf)
 
 
 POLICIES: dict[str, type[ClassExclusion] | type[MaxProbability]] = {

@@ -1,8 +1,8 @@
-"""A network with intermediate heads: any base module, linear heads on the outputs of its submodules, one policy."""
+"""A network with intermediate heads: any base module, linear heads on its submodules' outputs, one policy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,32 +18,57 @@ class HeadSpec:
 
     Attributes:
         at: module path inside the base whose output tensor the head reads.
-        features: channels of that output: axis 1 of [N, C, H, W] and [N, C], the last axis of [N, T, C].
+        features: size of that output along the feature axis.
         pool: side of the adaptive average pool for 4-D outputs.
+        axis: the feature axis; None is axis 1 of [N, C, H, W] and [N, C], the last axis of [N, T, C].
+            Swin-like networks have maps [N, H, W, C] (axis 3), one-dimensional convolutions [N, C, T] (axis
+            1).
     """
 
     at: str
     features: int
     pool: int = 1
+    axis: int | None = None
+
+
+class ExitPool(nn.Module):
+    """Averages ``[N, C, H, W] | [N, H, W, C] | [N, T, C] | [N, C, T] | [N, C]`` over the positions.
+
+    The result is [N, features], or [N, features * pool * pool] of a map that is pooled to ``pool x pool``.
+    """
+
+    def __init__(self, spec: HeadSpec, dims: int) -> None:
+        super().__init__()
+        if dims not in (2, 3, 4):
+            raise ValueError(f"the output of {spec.at!r} has {dims} axes; an exit reads 2, 3 or 4")
+        self.dims = dims
+        self.side = spec.pool if dims == 4 else 1
+        self.axis = spec.axis if spec.axis is not None else (2 if dims == 3 else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [N, width]."""
+        if self.dims == 2:
+            # a copy, because an in-place activation may follow and training needs the value; no ONNX node
+            return x.clone()
+        if self.side == 1:
+            # the mean is the same as pooling to 1x1 and becomes one ONNX node
+            return x.mean(dim=[a for a in range(1, self.dims) if a != self.axis])
+        if self.axis == 3:
+            x = x.permute(0, 3, 1, 2)
+        return nn.functional.adaptive_avg_pool2d(x, self.side).flatten(1)
 
 
 class ExitHead(nn.Module):
-    """Pool, flatten, one linear layer: ``[N, C, H, W] | [N, T, C] | [N, C] -> [N, classes]`` (METHODS §2.1)."""
+    """Pool, flatten, one linear layer: a feature to logits [N, classes] (METHODS §2.1)."""
 
     def __init__(self, spec: HeadSpec, classes: int, dims: int) -> None:
         super().__init__()
-        self.dims = dims
-        self.pool = spec.pool
-        self.linear = nn.Linear(spec.features * (spec.pool**2 if dims == 4 else 1), classes)
+        self.pool = ExitPool(spec, dims)
+        self.linear = nn.Linear(spec.features * self.pool.side**2, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits float [N, classes]."""
-        if self.dims == 4:
-            # the mean is the same as pooling to 1x1 and becomes one ONNX node
-            x = x.mean(dim=(2, 3)) if self.pool == 1 else nn.functional.adaptive_avg_pool2d(x, self.pool).flatten(1)
-        elif self.dims == 3:
-            x = x.mean(dim=1)
-        logits: Tensor = self.linear(x)
+        logits: Tensor = self.linear(self.pool(x))
         return logits
 
 
@@ -61,9 +86,9 @@ class ExitOutput(NamedTuple):
 class MultiExit(nn.Module):
     """`base` with K heads, thresholds float32 [K] and a policy.
 
-    Heads read the outputs of named modules of the untouched base through forward hooks, so any module whose output
-    is a tensor is a place for an exit, and the user's forward is not changed. `base` takes its inputs positionally
-    and returns one logits tensor [N, C].
+    Heads read the outputs of named modules of the untouched base through forward hooks, so any module whose
+    output is a tensor is a place for an exit, and the user's forward is not changed. `base` takes its
+    inputs positionally and returns one logits tensor [N, C].
 
     State keys: ``base.<original name>``, ``heads.<i>.linear.*``, ``thresholds``.
     """
@@ -86,37 +111,53 @@ class MultiExit(nn.Module):
             ValueError: a path that `base` does not have, or an unknown policy.
         """
         super().__init__()
-        modules = dict(base.named_modules())
         for spec in heads:
-            if spec.at not in modules:
-                raise ValueError(f"no module {spec.at!r} to put an exit at; `edgewright cuts` lists the places")
+            try:
+                base.get_submodule(spec.at)
+            except AttributeError:
+                raise ValueError(
+                    f"no module {spec.at!r} to put an exit at; `edgewright cuts` lists the places"
+                ) from None
         self.base = base
         self.specs = tuple(heads)
         self.classes = classes
         self.policy: ExitPolicy = policy_named(policy)
         self.heads = nn.ModuleList(ExitHead(s, classes, d) for s, d in zip(heads, dims, strict=True))
-        self.register_buffer("thresholds", torch.full((len(heads),), self.policy.never))
+        self.register_buffer("thresholds", torch.full((len(heads),), self.policy.never, dtype=torch.float32))
 
-    def all_logits(self, *inputs: Tensor) -> list[Tensor]:
-        """Logits [N, C] of every head in order, the base's own last; one forward pass of the base."""
-        features: dict[str, Tensor] = {}
+    def pooled(self, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """One pass of the base: every head's pooled feature [N, width], and the base's own logits [N, C].
 
-        def keep(path: str) -> Any:
+        Raises:
+            RuntimeError: a module with an exit did not run exactly once.
+        """
+        found: dict[int, Tensor] = {}
+
+        def reader(index: int) -> Callable[[nn.Module, Any, Tensor], None]:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-                features[path] = output
+                if index in found:
+                    at = self.specs[index].at
+                    raise RuntimeError(f"module {at!r} runs more than once in forward, so no exit can sit there")
+                # pooled here and not later: what follows may change the output in place, as `x += skip` does
+                found[index] = self.heads[index].get_submodule("pool")(output)
 
             return hook
 
-        handles = [self.base.get_submodule(s.at).register_forward_hook(keep(s.at)) for s in self.specs]
+        handles = [self.base.get_submodule(s.at).register_forward_hook(reader(i)) for i, s in enumerate(self.specs)]
         try:
             last: Tensor = self.base(*inputs)
         finally:
             for handle in handles:
                 handle.remove()
-        missing = [s.at for s in self.specs if s.at not in features]
+        missing = [s.at for i, s in enumerate(self.specs) if i not in found]
         if missing:
-            raise RuntimeError(f"module {missing[0]!r} did not run in forward, so the exit there has nothing to read")
-        return [head(features[s.at]) for head, s in zip(self.heads, self.specs, strict=True)] + [last]
+            raise RuntimeError(f"module {missing[0]!r} did not run in forward, so an exit there has nothing to read")
+        return [found[i] for i in range(len(self.specs))], last
+
+    def all_logits(self, *inputs: Tensor) -> list[Tensor]:
+        """Logits [N, C] of every head in order, the base's own last; one forward pass of the base."""
+        features, last = self.pooled(*inputs)
+        return [head.get_submodule("linear")(x) for head, x in zip(self.heads, features, strict=True)] + [last]
 
     def forward(self, *inputs: Tensor) -> ExitOutput:
         """Runs everything and takes each row's first decided exit; the same in train and eval mode."""
@@ -145,12 +186,22 @@ class MultiExit(nn.Module):
         return ExitOutput(scores.argmax(dim=1), scores, exit_index)
 
     def margins(self, logits: Sequence[Tensor], thresholds: Tensor | None = None) -> Tensor:
-        """Float [N]: the smallest distance of a comparison on each row's path to flipping (see `ExitPolicy.margin`)."""
+        """How far each row is from another answer, float32 [N], in units of a logit.
+
+        While every logit of a row moves by less than this, neither its exit nor its label changes. So a
+        label or exit that differs between two runtimes is explained by numeric error only where the largest
+        difference of a logit is at least the margin. (Where float32 sigmoids or probabilities are
+        themselves only a few bits apart the margin is of their relative precision, 1e-7: an allowance below
+        1e-6 means nothing.) Rows with NaN have margin 0, rows that cannot flip the largest float.
+        """
         thresholds = self.thresholds if thresholds is None else thresholds
         output = self.decide(logits, thresholds)
-        top = output.scores.topk(min(2, self.classes), dim=1).values
-        margin = top[:, 0] - top[:, -1] if self.classes > 1 else top[:, 0]
+        top = output.scores.to(torch.float64).topk(min(2, output.scores.shape[1]), dim=1).values
+        margin = (top[:, 0].log() - top[:, -1].log()) / 2
+        excluded: Tensor | None = None
         for i, head_logits in enumerate(logits[:-1]):
-            passed = output.exit_index >= i
-            margin = torch.where(passed, torch.minimum(margin, self.policy.margin(head_logits, thresholds[i])), margin)
-        return margin
+            here = self.policy.margin(head_logits, thresholds[i], excluded)
+            margin = torch.where(output.exit_index >= i, torch.minimum(margin, here), margin)
+            excluded = self.policy.decide(head_logits, thresholds[i], excluded).excluded
+        largest = torch.finfo(torch.float32).max
+        return torch.nan_to_num(margin, nan=0.0, posinf=largest).clamp(0.0, largest).to(torch.float32)

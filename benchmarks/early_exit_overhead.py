@@ -1,0 +1,75 @@
+"""What exits cost a row that takes none of them: the deepest path against the same network without exits.
+
+Both files are measured in one process, in interleaved blocks of random order. The first figure is the ratio for a
+network large enough that a ratio means something, the second the absolute price per exit on a small one.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgewright.edge_runtime import Contender, interleaved
+from edgewright.export import ExportOptions, export_bundle
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.models.registry import build
+from edgewright.pipeline.cost import cuts
+from edgewright.pipeline.task import ImageClassification
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import Figure, arguments, report
+
+CLASSES = 10
+EXITS = 3
+
+
+def with_exits(model: nn.Module, example: torch.Tensor) -> MultiExit:
+    """Three heads at the places nearest to a quarter, a half and three quarters of the MACs."""
+    places = [cut for cut in cuts(model, (example,)) if len(cut.shape) == 4 and cut.share < 0.95]
+    chosen = [min(places, key=lambda cut: abs(cut.share - (i + 1) / (EXITS + 1))) for i in range(EXITS)]
+    heads = [HeadSpec(cut.path, int(cut.shape[1])) for cut in chosen]
+    return MultiExit(model, heads, [4] * EXITS, CLASSES, "class_exclusion").eval()
+
+
+def measure(model: nn.Module, channels: int, quick: bool, threads: int) -> tuple[Figure, Figure]:
+    """Ratio of the medians, and microseconds per exit, each with its 95 % interval."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(32, channels, 32, 32, generator=generator)
+    task = ImageClassification({"test": (images, torch.arange(32) % CLASSES)}, [str(i) for i in range(CLASSES)])
+    with tempfile.TemporaryDirectory() as folder:
+        plain, exits = Path(folder, "plain"), Path(folder, "exits")
+        export_bundle(model, task, plain, ExportOptions(batch="single"))
+        multi = with_exits(model, images[:1])
+        export_bundle(multi, task, exits)
+        measured = interleaved(
+            {"plain": plain, "exits": Contender(exits, thresholds=[multi.policy.never] * EXITS)},
+            threads=threads,
+            blocks=15 if quick else 60,
+        )
+    print(measured.text())
+    ratio = measured.ratios["exits"]
+    per_block = {name: np.median(ns, axis=1) / 1e3 for name, ns in measured.samples_ns.items()}
+    price = (per_block["exits"] - per_block["plain"]) / EXITS
+    draws = np.random.default_rng(0).choice(price, (2000, len(price)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return Figure(ratio.value, ratio.low, ratio.high), Figure(float(np.median(price)), float(low), float(high))
+
+
+def main() -> None:
+    """Measures both networks."""
+    options = arguments(__doc__ or "")
+    root = Path.cwd()
+    torch.manual_seed(0)
+    figures = {}
+    figures["deepest_path_ratio"], _ = measure(build("zoo:vgg16", {}, root), 3, options.quick, options.threads)
+    _, figures["overhead_us_per_exit"] = measure(build("zoo:resnet_small", {}, root), 1, options.quick, options.threads)
+    report("early_exit_overhead", figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

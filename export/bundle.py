@@ -1,0 +1,304 @@
+"""From a PyTorch model to a proven bundle: capture, simplify, sink, prove, write (DESIGN §4)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgewright.edge_runtime.archive import write_runtime_archive
+from edgewright.edge_runtime.bundle import pack_zip, write_manifest
+from edgewright.edge_runtime.errors import ExportError, InputError
+from edgewright.edge_runtime.feeds import specs_of
+from edgewright.edge_runtime.golden import write_golden
+from edgewright.edge_runtime.manifest import (
+    GOLDEN_FILE,
+    LOGITS,
+    MODEL_FILE,
+    RUNTIME_FILE,
+    Ledger,
+    Manifest,
+    OperatingPoint,
+    PolicySpec,
+    Tolerances,
+)
+from edgewright.edge_runtime.session import session_on
+from edgewright.models.layers.multi_exit import MultiExit
+
+from .capture import capture, logits_name
+from .control_flow import levels, sink
+from .ledger import build_ledger, unique_bytes
+from .node_table import exit_specs, flat_costs, node_table
+from .options import ExportOptions
+from .parity import ParityResult, check_parity
+from .policy_graph import policy_graphs
+from .simplify import FOLDED_BYTES, simplify
+from .source import Source
+
+_FOLDING_LIMIT = 1.001
+"""Stored bytes may exceed the PyTorch model's by this factor: shape constants, folded biases."""
+
+_VERSIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """A written bundle and what it answered on the split that parity was checked on.
+
+    Attributes:
+        path: the bundle's folder.
+        manifest: as written.
+        split: the split.
+        rows: its number of rows that were run.
+        label: int64 [rows], from the exported file.
+        exit_index: int64 [rows], from the exported file.
+    """
+
+    path: Path
+    manifest: Manifest
+    split: str
+    label: NDArray[np.int64]
+    exit_index: NDArray[np.int64]
+
+    @property
+    def mean_macs(self) -> float:
+        """MACs a row took on average, the exits counted."""
+        macs = np.asarray([e.macs for e in self.manifest.exits], dtype=np.float64)
+        return float(macs[self.exit_index].mean())
+
+
+def export_bundle(
+    model: nn.Module,
+    source: Source,
+    out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
+    *,
+    operating_points: Sequence[OperatingPoint] = (),
+    edits: Sequence[Mapping[str, Any]] = (),
+    name: str | None = None,
+    split: str | None = None,
+    parity_rows: int | None = None,
+) -> ExportResult:
+    """Exports `model`, proves that the file computes the same, and writes a bundle.
+
+    A failed proof writes nothing, and leaves what was at `out` as it was.
+
+    Args:
+        model: a classifier called positionally that returns logits [N, C], or a `MultiExit`; not changed.
+        source: names, labels and real inputs; a `pipeline.Task` is one.
+        out: folder of the bundle; replaced if it is a bundle already.
+        options: see `ExportOptions`.
+        operating_points: validated settings of the thresholds, the first equal to the model's own.
+        edits: what the stages did, for the manifest.
+        name: of the bundle, default the task's.
+        split: rows for the parity check, default ``test``, else the last split that exists.
+        parity_rows: check at most so many rows; None: all.
+
+    Raises:
+        ExportError: the model cannot become ONNX, or options that do not fit it.
+        ParityError: the file answers differently, or an exit cannot be reached.
+        InputError: `out` is something else than a bundle, or cannot be written.
+    """
+    options = options or ExportOptions()
+    target = Path(out)
+    _check_target(target)
+    chosen = split or ("test" if "test" in source.splits else list(source.splits)[-1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    training = model.training
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+            work = Path(folder, "bundle")
+            work.mkdir()
+            flat, raw_bytes, notes, single = _flat_graph(model, source, chosen, options)
+            flat_path = Path(folder, "flat.onnx")
+            ir.save(flat, flat_path)
+            final, more = _final_graph(model, flat, options)
+            _write_metadata(final, source, model)
+            ir.save(final, work / MODEL_FILE)
+            _check_file(work / MODEL_FILE)
+            ledger = build_ledger(model, raw_bytes, final, work / MODEL_FILE)
+            _check_ledger(ledger, options)
+            parity = check_parity(
+                model,
+                flat_path,
+                work / MODEL_FILE,
+                source,
+                chosen,
+                abs_tol=options.tolerance.abs,
+                rel_tol=options.tolerance.rel,
+                rows=parity_rows,
+            )
+            parity.require()
+            manifest = _manifest(
+                model, source, options, flat, final, ledger, parity, work / MODEL_FILE,
+                operating_points=operating_points, edits=edits, name=name or source.name, notes=(*notes, *more),
+                single=single,
+            )  # fmt: skip
+            write_golden(work / GOLDEN_FILE, parity.golden)
+            write_runtime_archive(work / RUNTIME_FILE)
+            manifest = write_manifest(work, manifest)
+            _replace(work, target)
+    finally:
+        model.train(training)
+    if options.zip:
+        pack_zip(target, target.with_suffix(".zip"))
+    return ExportResult(target, manifest, chosen, parity.label, parity.exit_index)
+
+
+def _check_target(target: Path) -> None:
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "manifest.json").exists())):
+        raise InputError(f"{target} exists and is no bundle: it is left alone, choose another folder")
+
+
+def _replace(work: Path, target: Path) -> None:
+    """Puts the finished folder in place; there is never half a bundle under the target's name."""
+    if target.exists():
+        old = work.parent / "old"
+        target.replace(old)
+    work.replace(target)
+
+
+def _example(source: Source, split: str, rows: int) -> tuple[Tensor, ...]:
+    data = source.splits[split]
+    return data.batch([i % len(data) for i in range(rows)]).inputs
+
+
+def _flat_graph(
+    model: nn.Module, source: Source, split: str, options: ExportOptions
+) -> tuple[ir.Model, int, list[str], bool]:
+    with_exits = isinstance(model, MultiExit)
+    single = options.batch == "single" or (options.batch == "auto" and with_exits)
+    if with_exits and not single:
+        raise ExportError(
+            "a model with exits runs one row at a time: set export.batch to `single` (or `auto`), "
+            "or leave the early_exit stage out"
+        )
+    inputs = _example(source, split, 1 if single else 2)
+    axes: list[Mapping[int, str]] | None = None if single else list(source.dynamic_axes)
+    if single and any(set(a) - {0} for a in source.dynamic_axes):
+        axes = [{axis: name for axis, name in a.items() if axis != 0} for a in source.dynamic_axes]
+    raw = capture(model, inputs, source.input_names, axes, options.opset)
+    feeds = {name: x.numpy() for name, x in zip(source.input_names, inputs, strict=True)}
+    flat, note = simplify(
+        raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
+    )
+    return flat, unique_bytes(raw), [note], single
+
+
+def _final_graph(model: nn.Module, flat: ir.Model, options: ExportOptions) -> tuple[ir.Model, tuple[str, ...]]:
+    if not isinstance(model, MultiExit):
+        final = flat.clone()
+        next(v for v in final.graph.outputs if v.name == logits_name(0)).name = LOGITS
+        return final, ()
+    opset = flat.graph.opset_imports[""]
+    policy = policy_graphs(model.policy.name, model.classes, opset)
+    names = [spec.at for spec in model.specs]
+    return sink(flat, policy, [float(t) for t in model.thresholds], names, options.shared_across_exits)
+
+
+def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
+    exits = [spec.at for spec in model.specs] if isinstance(model, MultiExit) else []
+    final.metadata_props.update(
+        {
+            "edgewright.labels": json.dumps(list(source.labels)),
+            "edgewright.preprocessing": json.dumps(asdict(source.preprocessing), sort_keys=True),
+            "edgewright.exits": json.dumps(exits),
+        }
+    )
+
+
+def _check_file(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is not valid ONNX, please report it: {str(error)[:500]}") from error
+
+
+def _check_ledger(ledger: Ledger, options: ExportOptions) -> None:
+    """The file must not store more weight bytes than PyTorch does; if copies were asked for, not more distinct ones."""
+    bytes_wanted = options.shared_across_exits == "bytes"
+    stored = ledger.stored_weight_bytes if bytes_wanted else ledger.unique_weight_bytes
+    if stored > ledger.torch_unique_bytes * _FOLDING_LIMIT + FOLDED_BYTES:
+        raise ExportError(
+            f"the exported file stores {stored} weight bytes, the PyTorch model {ledger.torch_unique_bytes}: "
+            "a shared weight was duplicated on the way; set export.simplify to none, and please report it"
+        )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _VERSIONS:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _manifest(
+    model: nn.Module,
+    source: Source,
+    options: ExportOptions,
+    flat: ir.Model,
+    final: ir.Model,
+    ledger: Ledger,
+    parity: ParityResult,
+    model_path: Path,
+    *,
+    operating_points: Sequence[OperatingPoint],
+    edits: Sequence[Mapping[str, Any]],
+    name: str,
+    notes: tuple[str, ...],
+    single: bool,
+) -> Manifest:
+    policy: PolicySpec | None = None
+    points: tuple[OperatingPoint, ...] = ()
+    exit_names = ["final"]
+    if isinstance(model, MultiExit):
+        exit_names = [*(spec.at for spec in model.specs), "final"]
+        policy = PolicySpec(model.policy.name, model.policy.never, model.policy.always)
+        stored = tuple(float(t) for t in model.thresholds)
+        points = tuple(operating_points) or (OperatingPoint("stored", stored),)
+        if not np.allclose(points[0].thresholds, stored, atol=1e-6):
+            raise ExportError(f"the first operating point {points[0].name!r} is not what the model holds: {stored}")
+    level = {node.name or "": k for node, k in levels(flat.graph, len(exit_names)).items()}
+    nodes = node_table(final, flat_costs(flat), level)
+    session = session_on(model_path).session
+    return Manifest(
+        name=name,
+        batch="single" if single else "dynamic",
+        inputs=specs_of(session.get_inputs()),
+        outputs=specs_of(session.get_outputs()),
+        labels=tuple(source.labels),
+        preprocessing=source.preprocessing,
+        exits=exit_specs(nodes, exit_names),
+        policy=policy,
+        operating_points=points,
+        tolerances=Tolerances(
+            reference_abs=options.tolerance.abs,
+            reference_rel=options.tolerance.rel,
+            torch_abs=options.tolerance.abs,
+            torch_rel=options.tolerance.rel,
+            flip_margin=parity.flip_margin,
+        ),
+        parity=parity.report,
+        ledger=ledger,
+        nodes=nodes,
+        edits=tuple(edits),
+        opset=int(final.graph.opset_imports[""]),
+        ir_version=final.ir_version,
+        versions=_versions(),
+        notes=notes,
+    )

@@ -1,0 +1,124 @@
+"""What each node of the exported graph costs, for one row; the base of every MAC figure in a report (METHODS §0.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import onnx
+import onnx_ir as ir
+
+from edgewright.edge_runtime.errors import ExportError
+from edgewright.edge_runtime.manifest import ExitSpec, NodeRow
+
+from .capture import module_of
+from .ledger import graphs
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def one_row_shapes(model: ir.Model) -> Shapes:
+    """Static shape of every value of a flat graph when every dynamic axis is 1."""
+    proto = ir.to_proto(model)
+    axes = {a.dim_param for value in proto.graph.input for a in value.type.tensor_type.shape.dim if a.dim_param}
+    for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in axes:
+                axis.dim_value = 1
+            elif not axis.HasField("dim_value"):
+                # an expression of dynamic axes, such as 4*batch: left to the inference
+                axis.ClearField("dim_param")
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
+    found = {t.name: tuple(t.dims) for t in inferred.initializer}
+    for value in [*inferred.input, *inferred.output, *inferred.value_info]:
+        axes = value.type.tensor_type.shape.dim
+        if value.type.tensor_type.HasField("shape") and all(a.HasField("dim_value") for a in axes):
+            found[value.name] = tuple(a.dim_value for a in axes)
+    return found
+
+
+def flat_costs(model: ir.Model) -> dict[str, tuple[int, int]]:
+    """MACs and attention MACs (products of two activations) of every node of a flat graph, by node name.
+
+    Raises:
+        ExportError: the shape of a product is not known, so that its cost cannot be told.
+    """
+    shapes = one_row_shapes(model)
+    constant: set[ir.Value] = set(model.graph.initializers.values())
+    costs: dict[str, tuple[int, int]] = {}
+    for node in model.graph:
+        if all(v is None or v in constant for v in node.inputs):
+            constant.update(node.outputs)
+        macs = attention = 0
+        if node.op_type in _PRODUCTS:
+            left, right = node.inputs[0], node.inputs[1]
+            output = node.outputs[0]
+            assert left is not None and right is not None
+            known = [shapes.get(v.name or "") for v in (left, right, output)]
+            if any(shape is None for shape in known):
+                raise ExportError(
+                    f"the shape of node {node.name} ({node.op_type}) is not known, so its MACs are not either: "
+                    "give the model static inner shapes, or report this graph"
+                )
+            amount = _macs(node, *(shape for shape in known if shape is not None))
+            if left in constant or right in constant:
+                macs = 0 if left in constant and right in constant else amount
+            else:
+                attention = amount
+        costs[node.name or ""] = (macs, attention)
+    return costs
+
+
+def _macs(node: ir.Node, left: Sequence[int], right: Sequence[int], output: Sequence[int]) -> int:
+    if node.op_type == "Conv":
+        return prod(output) * prod(right[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(left) * prod(right[1:])
+    transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int() == 1
+    return prod(output) * (left[0] if transposed else left[-1])
+
+
+def node_table(
+    model: ir.Model, costs: Mapping[str, tuple[int, int]], exit_of: Mapping[str, int]
+) -> tuple[NodeRow, ...]:
+    """One row per node of the final graph, nested graphs included.
+
+    Args:
+        model: the final graph.
+        costs: from `flat_costs`; nodes added since cost nothing.
+        exit_of: exit of the nodes of the flat graph, by name; the others take their branch's.
+    """
+    rows: list[NodeRow] = []
+    for path, graph in graphs(model.graph):
+        depth = path.count(".else")
+        for node in graph:
+            macs, attention = costs.get(node.name or "", (0, 0))
+            weights = {v.name: v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None}
+            rows.append(
+                NodeRow(
+                    name=node.name or "",
+                    op=node.op_type,
+                    outputs=tuple(v.name or "" for v in node.outputs),
+                    module=module_of(node),
+                    exit=exit_of.get(node.name or "", depth),
+                    macs=macs,
+                    attention_macs=attention,
+                    weight_bytes=sum(weights.values()),
+                )
+            )
+    return tuple(rows)
+
+
+def exit_specs(rows: Sequence[NodeRow], names: Sequence[str]) -> tuple[ExitSpec, ...]:
+    """Cumulative cost of leaving at each exit; `names` are the places of the heads, the last ``"final"``."""
+    return tuple(
+        ExitSpec(
+            index=i,
+            name=name,
+            macs=sum(row.macs for row in rows if row.exit <= i),
+            attention_macs=sum(row.attention_macs for row in rows if row.exit <= i),
+        )
+        for i, name in enumerate(names)
+    )

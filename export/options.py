@@ -1,0 +1,40 @@
+"""The options of an export; part of a recipe, and of the public call `export_bundle`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ToleranceOptions(BaseModel):
+    """An element passes parity if ``|onnx - torch| <= abs + rel * |torch|``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    abs: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
+    """Absolute part."""
+    rel: float = Field(default=1e-4, ge=0.0, allow_inf_nan=False)
+    """Relative part."""
+
+
+class ExportOptions(BaseModel):
+    """How a model becomes a bundle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    batch: Literal["auto", "single", "dynamic"] = "auto"
+    """`single`: one row a run, needed for exits; `dynamic`: any number of rows; `auto`: `single` for a model
+    with exits, else `dynamic`."""
+    opset: int | None = Field(default=None, ge=18)
+    """ONNX opset; null takes the exporter's own."""
+    simplify: Literal["none", "onnxscript", "onnxsim"] = "onnxscript"
+    """Graph simplifier; its result is kept only if it passes every check."""
+    tolerance: ToleranceOptions = ToleranceOptions()
+    """What PyTorch and ONNX Runtime may differ by; beyond it no bundle is written."""
+    shared_across_exits: Literal["bytes", "latency"] = "bytes"
+    """Where the weight of a convolution that several exits use lies: `bytes`, once in the outer graph
+    (smallest file); `latency`, a copy in every branch that uses it (ONNX Runtime keeps its fast convolution
+    layout)."""
+    zip: bool = False
+    """Also write the bundle as one zip file."""

@@ -1,0 +1,31 @@
+"""The child process of `simplify`: ``python -m edgewright.export.simplifier_process METHOD IN OUT``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Reads IN, simplifies with METHOD, writes OUT."""
+    method, source, target = sys.argv[1:]
+    if method == "onnxscript":
+        import onnx_ir
+        import onnxscript.optimizer
+
+        model = onnx_ir.load(source)
+        onnxscript.optimizer.optimize(model)
+        onnx_ir.save(model, target)
+    elif method == "onnxsim":
+        import onnx
+        import onnxsim
+
+        simplified, sound = onnxsim.simplify(onnx.load(source))
+        if not sound:
+            raise SystemExit("onnxsim's own check failed")
+        onnx.save(simplified, target)
+    else:
+        raise SystemExit(f"unknown simplifier {method!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Sinking: real `If`s, weights where they belong, thresholds that can be overridden, every branch equal to PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from exported import NETWORKS, THRESHOLDS, share_conv_bases, share_linear_bases, with_exits
+
+from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.export.capture import capture
+from edgewright.export.control_flow import levels, sink
+from edgewright.export.ledger import graphs, stored_bytes, torch_unique_bytes
+from edgewright.export.policy_graph import policy_graphs
+
+CASES = [(network, policy) for network in NETWORKS for policy in THRESHOLDS]
+IDS = [f"{n}-{p}" for n, p in CASES]
+
+
+def sunk(model, placement="bytes"):
+    flat = capture(model, (torch.randn(1, 1, 12, 12),), ["image"])
+    graph_policy = policy_graphs(model.policy.name, model.classes, flat.graph.opset_imports[""])
+    names = [spec.at for spec in model.specs]
+    return flat, *sink(flat, graph_policy, model.thresholds.tolist(), names, placement)
+
+
+@pytest.mark.parametrize(("network", "policy"), CASES, ids=IDS)
+def test_every_forced_exit_equals_pytorch_at_every_optimization_level(network, policy, tmp_path):
+    model = with_exits(network, policy)
+    _, final, _ = sunk(model)
+    path = tmp_path / "model.onnx"
+    ir.save(final, path)
+    onnx.checker.check_model(str(path), full_check=True)
+    x = torch.randn(6, 1, 12, 12, generator=torch.Generator().manual_seed(3))
+    never, always = model.policy.never, model.policy.always
+    for k, thresholds in enumerate([[always, never], [never, always], [never, never]]):
+        with torch.no_grad():
+            want = model.decide(model.all_logits(x), torch.tensor(thresholds))
+        assert (want.exit_index == k).all()
+        for level in OPTIMIZATION_LEVELS:
+            got = session_on(path, thresholds=thresholds, optimization_level=level).run_rows({"image": x.numpy()})
+            np.testing.assert_array_equal(got["exit_index"], want.exit_index)
+            np.testing.assert_array_equal(got["label"], want.label)
+            np.testing.assert_allclose(got["scores"], want.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_node_and_weight_lies_at_the_depth_that_needs_it(network):
+    model = with_exits(network)
+    flat, final, _ = sunk(model)
+    level = {node.name: k for node, k in levels(flat.graph, 3).items()}
+    assert set(level.values()) == {0, 1, 2}
+    for path, graph in graphs(final.graph):
+        depth = path.count(".else")
+        for node in graph:
+            if node.name in level:
+                assert level[node.name] == depth
+        for value in graph.initializers.values():
+            if value.name == "thresholds":
+                continue
+            depths = {level[node.name] for node, _ in value.uses() if node.name in level}
+            assert min(depths) == depth
+    assert sum(node.op_type == "If" for node in final.graph.all_nodes()) == 2
+
+
+def test_names_are_unique_over_all_nested_graphs():
+    _, final, _ = sunk(with_exits("residual"))
+    nodes = [node.name for node in final.graph.all_nodes()]
+    values = [v.name for node in final.graph.all_nodes() for v in node.outputs]
+    assert len(set(nodes)) == len(nodes)
+    assert len(set(values)) == len(values)
+
+
+def test_thresholds_are_one_outer_initializer():
+    model = with_exits("residual")
+    _, final, _ = sunk(model)
+    value = final.graph.initializers["thresholds"]
+    np.testing.assert_allclose(value.const_value.numpy(), model.thresholds)
+
+
+def test_both_branches_have_equal_types_and_shapes():
+    _, final, _ = sunk(with_exits("transformer"))
+    for node in final.graph.all_nodes():
+        if node.op_type == "If":
+            then, other = (node.attributes[f"{side}_branch"].as_graph() for side in ("then", "else"))
+            for a, b in zip(then.outputs, other.outputs, strict=True):
+                assert (a.dtype, list(a.shape)) == (b.dtype, list(b.shape))
+
+
+def test_a_convolution_basis_over_exits_is_stored_once_or_per_branch():
+    model = share_conv_bases(with_exits("residual"))
+    _, once, notes = sunk(model, "bytes")
+    assert stored_bytes(once) <= torch_unique_bytes(model)
+    assert any("stored once" in note for note in notes)
+    _, copied, notes = sunk(model, "latency")
+    basis = model.base.blocks[0].conv1.basis.weight
+    # block 0 and 1 lie in level 1, block 2 in level 2: one copy more
+    assert stored_bytes(copied) == stored_bytes(once) + basis.numel() * 4
+    assert any("2 times" in note for note in notes)
+
+
+def test_a_matmul_basis_over_exits_is_one_initializer():
+    _, final, _ = sunk(share_linear_bases(with_exits("transformer")))
+    holders = [p for p, g in graphs(final.graph) for v in g.initializers if v.endswith("basis.weight")]
+    assert holders == [""]
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 99])
+def test_thresholds_can_be_overridden_by_add_initializer(level, tmp_path):
+    # what a program without edge_runtime does on the device; a folded Gather would lose it without a word
+    model = with_exits("residual")
+    _, final, _ = sunk(model)
+    ir.save(final, tmp_path / "model.onnx")
+    x = torch.randn(1, 1, 12, 12).numpy()
+    for k, thresholds in enumerate([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel(level)
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(thresholds, np.float32))
+        options.add_initializer("thresholds", value)
+        session = onnxruntime.InferenceSession(
+            str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        assert session.run(["exit_index"], {"image": x})[0] == [k]

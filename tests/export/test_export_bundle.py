@@ -1,0 +1,139 @@
+"""The whole export: a bundle that verifies, a ledger that proves sharing, and failures that write nothing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from exported import NETWORKS, THRESHOLDS, share_conv_bases, share_linear_bases, with_exits
+from tiny import tiny_residual, tiny_transformer
+
+from edgewright.edge_runtime import load, open_bundle, verify
+from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
+from edgewright.edge_runtime.manifest import OperatingPoint
+from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity
+from edgewright.pipeline.cost import count
+from edgewright.pipeline.task import evaluate
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("policy", THRESHOLDS)
+def test_a_network_with_exits(network, policy, task, tmp_path):
+    model = with_exits(network, policy)
+    result = export_bundle(model, task, tmp_path / "bundle")
+    report = result.manifest.parity
+    assert report.max_abs_diff <= 1e-5
+    assert report.rows == len(task.splits["test"])
+    assert (report.label_agreement, report.exit_agreement) == (1.0, 1.0)
+    assert (report.exits_covered, report.exits_total) == (3, 3)
+    assert set(report.optimization_levels) == {"disabled", "basic", "extended", "all"}
+    assert verify(tmp_path / "bundle").passed
+    want = model(*task.splits["test"].batch(range(24)).inputs)
+    np.testing.assert_array_equal(result.exit_index, want.exit_index)
+    macs = [e.macs for e in result.manifest.exits]
+    assert macs == sorted(macs)
+    assert result.mean_macs == pytest.approx(np.mean([macs[i] for i in result.exit_index]))
+
+
+@pytest.mark.parametrize("build", [tiny_residual, tiny_transformer])
+def test_a_plain_network_takes_any_batch_and_costs_what_pytorch_counts(build, task, tmp_path):
+    model = build()
+    result = export_bundle(model, task, tmp_path / "bundle")
+    assert result.manifest.batch == "dynamic"
+    cost = count(model, (torch.randn(1, 1, 12, 12),))
+    assert result.manifest.exits[0].macs == cost.macs
+    assert result.manifest.exits[0].attention_macs == cost.attention_macs
+    runner = load(tmp_path / "bundle")
+    x = task.splits["test"].batch(range(24)).inputs[0]
+    assert runner.predict(x.numpy()).label.shape == (24,)
+    correct = (result.label == task.splits["test"].targets.numpy()).mean()
+    assert correct == pytest.approx(evaluate(model, task, "test").accuracy)
+
+
+@pytest.mark.parametrize("exits", [False, True])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+def test_a_shared_basis_is_stored_once_in_every_file(kind, exits, task, tmp_path):
+    if kind == "conv":
+        model = share_conv_bases(with_exits("residual") if exits else tiny_residual())
+    else:
+        model = share_linear_bases(with_exits("transformer") if exits else tiny_transformer())
+    ledger = export_bundle(model, task, tmp_path / "bundle").manifest.ledger
+    ((name, modules),) = ledger.shared.items()
+    assert name.endswith("basis.weight")
+    assert len(modules) == (3 if kind == "conv" else 9)
+    assert ledger.stored_weight_bytes <= ledger.torch_unique_bytes + 1024
+    assert ledger.runtime_weight_bytes <= ledger.stored_weight_bytes + 1024
+
+
+def test_readers_of_one_tensor_compute_the_shared_product_once(task, tmp_path):
+    model = share_linear_bases(tiny_transformer())
+    manifest = export_bundle(model, task, tmp_path / "bundle").manifest
+    basis = next(iter(manifest.ledger.shared))
+    row = next(r for r in manifest.ledger.rows if r.name == basis)
+    # three layers, one product each: q, k and v read the same tensor
+    assert len(row.readers) == 3
+
+
+def test_the_same_model_gives_the_same_bytes(task, tmp_path):
+    for name in ("a", "b"):
+        export_bundle(with_exits("residual"), task, tmp_path / name)
+    for file in ("model.onnx", "golden.npz", "manifest.json", "edge_runtime.pyz"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_metadata_and_operating_points_travel(task, tmp_path):
+    model = with_exits("residual")
+    stored = tuple(float(t) for t in model.thresholds)
+    points = [OperatingPoint("balanced", stored, {"accuracy": 0.5}), OperatingPoint("fast", (0.99, 0.99))]
+    export_bundle(model, task, tmp_path / "bundle", operating_points=points, name="mine")
+    with open_bundle(tmp_path / "bundle") as bundle:
+        assert [p.name for p in bundle.manifest.operating_points] == ["balanced", "fast"]
+        assert bundle.manifest.name == "mine"
+    properties = {p.key: p.value for p in onnx.load(tmp_path / "bundle" / "model.onnx").metadata_props}
+    assert json.loads(properties["edgewright.labels"]) == list(task.labels)
+    assert json.loads(properties["edgewright.exits"]) == ["stem", "blocks.1"]
+
+
+def test_failed_parity_writes_nothing_and_leaves_the_old_bundle(task, tmp_path, monkeypatch):
+    target = tmp_path / "bundle"
+    export_bundle(with_exits("residual"), task, target)
+    before = (target / "manifest.json").read_bytes()
+    model = with_exits("residual")
+    captured = parity._Torch.logits
+    monkeypatch.setattr(parity._Torch, "logits", lambda self, x: [z + 0.01 for z in captured(self, x)])
+    with pytest.raises(ParityError, match="no bundle was written"):
+        export_bundle(model, task, target, ExportOptions(tolerance=ToleranceOptions(abs=1e-6, rel=0.0)))
+    assert (target / "manifest.json").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_an_exit_that_cannot_be_reached_fails(task, tmp_path):
+    model = with_exits("residual")
+    with torch.no_grad():
+        # all classes tie for favourite at exit 0: nothing is ever excluded there
+        model.heads[0].linear.weight.zero_()
+        model.heads[0].linear.bias.zero_()
+    with pytest.raises(ParityError, match="exit 0 was not reached"):
+        export_bundle(model, task, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(task, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("years")
+    with pytest.raises(InputError, match="no bundle"):
+        export_bundle(tiny_residual(), task, tmp_path / "work")
+    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
+
+
+def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
+    with pytest.raises(ExportError, match="one row at a time"):
+        export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(batch="dynamic"))
+
+
+def test_zip(task, tmp_path):
+    export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(zip=True))
+    assert verify(tmp_path / "bundle.zip").passed
