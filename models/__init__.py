@@ -1,0 +1,1 @@
+"""Architectures, and the layers that compression introduces."""

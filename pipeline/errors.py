@@ -18,6 +18,7 @@ from __future__ import annotations
 from edgewright.edge_runtime.errors import (
     BundleError,
     EdgewrightError,
+    ExportError,
     InputError,
     ParityError,
     ProviderError,
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EdgewrightError",
+    "ExportError",
     "InputError",
     "ModelError",
     "OutputError",

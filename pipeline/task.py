@@ -1,8 +1,8 @@
 """Data, loss and metric: the contract of a task, and the image classification that ships.
 
-A task has up to four splits that never share a sample: `train` (fit), `calibration` (statistics), `validation`
-(thresholds, ranks, floors), `test` (claims). A model is called positionally with a batch's inputs and returns one
-tensor of logits.
+A task has up to four splits that never share a sample: `train` (fit), `calibration` (statistics),
+`validation` (thresholds, ranks, floors), `test` (claims). A model is called positionally with a batch's
+inputs and returns one tensor of logits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from edgewright.edge_runtime.manifest import Preprocessing
 
 from .errors import DataError
+from .splitting import stratified_split
 
 SplitName: TypeAlias = Literal["train", "calibration", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
@@ -63,7 +64,10 @@ class Split(Protocol):
 
 
 class Task(Protocol):
-    """What the pipeline, the export and the report ask of a task. `ImageClassification` is one; write your own freely."""
+    """What the pipeline, the export and the report ask of a task.
+
+    `ImageClassification` is one; write your own freely.
+    """
 
     @property
     def name(self) -> str:
@@ -152,7 +156,7 @@ def score(predicted: Tensor, targets: Tensor, classes: int) -> Score:
 
 @torch.no_grad()
 def predictions(model: nn.Module, split: Split, device: torch.device | None = None, size: int = 256) -> Tensor:
-    """Class indices int64 [len(split)] that `model` answers, in eval mode; for `MultiExit` models the exits count."""
+    """Class indices int64 [len(split)] that `model` answers in eval mode, exits included."""
     device = torch.device("cpu") if device is None else device
     model = model.to(device).eval()
     found = []
@@ -190,8 +194,8 @@ def check_classes(task: Task, name: SplitName, needed_by: str) -> None:
     empty = [task.labels[i] for i in range(len(task.labels)) if counts[i] == 0]
     if empty:
         raise DataError(
-            f"class {empty[0]!r} has no sample in the {name!r} split ({len(empty)} such classes), which {needed_by} "
-            "needs: add samples of it, or remove it from the labels"
+            f"class {empty[0]!r} has no sample in the {name!r} split ({len(empty)} such classes), which "
+            f"{needed_by} needs: add samples of it, or remove it from the labels"
         )
 
 
@@ -240,7 +244,9 @@ class TensorSplit:
             if len(x) != len(self._targets):
                 raise DataError(f"input {i} has {len(x)} samples and there are {len(self._targets)} targets")
             if x.dtype == torch.float64:
-                raise DataError(f"input {i} is float64; models run in float32: convert it, e.g. with .astype('float32')")
+                raise DataError(
+                    f"input {i} is float64; models run in float32: convert it, e.g. with .astype('float32')"
+                )
             if x.is_floating_point():
                 bad = ~torch.isfinite(x.reshape(len(x), -1)).all(dim=1) if len(x) else torch.zeros(0, dtype=torch.bool)
                 if bad.any():
@@ -272,7 +278,7 @@ class TensorSplit:
 
 
 class DatasetSplit:
-    """A split read sample by sample from a map-style dataset of ``(input, class)`` or ``(input, ..., class)``."""
+    """A split read sample by sample from a map-style dataset of ``(input, ..., class)``."""
 
     def __init__(self, dataset: Dataset[Any], targets: Sequence[int] | None = None) -> None:
         """Wraps `dataset`.
@@ -391,7 +397,7 @@ class ImageClassification:
         seed: int = 0,
         **options: Any,
     ) -> ImageClassification:
-        """Splits one array per class into the four splits; equal samples stay in one split.
+        """Splits one array into the four splits, class by class; see `stratified_split`.
 
         Args:
             inputs: [len, ...].
@@ -401,23 +407,8 @@ class ImageClassification:
             seed: of the shuffle.
             options: as for the class.
         """
-        fractions = fractions or {"train": 0.6, "calibration": 0.1, "validation": 0.1, "test": 0.2}
-        x, y = torch.as_tensor(inputs), torch.as_tensor(targets).to(torch.int64)
-        digests = TensorSplit([x], y).sample_digests
-        generator = torch.Generator().manual_seed(seed)
-        chosen: dict[SplitName, list[int]] = {name: [] for name in fractions}
-        for label in range(len(labels)):
-            rows = (y == label).nonzero().flatten()
-            rows = rows[torch.randperm(len(rows), generator=generator)]
-            unique: dict[bytes, list[int]] = {}
-            for row in rows.tolist():
-                unique.setdefault(digests[row], []).append(row)
-            groups, start = list(unique.values()), 0.0
-            total = sum(fractions.values())
-            for name, share in fractions.items():
-                end = start + share / total * len(groups)
-                chosen[name] += [row for group in groups[round(start) : round(end)] for row in group]
-                start = end
+        x, y = torch.as_tensor(inputs), torch.as_tensor(targets).to(torch.int64).reshape(-1)
+        chosen = stratified_split(TensorSplit([x], y).sample_digests, y, labels, fractions, seed)
         parts: dict[SplitName, Any] = {}
         for name, indices in chosen.items():
             order = torch.tensor(sorted(indices), dtype=torch.int64)

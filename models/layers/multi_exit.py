@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,10 @@ class MultiExit(nn.Module):
         self.heads = nn.ModuleList(ExitHead(s, classes, d) for s, d in zip(heads, dims, strict=True))
         self.register_buffer("thresholds", torch.full((len(heads),), self.policy.never, dtype=torch.float32))
 
+    def head(self, index: int) -> ExitHead:
+        """The head of exit `index`."""
+        return cast(ExitHead, self.heads[index])
+
     def pooled(self, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """One pass of the base: every head's pooled feature [N, width], and the base's own logits [N, C].
 
@@ -139,7 +143,7 @@ class MultiExit(nn.Module):
                     at = self.specs[index].at
                     raise RuntimeError(f"module {at!r} runs more than once in forward, so no exit can sit there")
                 # pooled here and not later: what follows may change the output in place, as `x += skip` does
-                found[index] = self.heads[index].get_submodule("pool")(output)
+                found[index] = self.head(index).pool(output)
 
             return hook
 
@@ -157,7 +161,7 @@ class MultiExit(nn.Module):
     def all_logits(self, *inputs: Tensor) -> list[Tensor]:
         """Logits [N, C] of every head in order, the base's own last; one forward pass of the base."""
         features, last = self.pooled(*inputs)
-        return [head.get_submodule("linear")(x) for head, x in zip(self.heads, features, strict=True)] + [last]
+        return [self.head(i).linear(x) for i, x in enumerate(features)] + [last]
 
     def forward(self, *inputs: Tensor) -> ExitOutput:
         """Runs everything and takes each row's first decided exit; the same in train and eval mode."""

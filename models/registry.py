@@ -1,0 +1,202 @@
+"""Models by name: ``zoo:NAME``, ``torchvision:NAME``, ``python:package.module:f``, ``python:file.py:f``."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import bottleneck, residual, vgg, vit
+from .import_closure import import_closure
+from .python_source import (
+    PREFIX,
+    call,
+    check_arguments,
+    did_you_mean,
+    load_object,
+    place_of,
+    refuse_unknown_arguments,
+)
+
+_TORCHVISION = "torchvision:"
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One row of ``edgewright models``.
+
+    Attributes:
+        name: as recipes write it.
+        description: one line.
+        input_shape: of one row without the batch axis, as the default arguments expect it; None if not known.
+    """
+
+    name: str
+    description: str
+    input_shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    factory: Callable[..., nn.Module]
+    description: str
+    input_shape: tuple[int, ...]
+
+
+_ZOO: dict[str, _Entry] = {
+    "resnet_small": _Entry(
+        residual.resnet_small,
+        "small residual CNN, three stages of basic blocks with wide inner convolutions",
+        (1, 32, 32),
+    ),
+    "resnet56": _Entry(residual.resnet56, "ResNet-56 for CIFAR, zero-padded shortcuts, 125 MMACs", (3, 32, 32)),
+    "resnet50_cifar": _Entry(
+        bottleneck.resnet50_cifar, "ResNet-50 with a 3x3 stem for 32x32 images, 1.3 GMACs", (3, 32, 32)
+    ),
+    "vggsmall": _Entry(vgg.vggsmall, "six convolutions and three linear layers, 617 MMACs", (3, 32, 32)),
+    "vgg16": _Entry(vgg.vgg16, "VGG-16 for CIFAR with batch norm and a 512-512 classifier, 313 MMACs", (3, 32, 32)),
+    "vgg19": _Entry(vgg.vgg19, "VGG-19 for CIFAR with batch norm and one linear layer, 398 MMACs", (3, 32, 32)),
+    "vit_small": _Entry(vit.vit_small, "small pre-norm vision transformer, separate q, k, v projections", (3, 32, 32)),
+}
+
+
+def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
+    """Makes the model called `name` with fresh weights; deterministic under `torch.manual_seed`.
+
+    Args:
+        name: ``zoo:NAME``, ``torchvision:NAME`` or ``python:...``.
+        args: keyword arguments of the model.
+        root: folder of the recipe, for ``python:``.
+
+    Raises:
+        ValueError: an unknown name (with the nearest ones), arguments that do not fit (naming the argument),
+            or a user's function that fails or does not return an `nn.Module`.
+    """
+    if name.startswith(PREFIX):
+        return _build_python(name, args, root)
+    if name.startswith(_TORCHVISION):
+        return _build_torchvision(name, args)
+    entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
+    if entry is None:
+        near = did_you_mean(name, [info.name for info in available()])
+        raise ValueError(
+            f"unknown model {name!r}{near}; `edgewright models` lists the known ones, and "
+            " python:path/to/file.py:function names your own"
+        )
+    check_arguments(entry.factory, args, name)
+    try:
+        return entry.factory(**args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be built with {dict(args)!r}: {error}") from error
+
+
+def available() -> list[ModelInfo]:
+    """Every model that can be built by name, zoo first."""
+    zoo = [ModelInfo(f"zoo:{name}", e.description, e.input_shape) for name, e in _ZOO.items()]
+    return zoo + [_torchvision_info(name) for name in _torchvision_names()]
+
+
+def input_shape(name: str) -> tuple[int, ...] | None:
+    """Shape of one row without the batch axis that the model called `name` expects by default, if known."""
+    if name.startswith("zoo:") and name.removeprefix("zoo:") in _ZOO:
+        return _ZOO[name.removeprefix("zoo:")].input_shape
+    if name.startswith(_TORCHVISION) and name.removeprefix(_TORCHVISION) in _torchvision_names():
+        return _torchvision_info(name.removeprefix(_TORCHVISION)).input_shape
+    return None
+
+
+def sources(name: str, root: Path) -> tuple[Path, ...]:
+    """Files whose content decides what `build` returns, for cache keys; torchvision counts by its version.
+
+    Args:
+        name: see `build`.
+        root: folder of the recipe.
+
+    Raises:
+        ValueError: a ``python:`` reference that cannot be loaded.
+    """
+    if name.startswith(PREFIX):
+        return load_object(name, root).sources
+    entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
+    if entry is None:
+        return ()
+    folder = Path(__file__).resolve().parent
+    return import_closure(Path(inspect.getfile(entry.factory)), (folder.parent,))
+
+
+def _build_python(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
+    loaded = load_object(name, root)
+    check_arguments(loaded.object, args, name)
+    try:
+        model = call(name, args, root)
+    except Exception as error:
+        raise ValueError(f"{name} failed{place_of(error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned a {type(model).__name__}; a model is a torch.nn.Module: return the model")
+    return model
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def _torchvision_info(name: str) -> ModelInfo:
+    from torchvision.models import get_model_weights
+
+    weights = list(get_model_weights(name))
+    transforms = getattr(weights[0], "transforms", None)
+    side = getattr(transforms, "keywords", {}).get("crop_size")
+    count = weights[0].meta.get("num_params") if weights else None
+    description = f"torchvision, {count / 1e6:.1f} M parameters with 1000 classes" if count else "torchvision"
+    return ModelInfo(_TORCHVISION + name, description, (3, side, side) if isinstance(side, int) else None)
+
+
+def _build_torchvision(name: str, args: Mapping[str, Any]) -> nn.Module:
+    from torchvision.models import get_model_builder
+
+    short, known = name.removeprefix(_TORCHVISION), _torchvision_names()
+    if short not in known:
+        raise ValueError(
+            f"torchvision has no classification model {short!r}{did_you_mean(short, known)}; "
+            "`edgewright models` lists them"
+        )
+    for key in ("weights", "pretrained", "weights_backbone"):
+        if key in args:
+            raise ValueError(f"{name}: {key!r} is no model argument here: put a weights file under model.weights")
+    builder = get_model_builder(short)
+    accepted = _torchvision_arguments(builder)
+    refuse_unknown_arguments(args, accepted, name)
+    # auxiliary classifiers would make forward return a tuple in training mode; with both given, no warning
+    # either
+    defaults = {"aux_logits": False, "init_weights": True} if "aux_logits" in accepted else {}
+    try:
+        model: nn.Module = builder(weights=None, **{**defaults, **args})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be built with {dict(args)!r}: {error}") from error
+    return model
+
+
+def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
+    """Keyword arguments that a torchvision builder understands: its own, and those of the class it returns.
+
+    Builders take ``**kwargs``, and some of the classes swallow unknown ones in silence; those read further
+    names in functions of their module.
+    """
+    found = {k: p for k, p in inspect.signature(builder).parameters.items() if p.kind is not _VAR_KEYWORD}
+    made = typing.get_type_hints(builder)["return"]
+    of_class = inspect.signature(made).parameters
+    found.update(of_class)
+    if any(p.kind is _VAR_KEYWORD for p in of_class.values()):
+        for function in vars(inspect.getmodule(made)).values():
+            if inspect.isfunction(function) and function.__name__.startswith("_"):
+                found = {**inspect.signature(function).parameters, **found}
+    return [k for k, p in found.items() if p.kind is not _VAR_KEYWORD and k not in {"weights", "progress", "arch"}]

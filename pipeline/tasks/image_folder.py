@@ -1,0 +1,312 @@
+"""Image files in folders: one folder per class, with or without a folder per split above."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgewright.edge_runtime.manifest import Preprocessing
+from edgewright.edge_runtime.preprocess import preprocess_image
+from edgewright.models.python_source import did_you_mean
+
+from ..errors import DataError
+from ..splitting import stratified_split
+from ..task import SPLITS, Batch, ImageClassification, SplitName
+from .augmentation import flip_and_crop
+
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+_SPLIT_FOLDERS: dict[str, SplitName] = {
+    **{name: name for name in SPLITS},
+    "val": "validation",
+    "valid": "validation",
+}
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def image_folder(
+    path: str | Path,
+    size: int | Sequence[int] = 224,
+    *,
+    channels: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | None = None,
+    fractions: Mapping[SplitName, float] | None = None,
+    seed: int = 0,
+    flip: bool = False,
+    crop_padding: int = 0,
+    workers: int = 4,
+    memory_mb: int = 512,
+) -> ImageClassification:
+    """Classes by folder: ``path/CLASS/*.png``, or ``path/train|calibration|validation|test/CLASS/*.png``.
+
+    Without split folders the files are dealt out by `seed` and content. With them, calibration, validation
+    and test are cut out of train in the same way where their folder is missing.
+
+    Every image is resized to `size` (the whole image, no crop, bilinear with antialias), divided by 255, and
+    normalised: exactly what `preprocessing` in the bundle makes the device do, by the same code. Files are
+        read when needed.
+
+    Args:
+        path: the folder.
+        size: side of the input in pixels, or (height, width).
+        channels: 3 for RGB, 1 for grey; files are converted.
+        mean: per channel, of pixels in 0 ... 1; default ImageNet's (grey: its mean over the channels).
+        std: likewise.
+        labels: class folders in the order of the model's logits; default sorted by name, as torchvision has
+            it.
+        fractions: share of each split, default train 0.6, calibration 0.1, validation 0.1, test 0.2.
+        seed: of the split.
+        flip: mirror half of the training images.
+        crop_padding: move training images by up to so many pixels.
+        workers: threads that read files.
+        memory_mb: keep the inputs of a split in memory if they take no more than this.
+
+    Raises:
+        DataError: no such folder, no images, a class without samples, or arguments that make no sense.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}: give the folder that holds one folder per class")
+    preprocessing = _preprocessing(size, channels, mean, std)
+    presplit = _split_folders(folder)
+    by_split: dict[SplitName, dict[str, list[Path]]] = {n: _classes_in(p) for n, p in presplit.items()}
+    if not presplit:
+        by_split["train"] = _classes_in(folder)
+    names = _labels(by_split, labels, folder)
+    reader = _Reader(preprocessing, max(1, workers), memory_mb)
+    samples = {name: _samples(classes, names) for name, classes in by_split.items()}
+    shares: dict[SplitName, float] = dict(
+        fractions or {"train": 0.6, "calibration": 0.1, "validation": 0.1, "test": 0.2}
+    )
+    if not presplit:
+        samples = _dealt_out(samples["train"], names, shares, seed, reader)
+    elif "train" in samples and not samples.keys() >= shares.keys():
+        cut: dict[SplitName, float] = {n: s for n, s in shares.items() if n == "train" or n not in samples}
+        if "train" not in cut:
+            raise DataError(f"fractions {shares} lack 'train', out of which {', '.join(cut)} is to be cut")
+        samples.update(_dealt_out(samples["train"], names, cut, seed, reader))
+    splits = {name: ImageFiles(rows, reader) for name, rows in samples.items()}
+    return ImageClassification(
+        splits,
+        names,
+        preprocessing=preprocessing,
+        augment=flip_and_crop(flip, crop_padding) if flip or crop_padding else None,
+        name=folder.name or "image_folder",
+    )
+
+
+@dataclass(frozen=True)
+class _Sample:
+    file: Path
+    target: int
+
+
+class _Reader:
+    """Reads files with a few threads and turns images into inputs."""
+
+    def __init__(self, preprocessing: Preprocessing, workers: int, memory_mb: int) -> None:
+        self.preprocessing = preprocessing
+        self.memory_bytes = memory_mb * 2**20
+        self._workers = workers
+        self._digests: dict[Path, bytes] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one input: channels, height, width."""
+        assert self.preprocessing.size is not None
+        return (self.preprocessing.channels, *self.preprocessing.size)
+
+    def inputs(self, files: Sequence[Path]) -> list[NDArray[np.float32]]:
+        """Inputs float32 [C, H, W] of images, in order."""
+        with ThreadPoolExecutor(min(self._workers, max(1, len(files)))) as pool:
+            return list(pool.map(self._input, files))
+
+    def digests(self, files: Sequence[Path]) -> list[bytes]:
+        """Hashes of the files' bytes, in order."""
+        new = [file for file in files if file not in self._digests]
+        with ThreadPoolExecutor(self._workers) as pool:
+            self._digests.update(zip(new, pool.map(_file_digest, new), strict=True))
+        return [self._digests[file] for file in files]
+
+    def _input(self, file: Path) -> NDArray[np.float32]:
+        batch = preprocess_image(read_image(file, self.preprocessing.channels), self.preprocessing)
+        return np.asarray(batch[0], np.float32)
+
+
+class ImageFiles:
+    """A split of image files; see `edgewright.pipeline.task.Split`."""
+
+    def __init__(self, samples: Sequence[_Sample], reader: _Reader) -> None:
+        self._files = [sample.file for sample in samples]
+        self._targets = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
+        self._reader = reader
+        fits = 4 * len(samples) * int(np.prod(reader.shape)) <= reader.memory_bytes
+        self._kept: dict[int, NDArray[np.float32]] | None = {} if fits else None
+
+    @property
+    def targets(self) -> Tensor:
+        """Class of every sample, int64 [len]."""
+        return self._targets
+
+    @property
+    def sample_digests(self) -> Sequence[bytes]:
+        """A hash of every file's bytes; reads all files once."""
+        return self._reader.digests(self._files)
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Where every sample comes from."""
+        return self._files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """The samples at `indices`, float32 [N, C, H, W].
+
+        Raises:
+            DataError: names a file that cannot be read.
+        """
+        rows = [int(i) for i in torch.as_tensor(indices, dtype=torch.int64).tolist()]
+        kept = {} if self._kept is None else self._kept
+        found = {row: kept[row] for row in rows if row in kept}
+        needed = list(dict.fromkeys(row for row in rows if row not in found))
+        read = dict(zip(needed, self._reader.inputs([self._files[row] for row in needed]), strict=True))
+        found.update(read)
+        if self._kept is not None:
+            self._kept.update(read)
+        inputs = np.stack([found[row] for row in rows]) if rows else np.zeros((0, *self._reader.shape), np.float32)
+        return Batch((torch.from_numpy(inputs),), self._targets[torch.tensor(rows, dtype=torch.int64)])
+
+
+def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
+    """An image file as uint8 [H, W, channels].
+
+    Raises:
+        DataError: the file is missing, truncated or no image.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("reading image files needs Pillow: pip install pillow") from error
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith("I;16"):
+                # Pillow would clip 16 bits to 8 instead of scaling them
+                pixels = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
+                converted = Image.fromarray(pixels).convert("RGB" if channels == 3 else "L")
+            else:
+                converted = image.convert("RGB" if channels == 3 else "L")
+            array = np.asarray(converted, dtype=np.uint8)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as an image ({error}); repair it or remove it") from error
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def _file_digest(file: Path) -> bytes:
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error}); repair it or remove it") from error
+
+
+def _preprocessing(
+    size: int | Sequence[int], channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Preprocessing:
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise DataError(f"size is {size!r}; it is the side in pixels, or [height, width]")
+    if channels not in (1, 3):
+        raise DataError(f"channels is {channels!r}; images are read with 3 (RGB) or 1 (grey)")
+    if mean is None:
+        mean = _IMAGENET_MEAN if channels == 3 else (sum(_IMAGENET_MEAN) / 3,)
+    if std is None:
+        std = _IMAGENET_STD if channels == 3 else (sum(_IMAGENET_STD) / 3,)
+    if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
+        raise DataError(f"mean {list(mean)} and std {list(std)} need {channels} numbers each, those of std above 0")
+    means, deviations = tuple(map(float, mean)), tuple(map(float, std))
+    return Preprocessing("image", (sides[0], sides[1]), channels, 1.0 / 255.0, means, deviations)
+
+
+def _folders(place: Path) -> list[Path]:
+    return sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
+
+
+def _split_folders(folder: Path) -> dict[SplitName, Path]:
+    """Split -> its folder; empty if the folders are classes.
+
+    A class may be called "train": only a folder of folders is a split.
+    """
+    inside = _folders(folder)
+    found = {_SPLIT_FOLDERS[p.name]: p for p in inside if p.name in _SPLIT_FOLDERS and _folders(p)}
+    if not found:
+        return {}
+    for place in inside:
+        if found.get(_SPLIT_FOLDERS.get(place.name, "train")) != place:
+            raise DataError(
+                f"{folder} holds the split folder {next(iter(found.values())).name!r} and beside it "
+                f"{place.name!r}"
+                f"{did_you_mean(place.name, list(SPLITS))}, which is none or holds no class folders: use "
+                f"{', '.join(SPLITS)}, each with one folder per class, or class folders only"
+            )
+    return {name: found[name] for name in SPLITS if name in found}
+
+
+def _classes_in(place: Path) -> dict[str, list[Path]]:
+    return {entry.name: sorted(_images_in(entry)) for entry in _folders(place)}
+
+
+def _images_in(place: Path) -> Iterator[Path]:
+    for file in place.rglob("*"):
+        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file():
+            yield file
+
+
+def _labels(
+    by_split: Mapping[SplitName, Mapping[str, list[Path]]], labels: Sequence[str] | None, folder: Path
+) -> list[str]:
+    """Class names in the order of the logits; refuses classes without samples."""
+    found = sorted({name for classes in by_split.values() for name in classes})
+    if not found:
+        raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own")
+    names = found if labels is None else [str(label) for label in labels]
+    for name in found:
+        if name not in names:
+            raise DataError(
+                f"{folder} has a folder for the class {name!r}{did_you_mean(name, names)}, which labels lacks"
+            )
+    for split, classes in by_split.items():
+        for name in names:
+            if not classes.get(name) and (name in classes or split == "train"):
+                kinds = ", ".join(sorted(_SUFFIXES))
+                raise DataError(
+                    f"class {name!r} has no image in {folder} (split {split!r}): add files ({kinds}), "
+                    "or remove the class"
+                )
+    return names
+
+
+def _samples(classes: Mapping[str, list[Path]], names: Sequence[str]) -> list[_Sample]:
+    return [_Sample(file, target) for target, name in enumerate(names) for file in classes.get(name, [])]
+
+
+def _dealt_out(
+    samples: Sequence[_Sample],
+    names: Sequence[str],
+    fractions: Mapping[SplitName, float],
+    seed: int,
+    reader: _Reader,
+) -> dict[SplitName, list[_Sample]]:
+    targets = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
+    digests = reader.digests([sample.file for sample in samples])
+    rows = stratified_split(digests, targets, names, fractions, seed)
+    return {name: [samples[row] for row in chosen] for name, chosen in rows.items()}

@@ -1,0 +1,216 @@
+"""The exit policies: no influence between rows, memory, readmission, and the plain rule they stand for (METHODS §2)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from edgewright.models.layers.exit_policies import POLICIES, ClassExclusion, MaxProbability, policy_named
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+
+QUIET = settings(deadline=None, max_examples=60)
+NASTY = [0.0, -0.0, 1.0, 1.0, -3.5, 30.0, -30.0, 200.0, -200.0, 1e30, -1e30, math.inf, -math.inf, math.nan]
+
+
+def network(exits: int, classes: int, policy: str) -> MultiExit:
+    """Only its `decide` is used here."""
+    base = nn.Sequential(*(nn.Identity() for _ in range(exits + 1)))
+    return MultiExit(base, [HeadSpec(str(i), classes) for i in range(exits)], [2] * exits, classes, policy)
+
+
+def random_logits(seed: int, exits: int, rows: int, classes: int, scale: float = 3.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(rows, classes, generator=generator) for _ in range(exits + 1)]
+
+
+def exclusion_by_hand(logits: list[list[list[float]]], sigmoids: list[Tensor], betas: list[float]) -> tuple[int, int]:
+    """METHODS §2.4 for one row, literally: favourite readmitted, strict comparison, memory."""
+    classes = sigmoids[0].shape[0]
+    m = [True] * classes
+    for i, beta in enumerate(betas):
+        q = [np.float32(x) for x in sigmoids[i].tolist()]
+        a = max(range(classes), key=lambda c: q[c])
+        m[a] = True
+        m = [m[c] and bool(q[c] > np.float32(beta) * q[a]) for c in range(classes)]
+        if sum(m) == 1:
+            return m.index(True), i
+    x = logits[-1]
+    return max((c for c in range(classes) if m[c]), key=lambda c: x[c]), len(betas)
+
+
+def confidence_by_hand(logits: list[list[float]], thetas: list[float]) -> tuple[int, int]:
+    """METHODS §2.7 for one row, in double precision."""
+    for i, theta in enumerate(thetas):
+        top = max(logits[i])
+        if 1.0 / sum(math.exp(x - top) for x in logits[i]) > theta:
+            return logits[i].index(top), i
+    return logits[-1].index(max(logits[-1])), len(thetas)
+
+
+@QUIET
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([2, 3, 10]), st.data())
+def test_class_exclusion_is_the_published_rule(seed: int, exits: int, classes: int, data: st.DataObject) -> None:
+    betas = [data.draw(st.floats(0.01, 0.99)) for _ in range(exits)]
+    logits = random_logits(seed, exits, 12, classes)
+    output = network(exits, classes, "class_exclusion").decide(logits, torch.tensor(betas))
+    for row in range(12):
+        sigmoids = [torch.sigmoid(x)[row] for x in logits]
+        label, left = exclusion_by_hand([x[row].tolist() for x in logits], sigmoids, betas)
+        assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
+
+
+@QUIET
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([2, 3, 10]), st.data())
+def test_max_probability_is_the_published_rule(seed: int, exits: int, classes: int, data: st.DataObject) -> None:
+    thetas = [data.draw(st.floats(0.01, 0.999)) for _ in range(exits)]
+    logits = random_logits(seed, exits, 12, classes)
+    output = network(exits, classes, "max_probability").decide(logits, torch.tensor(thetas))
+    for row in range(12):
+        label, left = confidence_by_hand([x[row].tolist() for x in logits], thetas)
+        assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@QUIET
+@given(st.data())
+def test_rows_never_influence_each_other(policy: str, data: st.DataObject) -> None:
+    exits, rows, classes = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)), data.draw(st.integers(2, 7))
+    value = st.one_of(st.sampled_from(NASTY), st.floats(-20, 20, width=32))
+    size = rows * classes
+    logits = [
+        torch.tensor(data.draw(st.lists(value, min_size=size, max_size=size))).view(rows, classes)
+        for _ in range(exits + 1)
+    ]
+    thresholds = torch.tensor([data.draw(st.sampled_from([0.0, 0.01, 0.5, 0.9, 1.0])) for _ in range(exits)])
+    model = network(exits, classes, policy)
+    together = model.decide(logits, thresholds)
+    alone = [model.decide([x[r : r + 1] for x in logits], thresholds) for r in range(rows)]
+    assert torch.equal(together.label, torch.cat([a.label for a in alone]))
+    assert torch.equal(together.exit_index, torch.cat([a.exit_index for a in alone]))
+    assert torch.equal(together.scores.nan_to_num(-1.0), torch.cat([a.scores for a in alone]).nan_to_num(-1.0))
+    assert torch.equal(together.scores.argmax(dim=1), together.label)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("exits", [1, 3, 6])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_never_is_the_plain_network_and_always_leaves_at_once(policy: str, exits: int, classes: int) -> None:
+    logits = random_logits(exits, exits, 500, classes)
+    model = network(exits, classes, policy)
+    assert torch.equal(model.thresholds, torch.full((exits,), model.policy.never)), "a fresh network never exits"
+    plain = model.decide(logits)
+    assert (plain.exit_index == exits).all()
+    assert torch.equal(plain.label, logits[-1].argmax(dim=1))
+    assert torch.equal(plain.scores, torch.softmax(logits[-1], dim=1))
+    first = model.decide(logits, torch.full((exits,), model.policy.always))
+    assert (first.exit_index == 0).all()
+    assert torch.equal(first.label, logits[0].argmax(dim=1))
+    last = model.decide(logits, torch.tensor([model.policy.never] * (exits - 1) + [model.policy.always]))
+    assert (last.exit_index == exits - 1).all(), "each exit can be forced, whatever comes before"
+
+
+def test_beta_zero_disables_an_exit_even_where_sigmoids_underflow() -> None:
+    policy, zero = ClassExclusion(), torch.tensor(0.0)
+    logits = torch.tensor([[-200.0, 3.0, -150.0], [-200.0, -200.0, -200.0], [200.0, -200.0, 0.0]])
+    excluded, decided, _ = policy.decide(logits, zero, None)
+    assert not decided.any() and excluded is not None and not excluded.any()
+    before = torch.tensor([[True, False, False], [False, True, False], [True, False, False]])
+    after, decided, _ = policy.decide(logits, zero, before)
+    assert after is not None and not decided.any()
+    assert not (after & ~before).any(), "nothing new is excluded"
+
+
+@QUIET
+@given(st.integers(0, 10**6), st.floats(0.0, 1.0))
+def test_what_is_excluded_comes_back_only_as_the_favourite(seed: int, beta: float) -> None:
+    first, second = random_logits(seed, 1, 50, 6)
+    policy = ClassExclusion()
+    before = policy.decide(first, torch.tensor(0.6), None).excluded
+    after, decided, scores = policy.decide(second, torch.tensor(beta), before)
+    assert before is not None and after is not None
+    favourite = torch.zeros_like(before).scatter(1, second.argmax(dim=1, keepdim=True), True)
+    assert not (after & favourite).any()
+    assert not (before & ~favourite & ~after).any()
+    assert ((~after).sum(dim=1) >= 1).all(), "a row is never left without a class"
+    assert torch.equal(decided, (~after).sum(dim=1) == 1)
+    assert torch.equal(scores == 0.0, after)
+
+
+def test_a_larger_beta_excludes_more() -> None:
+    logits = random_logits(3, 0, 200, 8)[0]
+    sizes = [int(ClassExclusion().decide(logits, torch.tensor(b), None).excluded.sum()) for b in (0.0, 0.1, 0.5, 1.0)]
+    assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[-1] == 200 * 7
+
+
+def test_ties_stay_and_excluded_scores_are_exactly_zero() -> None:
+    policy = ClassExclusion()
+    _, decided, _ = policy.decide(torch.tensor([[2.0, 2.0, -9.0], [50.0, 40.0, 0.0]]), torch.tensor(1.0), None)
+    assert decided.tolist() == [False, False], "float32 sigmoids of 40 and 50 are equal"
+    scores = policy.finish(torch.tensor([[-1e30, 5.0, 4.0]]), torch.tensor([[False, True, False]]))
+    assert scores[0, 1] == 0.0 and scores.argmax() == 2 and torch.isfinite(scores).all()
+    everything = policy.finish(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]))
+    assert torch.isfinite(everything).all()
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_nan_rows_stay_and_keep_their_nan(policy: str) -> None:
+    logits = random_logits(0, 2, 4, 5)
+    for x in logits:
+        x[1] = math.nan
+    model = network(2, 5, policy)
+    output = model.decide(logits, torch.full((2,), model.policy.always))
+    assert output.exit_index.tolist() == [0, 2, 0, 0]
+    assert output.scores[1].isnan().all() and torch.isfinite(output.scores[[0, 2, 3]]).all()
+    assert model.margins(logits, torch.full((2,), 0.5))[1] == 0.0
+
+
+@pytest.mark.parametrize("policy", [ClassExclusion(), MaxProbability()], ids=lambda p: p.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_decisions_are_taken_in_float32(policy: ClassExclusion | MaxProbability, dtype: torch.dtype) -> None:
+    logits = random_logits(1, 0, 20, 4)[0].to(dtype)
+    here = policy.decide(logits, torch.tensor(0.5), None)
+    there = policy.decide(logits.to(torch.float32), torch.tensor(0.5), None)
+    assert here.scores.dtype == torch.float32 and torch.equal(here.scores, there.scores)
+    assert torch.equal(here.decided, there.decided)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@QUIET
+@given(st.integers(0, 10**6), st.integers(1, 4), st.data())
+def test_errors_below_the_margin_change_nothing(policy: str, seed: int, exits: int, data: st.DataObject) -> None:
+    classes = data.draw(st.sampled_from([2, 5]))
+    values = st.sampled_from([0.0, 0.05, 0.3, 0.7, 0.95, 1.0])
+    thresholds = torch.tensor([data.draw(values) for _ in range(exits)])
+    model = network(exits, classes, policy)
+    logits = random_logits(seed, exits, 40, classes, scale=2.0)
+    margin = model.margins(logits, thresholds)
+    assert (margin >= 0.0).all() and torch.isfinite(margin).all()
+    before = model.decide(logits, thresholds)
+    generator = torch.Generator().manual_seed(seed)
+    radius = (0.99 * margin.clamp(max=5.0) - 1e-5).clamp(min=0.0)[:, None]
+    for _ in range(8):
+        moved = [x + radius * (2.0 * torch.rand(x.shape, generator=generator).round() - 1.0) for x in logits]
+        after = model.decide(moved, thresholds)
+        assert torch.equal(before.exit_index, after.exit_index)
+        assert torch.equal(before.label, after.label)
+
+
+def test_margins_know_what_cannot_flip() -> None:
+    model = network(1, 3, "class_exclusion")
+    logits = [torch.tensor([[4.0, 1.0, -2.0]]), torch.tensor([[3.0, -1.0, 0.0]])]
+    plain = model.margins(logits, torch.tensor([0.0]))
+    assert plain[0] == pytest.approx(1.5), "a disabled exit cannot flip, the label can: half of 3 - 0"
+    forced = model.margins(logits, torch.tensor([1.0]))
+    gap = math.log(1 / (1 + math.exp(-4.0))) - math.log(1 / (1 + math.exp(-1.0)))
+    assert forced[0] == pytest.approx(gap / 2), "the favourite itself is no distance of zero"
+
+
+def test_unknown_policies_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"'entropie'.*class_exclusion, max_probability"):
+        policy_named("entropie")

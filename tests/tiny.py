@@ -1,0 +1,126 @@
+"""Tiny fixed-seed models and tasks for every test; seconds each, nothing downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.pipeline.task import ImageClassification, SplitName
+
+CLASSES = 4
+
+
+class Block(nn.Module):
+    """A residual block whose inner width may be pruned and whose first convolution reads the stream."""
+
+    def __init__(self, width: int, inner: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, inner, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(self.pool(x) + y)
+
+
+class TinyResidual(nn.Module):
+    """A residual CNN for [N, 1, 12, 12]."""
+
+    def __init__(self, width: int = 8, inner: int = 16, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(Block(width, inner), Block(width, inner, 2), Block(width, inner))
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+        return logits
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with separate q, k, v readers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, d = x.shape
+        q, k, v = (m(x).view(n, t, self.heads, d // self.heads).transpose(1, 2) for m in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = self.o(y.transpose(1, 2).reshape(n, t, d))
+        return out
+
+
+class TinyLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return out
+
+
+class TinyTransformer(nn.Module):
+    """Attention and MLP, no convolution: rows of the [N, 1, 12, 12] image are the tokens."""
+
+    def __init__(self, width: int = 16, layers: int = 3, classes: int = CLASSES) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, width)
+        self.layers = nn.ModuleList(TinyLayer(width, 2, 2 * width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0])
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.fc(self.norm(x).mean(dim=1))
+        return logits
+
+
+def tiny_residual(seed: int = 0) -> nn.Module:
+    """A `TinyResidual` with lively batch-norm statistics, eval mode."""
+    torch.manual_seed(seed)
+    model = TinyResidual()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    return model.eval()
+
+
+def tiny_transformer(seed: int = 0) -> nn.Module:
+    """A `TinyTransformer`, eval mode."""
+    torch.manual_seed(seed)
+    return TinyTransformer().eval()
+
+
+def tiny_task(seed: int = 0, rows: Mapping[SplitName, int] | None = None) -> ImageClassification:
+    """Four classes of noisy 12 x 12 images: a bright square in one of the corners, with distractors."""
+    rows = rows or {"train": 256, "calibration": 64, "validation": 128, "test": 128}
+    generator = torch.Generator().manual_seed(seed)
+    splits = {}
+    for name, count in rows.items():
+        y = torch.arange(count) % CLASSES
+        x = 0.35 * torch.randn(count, 1, 12, 12, generator=generator)
+        for i in range(count):
+            top, left = 6 * int(y[i] // 2), 6 * int(y[i] % 2)
+            shift = torch.randint(0, 3, (2,), generator=generator)
+            x[i, 0, top + shift[0] : top + shift[0] + 3, left + shift[1] : left + shift[1] + 3] += 1.0
+        splits[name] = (x, y)
+    return ImageClassification(splits, [f"corner{i}" for i in range(CLASSES)], name="tiny")
