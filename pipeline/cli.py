@@ -1,0 +1,321 @@
+"""The command `edgewright`: a thin mirror of the public API. Parsing and printing only.
+
+Exit codes: 0 done, 1 failed otherwise, 2 bad input, 3 parity failed, 4 quality floor missed, 5 execution
+provider not available, 130 interrupted. Heavy imports stay inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor, nn
+
+    from .recipe import Recipe
+    from .runner import RunResult
+    from .steps import StepRow
+
+RECIPES = Path(__file__).parent / "recipes"
+_INTERRUPTED = 130
+_PASSED_ON: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+app = typer.Typer(
+    name="edgewright",
+    help="Compress PyTorch models, export them to ONNX with early exits and shared bases, and prove it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: half of the time that rich needs
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Set a value, e.g. stages.0.epochs=5; may be repeated."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: without the program's name; None: ``sys.argv``.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(None if arguments is None else list(arguments), prog_name="edgewright")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.  [default: build/NAME]")] = None,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do everything again, even what is finished.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the result.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a recipe; run it again to go on after an interruption."""
+    with _errors(debug, interrupted="run the same command again to go on where it was"):
+        from rich.console import Console
+
+        from .progress import progress_for
+        from .recipe import load_recipe
+        from .requirements import check_requirements
+        from .runner import run
+
+        _short_warnings(debug)
+        loaded = load_recipe(_recipe_path(recipe), overrides or ())
+        folder = out or Path("build") / (loaded.name or "run")
+        with contextlib.closing(progress_for(Console(stderr=True), quiet)) as progress:
+            result = run(loaded, folder, fresh=fresh, progress=progress)
+        console = _console()
+        console.print(_steps_table(result))
+        for name, path in (("bundle", result.bundle), ("report", result.report)):
+            if path is not None:
+                console.print(f"{name}: {_shown(path)}", soft_wrap=True, highlight=False, markup=False)
+        if result.report is not None:
+            check_requirements(json.loads(result.report.read_text(encoding="utf-8")), loaded.require)
+
+
+@app.command()
+def models(
+    contains: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only names with this text.")] = "",
+    debug: Debug = False,
+) -> None:
+    """List the models that recipes can name.
+
+    Your own are python:path/to/file.py:function.
+    """
+    with _errors(debug):
+        from edgewright.models import registry
+
+        table = _table("model", "input", "what it is")
+        for info in registry.available():
+            if contains in info.name:
+                table.add_row(info.name, "x".join(map(str, info.input_shape or ())), info.description)
+        _console().print(table)
+
+
+@app.command()
+def cuts(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's name, or a recipe.")],
+    input_shape: Annotated[
+        str | None, typer.Option(metavar="N,C,H,W", help="Shape of the input, batch first, e.g. 1,3,32,32.")
+    ] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """List the places of a model where an exit may sit.
+
+    With the shape of the output there and the MACs up to there.
+    """
+    with _errors(debug):
+        from .cost import count
+        from .cost import cuts as places
+
+        network, inputs = _network(model, input_shape, overrides or ())
+        whole = count(network, inputs)
+        table = _table("module", "type", "output", ">MACs up to here", ">share")
+        for cut in places(network, inputs):
+            shape = "x".join(map(str, cut.shape[1:]))
+            table.add_row(cut.path, cut.type, shape, f"{cut.macs_so_far:,}", f"{cut.share:.1%}")
+        console = _console()
+        console.print(table)
+        console.print(f"whole model: {whole.macs:,} MACs, {whole.parameters:,} parameters", highlight=False)
+
+
+@app.command(add_help_option=False, context_settings=_PASSED_ON)
+def doctor(context: typer.Context) -> None:
+    """Show this machine and what is wrong with it."""
+    _on_device("doctor", context)
+
+
+@app.command(add_help_option=False, context_settings=_PASSED_ON)
+def verify(context: typer.Context) -> None:
+    """Run every recorded case of a BUNDLE here and compare."""
+    _on_device("verify", context)
+
+
+@app.command(add_help_option=False, context_settings=_PASSED_ON)
+def predict(context: typer.Context) -> None:
+    """Classify an INPUT (.npy, .npz or image) with a BUNDLE."""
+    _on_device("predict", context)
+
+
+@app.command(add_help_option=False, context_settings=_PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Measure the latency of a BUNDLE here."""
+    _on_device("bench", context)
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of recipes, for editors."""
+    with _errors(debug):
+        from .recipe_schema import schema_text
+
+        typer.echo(schema_text(), nl=False)
+
+
+def _on_device(command: str, context: typer.Context) -> None:
+    """Hands over to the runtime's own command line: one definition of its options, here and on the device."""
+    # by name, because a plain import would make the checker of this package follow the runtime's command line
+    device = importlib.import_module("edgewright.edge_runtime.cli")
+    raise typer.Exit(device.main([command, *context.args]))
+
+
+@contextlib.contextmanager
+def _errors(debug: bool, interrupted: str = "") -> Iterator[None]:
+    """Turns errors into a text and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _print_error("interrupted" + (f"; {interrupted}" if interrupted else ""), debug)
+        raise typer.Exit(_INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        from .errors import EdgewrightError
+
+        if isinstance(error, EdgewrightError):
+            _print_error(str(error), debug)
+            raise typer.Exit(error.exit_code) from None
+        kind = type(error).__name__
+        _print_error(f"internal error: {kind}: {error}" + ("" if debug else "; --debug shows where"), debug)
+        raise typer.Exit(1) from None
+
+
+def _print_error(text: str, debug: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    if debug:
+        traceback.print_exc()
+    # the text keeps its line breaks, and no path in it is taken for markup or cut
+    Console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+def _short_warnings(debug: bool) -> None:
+    import warnings
+
+    if not debug:
+        warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+
+
+def _recipe_path(given: str) -> Path:
+    """A file, or the name of a recipe that is shipped."""
+    shipped = RECIPES / f"{given}.yaml"
+    return shipped if not Path(given).exists() and "/" not in given and shipped.is_file() else Path(given)
+
+
+def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The model and one batch for it."""
+    from .errors import InputError
+    from .preparation import build_named, example_inputs
+    from .recipe import load_recipe, parse_recipe
+
+    path = _recipe_path(given)
+    is_recipe = path.suffix in (".yaml", ".yml", ".json")
+    recipe: Recipe
+    if is_recipe:
+        recipe = load_recipe(path, overrides)
+    else:
+        recipe = parse_recipe({"model": given, "task": "none"}, Path.cwd(), overrides)
+    if input_shape is None and not is_recipe:
+        from edgewright.models import registry
+
+        known = registry.input_shape(given)
+        if known is None:
+            build_named(recipe)  # an unknown name is the better error
+            raise InputError(f"the input of {given} is not known: give its shape with --input-shape, e.g. 1,3,224,224")
+        input_shape = ",".join(map(str, (1, *known)))
+    return build_named(recipe), example_inputs(recipe, _shape(input_shape))
+
+
+def _shape(text: str | None) -> tuple[int, ...] | None:
+    from .errors import InputError
+
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise InputError(f"--input-shape {text} is no list of positive numbers like 1,3,32,32")
+    return tuple(int(part) for part in parts)
+
+
+def _console() -> Console:
+    """Standard output; wide where it goes to a file, so that tables stay whole."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=160)
+
+
+def _table(*columns: str) -> Table:
+    """A table; columns whose name begins with ``>`` hold numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        number = column.startswith(">")
+        name = column.removeprefix(">")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    return table
+
+
+def _steps_table(result: RunResult) -> Table:
+    table = _table("step", ">accuracy", ">worst", ">MACs", ">params", ">weights kB", ">file kB", ">p50 ms", ">p90 ms")
+    for row in result.steps:
+        table.add_row(*_cells(row, row.step == result.reference))
+    table.caption = "* what the others are compared with; worst: the class with the lowest accuracy"
+    table.caption_justify = "left"
+    return table
+
+
+def _cells(row: StepRow, reference: bool) -> tuple[str, ...]:
+    return (
+        row.step + (" *" if reference else ""),
+        f"{row.accuracy:.2%}",
+        f"{row.worst_class_accuracy:.2%}",
+        _short_count(row.macs),
+        _short_count(row.parameters),
+        f"{row.unique_weight_bytes / 1000:,.1f}",
+        "-" if row.file_bytes is None else f"{row.file_bytes / 1000:,.1f}",
+        "-" if row.p50_ms is None else f"{row.p50_ms:.3f}",
+        "-" if row.p90_ms is None else f"{row.p90_ms:.3f}",
+    )
+
+
+def _short_count(value: float) -> str:
+    """Three to four significant figures: 514 k, 1.25 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g}"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

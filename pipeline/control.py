@@ -1,0 +1,65 @@
+"""The control row: the same architecture, not compressed but built small, trained from scratch to the same cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from edgewright.models import registry
+
+from . import cost
+from .determinism import seeded
+from .errors import ModelError, RecipeError
+from .preparation import Inputs
+from .recipe import ControlSpec, ModelSpec, Recipe, StageEntry
+
+CONTROL = "control"
+"""Id of the control's step in a report."""
+
+_HALVINGS = 12
+
+
+def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
+    """The recipe of the control: the base model at the width whose MACs are nearest to `macs`, and one training.
+
+    Args:
+        inputs: of the run.
+        spec: which argument of the model to vary, and how to train.
+        macs: of one row, to be met.
+
+    Raises:
+        RecipeError: the model's MACs do not grow with the argument, or stay above `macs`.
+    """
+    low, high = spec.between
+    smallest, largest = (_macs(inputs, spec.argument, value) for value in (low, high))
+    if not smallest < largest or macs < 0.9 * smallest:
+        raise RecipeError(
+            f"control: {spec.argument} from {low:g} to {high:g} gives {smallest} to {largest} MACs, "
+            f"the compressed model has {macs:.0f}: widen control.between, or leave the control out"
+        )
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _macs(inputs, spec.argument, middle) < macs:
+            low = middle
+        else:
+            high = middle
+    value = min((low, high), key=lambda v: abs(_macs(inputs, spec.argument, v) - macs))
+    recipe = inputs.recipe
+    model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: round(value, 4)})
+    training = StageEntry(name="train", id=CONTROL, config=spec.training)
+    return recipe.model_copy(update={"model": model, "stages": (training,), "control": None})
+
+
+def _macs(inputs: Inputs, argument: str, value: float) -> int:
+    split = inputs.task.splits["test"]
+    return cost.count(_built(inputs.recipe, argument, value), split.batch([0]).inputs).macs
+
+
+def _built(recipe: Recipe, argument: str, value: float) -> nn.Module:
+    args: dict[str, Any] = {**recipe.model.args, argument: round(value, 4)}
+    with seeded(recipe.seed):
+        try:
+            return registry.build(recipe.model.name, args, recipe.folder)
+        except ValueError as error:
+            raise ModelError(f"control: {error}") from error

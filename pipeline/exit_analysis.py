@@ -1,0 +1,87 @@
+"""Who leaves where, how right they are, and how many classes are still possible: the exit-aware part of a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgewright.models.layers.multi_exit import MultiExit
+
+from .task import Split, batches
+
+
+@dataclass(frozen=True)
+class ExitAnalysis:
+    """Measured on one split; K exits and the network's end, C classes. JSON-able with `dataclasses.asdict`.
+
+    Attributes:
+        rows: rows leaving at each exit [K + 1].
+        accuracy: of the rows that leave there, None where nobody does.
+        per_class: rows of each class leaving at each exit [C][K + 1].
+        mean_depth: mean exit index of each class, None for a class without rows.
+        survivors: of the rows that reach an exit, how many have n classes left after it [K][C + 1]; empty for a policy
+            without memory of classes.
+        wrong_exclusions: share of the rows that reach an exit whose true class has been excluded after it [K].
+        head_accuracy: of every head alone on all rows [K + 1].
+    """
+
+    rows: tuple[int, ...]
+    accuracy: tuple[float | None, ...]
+    per_class: tuple[tuple[int, ...], ...]
+    mean_depth: tuple[float | None, ...]
+    survivors: tuple[tuple[int, ...], ...]
+    wrong_exclusions: tuple[float, ...]
+    head_accuracy: tuple[float, ...]
+
+
+@torch.no_grad()
+def analyse_exits(model: MultiExit, split: Split, size: int = 256) -> ExitAnalysis:
+    """Runs `model` once over `split` and counts.
+
+    Args:
+        model: on the CPU, eval mode.
+        split: labelled rows.
+        size: rows per batch.
+    """
+    logits: list[list[Tensor]] = [model.all_logits(*batch.inputs) for batch in batches(split, size)]
+    heads = [torch.cat(parts) for parts in zip(*logits, strict=True)]
+    targets = split.targets
+    output = model.decide(heads)
+    exits = len(heads)
+    right = output.label == targets
+    rows = torch.bincount(output.exit_index, minlength=exits)
+    accuracy = tuple(float(right[output.exit_index == k].float().mean()) if rows[k] else None for k in range(exits))
+    table = torch.zeros(model.classes, exits, dtype=torch.int64)
+    table.index_put_((targets, output.exit_index), torch.ones_like(targets), accumulate=True)
+    depth = tuple(float((row * torch.arange(exits)).sum() / row.sum()) if row.sum() else None for row in table)
+    survivors, wrong = _exclusions(model, heads, targets, output.exit_index)
+    return ExitAnalysis(
+        rows=tuple(rows.tolist()),
+        accuracy=accuracy,
+        per_class=tuple(tuple(row.tolist()) for row in table),
+        mean_depth=depth,
+        survivors=survivors,
+        wrong_exclusions=wrong,
+        head_accuracy=tuple(float((h.argmax(dim=1) == targets).float().mean()) for h in heads),
+    )
+
+
+def _exclusions(
+    model: MultiExit, heads: list[Tensor], targets: Tensor, exit_index: Tensor
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Survivors and wrong exclusions after each exit, over the rows that reach it."""
+    excluded: Tensor | None = None
+    survivors: list[tuple[int, ...]] = []
+    wrong: list[float] = []
+    for k, logits in enumerate(heads[:-1]):
+        excluded = model.policy.decide(logits, model.thresholds[k], excluded).excluded
+        if excluded is None:
+            return (), ()
+        reached = exit_index >= k
+        alive = (~excluded[reached]).sum(dim=1)
+        survivors.append(tuple(torch.bincount(alive, minlength=model.classes + 1).tolist()))
+        gone = excluded[reached].gather(1, targets[reached, None])
+        wrong.append(float(gone.float().mean()) if len(gone) else 0.0)
+    return tuple(survivors), tuple(wrong)

@@ -1,0 +1,159 @@
+"""What a run found: report.json for programs, report.html for people, both from the same data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgewright.edge_runtime.manifest import MANIFEST_FILE, Manifest
+from edgewright.models.layers.multi_exit import MultiExit
+
+from .atomic import plain, pretty_json, write_text
+from .checkpoint import load_checkpoint, versions
+from .exit_analysis import ExitAnalysis, analyse_exits
+from .stage import Json
+from .steps import StepRow
+from .task import Task, split_of
+
+if TYPE_CHECKING:
+    from .runner import RunResult
+
+SCHEMA_VERSION = 1
+JSON_FILE = "report.json"
+HTML_FILE = "report.html"
+
+
+def write_report(result: RunResult, task: Task, root: Path) -> Path:
+    """Writes report.json and report.html into the run's folder.
+
+    Args:
+        result: the finished run.
+        task: for labels and the test split.
+        root: where the recipe's ``python:`` sources lie.
+
+    Returns:
+        Path of report.json.
+    """
+    report = build_report(result, task, root)
+    path = result.out / JSON_FILE
+    write_text(path, pretty_json(plain(report)))
+    write_text(result.out / HTML_FILE, render_html(report))
+    return path
+
+
+def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
+    """The content of report.json."""
+    manifest = Manifest.from_json((result.bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
+    steps = [{**dataclasses.asdict(row), "control": row.step in result.controls} for row in result.steps]
+    chain = [row for row in result.steps if row.step not in result.controls]
+    final, reference = chain[-1], next(row for row in chain if row.step == result.reference)
+    model = load_checkpoint(result.out / final.checkpoint, root)
+    exits: dict[str, Json] | None = None
+    if isinstance(model, MultiExit):
+        measured = next((m for m in result.measurements if m["step"] == final.step), None)
+        analysis = analyse_exits(model, split_of(task, "test", needed_by="the report"))
+        exits = _exits(analysis, manifest, measured)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": result.recipe.name or task.name,
+        "task": {"name": task.name, "labels": list(task.labels), "test_rows": len(task.splits["test"])},
+        "reference": result.reference,
+        "final": final.step,
+        "summary": _summary(reference, final, result.comparison),
+        "steps": steps,
+        "measurements": [dict(m) for m in result.measurements],
+        "parity": dataclasses.asdict(manifest.parity),
+        "exits": exits,
+        "operating_points": [dataclasses.asdict(p) for p in manifest.operating_points],
+        "ledger": {k: v for k, v in dataclasses.asdict(manifest.ledger).items() if k != "rows"},
+        "notes": [f"{row.step}: {note}" for row in result.steps for note in row.notes]
+        + [f"export: {note}" for note in manifest.notes],
+        "environment": versions(),
+        "bundle": result.bundle.relative_to(result.out).as_posix(),
+    }
+
+
+def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] | None) -> dict[str, Json]:
+    return {
+        "accuracy_change": final.accuracy - reference.accuracy,
+        "worst_class_accuracy_change": final.worst_class_accuracy - reference.worst_class_accuracy,
+        "macs_reduction": reference.macs / final.macs if final.macs else None,
+        "bytes_reduction": reference.unique_weight_bytes / final.unique_weight_bytes,
+        "parameters_reduction": reference.parameters / final.parameters,
+        "latency_ratio": comparison,
+    }
+
+
+def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None) -> dict[str, Json]:
+    total = max(1, sum(analysis.rows))
+    latency: Sequence[float | None] = [None] * len(analysis.rows)
+    if measured is not None and measured.get("exits"):
+        latency = measured["exits"]["latency_ms_per_exit"]
+    wrong: list[float | None] = [*analysis.wrong_exclusions, None] if analysis.wrong_exclusions else []
+    table = [
+        {
+            "name": spec.name,
+            "share": analysis.rows[spec.index] / total,
+            "accuracy": analysis.accuracy[spec.index],
+            "head_accuracy": analysis.head_accuracy[spec.index],
+            "macs": spec.macs,
+            "p50_ms": latency[spec.index],
+            "wrong_exclusion": wrong[spec.index] if wrong else None,
+        }
+        for spec in manifest.exits
+    ]
+    return {"policy": manifest.policy.name if manifest.policy else None, "table": table, **dataclasses.asdict(analysis)}
+
+
+def render_html(report: Mapping[str, Json]) -> str:
+    """The page: one file that opens offline, no script."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("edgewright.pipeline", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2")
+    final = next(s for s in report["steps"] if s["step"] == report["final"])
+    return page.render(
+        report={**report, "environment": json.dumps(report["environment"], indent=2, sort_keys=True)},
+        final=final,
+        plots=_plots(report),
+        pct=lambda v: "–" if v is None else f"{100 * v:.2f} %",
+        points=lambda v: f"{100 * v:+.2f} points",
+        ratio=lambda v: f"{v:.2f}",
+        ms=lambda v: "–" if v is None else f"{v:.3g}",
+        si=_si,
+    )
+
+
+def _plots(report: Mapping[str, Json]) -> dict[str, str | None]:
+    from . import report_plots as plots
+
+    samples = {m["step"]: np.asarray(m["samples_ns"]) / 1e6 for m in report["measurements"] if m.get("samples_ns")}
+    found: dict[str, str | None] = {
+        "tradeoff": plots.tradeoff(report["steps"]),
+        "latencies": plots.latencies(samples) if samples else None,
+        "surviving_classes": None,
+    }
+    if report["exits"] is not None:
+        exits = report["exits"]
+        names = [row["name"] for row in exits["table"]]
+        found["exit_histogram"] = plots.exit_histogram(names, exits["rows"], exits["accuracy"])
+        found["depth_per_class"] = plots.depth_per_class(names, report["task"]["labels"], exits["per_class"])
+        if exits["survivors"]:
+            found["surviving_classes"] = plots.surviving_classes(names, exits["survivors"])
+    return found
+
+
+def _si(value: Any) -> str:
+    if value is None:
+        return "–"
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {suffix}"
+    return f"{value:.3g} "

@@ -1,0 +1,121 @@
+"""Which source files a result depends on, and their hashes."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+PACKAGE = "edgewright"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def file_digests(paths: Iterable[Path], root: Path) -> dict[str, str]:
+    """sha256 of every file, by a name that is the same on every machine.
+
+    Args:
+        paths: the files.
+        root: the user's folder; files below it are named relative to it, others by their last two parts.
+    """
+    base = root.resolve()
+    found: dict[str, str] = {}
+    for path in paths:
+        whole = Path(path).resolve()
+        name = whole.relative_to(base) if whole.is_relative_to(base) else Path(*whole.parts[-2:])
+        found[name.as_posix()] = sha256_of(whole)
+    return dict(sorted(found.items()))
+
+
+def module_digests(*modules: str) -> dict[str, str]:
+    """sha256 of the sources of `modules` and of every module of ours that they import, directly or not.
+
+    The imports are read from the text, so those inside functions count too; those under ``if TYPE_CHECKING``
+    do not. A package among `modules` counts with all its modules, because it may choose among them by name.
+    The ``__init__`` of a package on the way to a module is left out unless something is imported from it: it
+    runs, and can hand nothing over.
+    """
+    waiting, found = list(modules), dict[str, str]()
+    for name in modules:
+        waiting += _modules_below(name)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        path = _file_of(name)
+        if path is None:
+            continue
+        text = path.read_bytes()
+        found[name] = hashlib.sha256(text).hexdigest()
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += _imports(ast.parse(text), package)
+    return dict(sorted(found.items()))
+
+
+def _modules_below(name: str) -> list[str]:
+    path = _file_of(name)
+    if path is None or path.name != "__init__.py":
+        return []
+    folder = path.parent
+    inside = (p.relative_to(folder).with_suffix("").parts for p in sorted(folder.rglob("*.py")))
+    return [".".join((name, *(part for part in parts if part != "__init__"))) for parts in inside]
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    for node in _executed(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if _is_ours(alias.name))
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*above, source] if source else above)
+            if not _is_ours(source):
+                continue
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield inner if _file_of(inner) is not None else source
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called == "import_module" and _is_ours(str(node.args[0].value)):
+                yield str(node.args[0].value)
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below `node` except the bodies of ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            for other in child.orelse:
+                yield other
+                yield from _executed(other)
+            continue
+        yield child
+        yield from _executed(child)
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(PACKAGE + ".")
+
+
+def _file_of(name: str) -> Path | None:
+    """The source file of a module of ours, found beside this one without importing anything."""
+    parts = name.split(".")
+    if parts[0] != PACKAGE or len(parts) < 2:
+        return None
+    spec = importlib.util.find_spec(f"{PACKAGE}.{parts[1]}")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent.joinpath(*parts[2:])
+    for candidate in (folder / "__init__.py", folder.with_suffix(".py")):
+        if candidate.is_file() and (len(parts) > 2 or candidate.name == "__init__.py"):
+            return candidate
+    return None

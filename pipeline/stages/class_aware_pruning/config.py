@@ -1,0 +1,82 @@
+"""The configuration of class-aware pruning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ...stage import StageConfig
+from ...training import TrainingConfig
+from .scores import ScoringSettings
+
+
+class ClassAwarePruningConfig(StageConfig):
+    """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
+
+    criterion: Literal["class_count", "class_count_fisher", "fisher", "taylor", "l1", "random"] = "class_count"
+    """Which filters matter; see `criteria`."""
+    target_mac_reduction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
+    and the criterion only which; there is no threshold. None: remove what is below the threshold, wherever it is."""
+    allocation: Literal["equal_share", "loss_per_mac"] = "equal_share"
+    """With a target: the same share of every layer's original filters, or the smallest Fisher loss per MAC saved."""
+    mode: Literal["threshold_only", "percent_only", "both"] = "both"
+    """Which limits hold in one iteration: the threshold, the share `max_frac_per_iter`, or both. With a target there is
+    no threshold, and `threshold_only` means that one iteration goes all the way."""
+    threshold_frac: float = Field(default=0.3, ge=0.0)
+    """Filters that score below this share of the criterion's scale may go: of the number of classes for `class_count`,
+    of the layer's average filter for the others."""
+    max_frac_per_iter: float = Field(default=0.10, gt=0.0, le=1.0)
+    """Largest share of the remaining prunable filters that one iteration removes."""
+    min_width: float = Field(default=0.1, ge=0.0, le=1.0)
+    """Share of its original filters that every layer keeps; never less than 4 filters and 2 %."""
+    round_to: int = Field(default=1, ge=1)
+    """Widths after pruning are multiples of this; layers that are not pruned keep their width."""
+    prune_residual: bool = False
+    """Also narrow the streams of residual networks, whose filters several layers add up."""
+    exclude: tuple[str, ...] = ()
+    """Layers that keep their filters: module paths, with ``*`` and ``?``."""
+    score_split: Literal["train", "calibration"] = "calibration"
+    """Where the images for the scores come from; they are never augmented."""
+    images_per_class: int = Field(default=10, ge=1)
+    """Images per class for the scores, or as many as there are."""
+    score_batch_size: int = Field(default=64, ge=1)
+    """Images per forward and backward pass of scoring; does not change the scores."""
+    agg: Literal["sum_then_max", "max_then_sum"] = "sum_then_max"
+    """Class count at the position where most classes need the filter, or with each class at its own best position."""
+    tau: float = Field(default=0.0, ge=0.0)
+    """A filter counts at a position if |activation * gradient| exceeds this."""
+    tau_mode: Literal["absolute", "relative"] = "absolute"
+    """`relative`: `tau` times the sample's mean over the layer; needed for SiLU, GELU and the like, which are never
+    exactly 0 (try 1e-3)."""
+    only_correct: bool = False
+    """Count only images that the model classifies correctly."""
+    lambda1: float = Field(default=1e-4, ge=0.0)
+    """Weight of the L1 norm of all parameters in `prepare` and `retrain`."""
+    lambda_o: float = Field(default=1e-2, ge=0.0)
+    """Weight of the orthogonality of 3x3 filters in `prepare` and `retrain`."""
+    orthogonality_padding: int = Field(default=1, ge=0)
+    """1 as released; 2 counts every overlap of two 3x3 filters."""
+    prepare: TrainingConfig | None = None
+    """Training with the modified loss before the first scoring; None if the model has had it."""
+    retrain: TrainingConfig = TrainingConfig(epochs=5, learning_rate=0.01)
+    """Training with the modified loss after each pruning step."""
+    finetune: TrainingConfig | None = None
+    """Training at the end with the task's loss alone."""
+    max_drop: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Validation accuracy may fall by this (0.01 is one point) below the given model's; an iteration that falls further
+    is undone and is the last."""
+    max_iterations: int = Field(default=50, ge=1)
+    """Iterations at most."""
+
+    def scoring(self) -> ScoringSettings:
+        """The fields that concern scores."""
+        return ScoringSettings(
+            self.images_per_class, self.score_batch_size, self.agg, self.tau, self.tau_mode, self.only_correct
+        )
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the allocation asks for the Fisher loss, whatever the criterion."""
+        return self.target_mac_reduction is not None and self.allocation == "loss_per_mac"

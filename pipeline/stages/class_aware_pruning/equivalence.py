@@ -1,0 +1,82 @@
+"""Proof by running: a narrowed model must compute what the same model computes with those channels masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ...errors import StageError
+from .surgery import Keep, masked, pruned
+from .tracing import plain_eval
+
+
+def failures(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    keep_of: Callable[[Mapping[str, Tensor]], Keep],
+    kept: Mapping[str, Tensor],
+) -> dict[str, str]:
+    """Which groups cannot be cut as `kept` says, with the reason; all are tried together first.
+
+    Args:
+        model: unchanged.
+        inputs: for the runs, positional.
+        keep_of: turns kept units of groups into a cut.
+        kept: group name -> units that stay.
+    """
+    if not kept or difference(model, inputs, keep_of(kept)) is None:
+        return {}
+    wrong: dict[str, str] = {}
+    for name, units in kept.items():
+        reason = difference(model, inputs, keep_of({name: units}))
+        if reason is not None:
+            wrong[name] = reason
+    rest = {name: units for name, units in kept.items() if name not in wrong}
+    if rest and difference(model, inputs, keep_of(rest)) is not None:
+        # each works alone but not all together: take them in one by one
+        taken: dict[str, Tensor] = {}
+        for name, units in rest.items():
+            reason = difference(model, inputs, keep_of({**taken, name: units}))
+            if reason is None:
+                taken[name] = units
+            else:
+                wrong[name] = reason
+    return wrong
+
+
+@torch.no_grad()
+def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str | None:
+    """None if `pruned` and `masked` agree on `inputs`, else what is wrong.
+
+    The tolerance is relative to what the cut changes: a wrong index map is an error of that size, rounding is not.
+    """
+    with plain_eval(model):
+        dense = _outputs(model, inputs)
+        mask = _outputs(masked(model, keep), inputs)
+        try:
+            small = _outputs(pruned(model, keep), inputs)
+        except Exception as error:  # a user's forward may raise anything when a width is written into it
+            text = str(error).splitlines()[0] if str(error) else ""
+            return f"the model does not run with fewer of these channels ({type(error).__name__}: {text[:160]})"
+    if len(small) != len(mask) or any(a.shape != b.shape for a, b in zip(small, mask, strict=True)):
+        return "the model's output has another shape with fewer of these channels"
+    for whole, expected, found in zip(dense, mask, small, strict=True):
+        if not torch.isfinite(whole).all():
+            raise StageError("the model's output is NaN or infinite: check its weights and the scale of the data")
+        scale = float((expected - whole).abs().max()) if whole.numel() else 0.0
+        size = float(expected.abs().max()) if whole.numel() else 0.0
+        distance = float((found - expected).abs().max()) if whole.numel() else 0.0
+        if not distance <= 1e-3 * scale + 1e-6 * size:
+            return (
+                f"the narrowed model differs from the masked one by {distance:.2g}: an operation between its layers "
+                "depends on the number or the order of these channels"
+            )
+    return None
+
+
+def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    leaves = tree_leaves(model.eval()(*inputs))
+    return [leaf.to(torch.float64) for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,0 +1,245 @@
+"""What each filter does for each class: all layers in one forward and backward pass per batch (METHODS §1.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import StageError
+from ...stage import Context
+from ...task import Split
+from .axes import channel_dim
+from .tracing import hooked, plain_eval
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How activations are turned into statistics; see the fields of `ClassAwarePruningConfig`."""
+
+    images_per_class: int = 10
+    batch_size: int = 64
+    agg: Literal["sum_then_max", "max_then_sum"] = "sum_then_max"
+    tau: float = 0.0
+    tau_mode: Literal["absolute", "relative"] = "absolute"
+    only_correct: bool = False
+
+
+@dataclass(frozen=True)
+class FilterStatistics:
+    """Of one layer with F filters, over C classes; float32, CPU.
+
+    With A the layer's output, G the gradient of a sample's cross entropy at it:
+
+    Attributes:
+        class_count: [F], in how many classes the filter matters at its best position; 0 ... C.
+        per_class: [C, F], share of the class's images in which it matters, at its best position.
+        taylor: [C, F], mean over the images of ``|sum over positions of A * G|``.
+        fisher: [C, F], mean over the images of ``(sum over positions of A * G) ** 2``.
+    """
+
+    class_count: Tensor
+    per_class: Tensor
+    taylor: Tensor
+    fisher: Tensor
+
+
+def logit_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of each sample's own cross entropy at its logits, as direction and size.
+
+    A sample so confident that its gradient is exactly 0 in float32 would vanish from every count and take its class
+    along, so the direction is then that of the target logit, of size 0. Directions are scaled to largest entry 1 lest
+    the gradient of an almost confident sample underflows on its way back.
+
+    Args:
+        logits: float32 [N, C].
+        targets: int64 [N].
+
+    Returns:
+        directions [N, C] and sizes [N]; the gradient is their product.
+    """
+    onehot = nn.functional.one_hot(targets, logits.shape[1]).to(logits.dtype)
+    gradient = torch.softmax(logits.detach(), dim=1) - onehot
+    size = gradient.abs().amax(dim=1)
+    direction = torch.where(size[:, None] > 0, gradient / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None], onehot)
+    return direction, size
+
+
+class _Tally:
+    """Sums of one layer over the images of the class at hand, and over finished classes."""
+
+    def __init__(self, classes: int, settings: ScoringSettings) -> None:
+        self.settings = settings
+        self.classes = classes
+        self.hits: Tensor | None = None
+        self.total: Tensor | None = None
+        self.rows: dict[str, list[Tensor]] = {"per_class": [], "taylor": [], "fisher": []}
+        self.sums: list[Tensor] = []
+
+    def add(self, product: Tensor, size: Tensor, counted: Tensor, path: str) -> None:
+        """Takes in ``A * G`` [N, positions, F] of one batch; `counted` bool [N] leaves samples out."""
+        strength = product.abs()
+        if self.settings.tau_mode == "relative":
+            # per sample, so that neither the batch size nor a confident neighbour matters
+            alive = strength > self.settings.tau * strength.mean(dim=(1, 2), keepdim=True)
+        elif self.settings.tau > 0:
+            alive = strength * torch.where(size > 0, size, 1.0)[:, None, None] > self.settings.tau
+        else:
+            alive = strength > 0
+        hits = alive[counted].sum(dim=0, dtype=torch.float32)
+        before = self.total if self.hits is None else self.hits
+        if before is not None and before.shape != hits.shape:
+            raise StageError(
+                f"layer {path!r} gives {before.shape[0]} positions for one batch and {hits.shape[0]} for another: "
+                "class counts need inputs of one size; resize or pad the samples to one"
+            )
+        self.hits = hits if self.hits is None else self.hits + hits
+        effect = product.sum(dim=1)[counted] * size[counted][:, None]
+        sums = [effect.abs().sum(dim=0), effect.square().sum(dim=0)]
+        self.sums = sums if not self.sums else [a + b for a, b in zip(self.sums, sums, strict=True)]
+
+    def finish_class(self, images: int) -> None:
+        """Turns the sums of one class into its row."""
+        assert self.hits is not None
+        share = self.hits / images
+        self.total = share if self.total is None else self.total + share
+        self.rows["per_class"].append(share.amax(dim=0))
+        self.rows["taylor"].append(self.sums[0] / images)
+        self.rows["fisher"].append(self.sums[1] / images)
+        self.hits, self.sums = None, []
+
+    def result(self) -> FilterStatistics:
+        """After the last class."""
+        assert self.total is not None
+        rows = {name: torch.stack(parts).cpu() for name, parts in self.rows.items()}
+        count = self.total.amax(dim=0).cpu() if self.settings.agg == "sum_then_max" else rows["per_class"].sum(dim=0)
+        return FilterStatistics(count, **rows)
+
+
+def collect(
+    model: nn.Module,
+    layers: Sequence[str],
+    split: Split,
+    labels: Sequence[str],
+    settings: ScoringSettings,
+    context: Context,
+) -> dict[str, FilterStatistics]:
+    """Statistics of every filter of `layers`, in eval mode and float32, without changing the model.
+
+    One class after the other; never holds feature maps of more than one batch.
+
+    Args:
+        model: takes the split's inputs positionally and returns logits [N, C].
+        layers: paths of convolutions and linear layers.
+        split: has at least one sample of every class.
+        labels: names of the classes.
+        settings: see there.
+        context: device, generator of the choice of images, progress.
+
+    Raises:
+        StageError: the model is not float32, returns no logits, or a score is not finite.
+    """
+    wrong = [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and p.dtype not in (torch.float32, torch.float64)
+    ]
+    if wrong:
+        raise StageError(
+            f"parameter {wrong[0]!r} is {model.get_parameter(wrong[0]).dtype}: class counts need float32, because half "
+            "precision turns small gradients into zeros; call model.float() first"
+        )
+    device = context.device
+    model.to(device)
+    tallies = {path: _Tally(len(labels), settings) for path in layers}
+    outputs: dict[str, list[Tensor]] = {}
+    modules = dict(model.named_modules())
+    handles = [modules[path].register_forward_hook(_recorder(path, outputs)) for path in layers]
+    everything = range(len(labels))
+    with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for label in context.progress.track(everything, "scoring classes", len(labels)):
+            images = 0
+            chosen = _choose(split, label, settings.images_per_class, context)
+            wanted = (
+                _correct(model, split, chosen, settings, device)
+                if settings.only_correct
+                else torch.ones_like(chosen, dtype=torch.bool)
+            )
+            for start in range(0, len(chosen), settings.batch_size):
+                part = slice(start, start + settings.batch_size)
+                outputs.clear()
+                batch = split.batch(chosen[part]).to(device)
+                logits = model(*batch.inputs)
+                _check_logits(logits, len(batch.targets), len(labels))
+                counted = wanted[part].to(device)
+                images += int(counted.sum())
+                for path, product, size in _products(logits, batch.targets, outputs, modules):
+                    tallies[path].add(product, size, counted, path)
+            for tally in tallies.values():
+                tally.finish_class(images)
+    model.to("cpu")
+    found = {path: tally.result() for path, tally in tallies.items()}
+    for path, statistics in found.items():
+        if not torch.isfinite(statistics.fisher).all():
+            raise StageError(f"layer {path!r} has NaN or infinite gradients: the model or its inputs are out of range")
+    return found
+
+
+def _recorder(path: str, outputs: dict[str, list[Tensor]]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        kept = output if output.requires_grad else output.detach().requires_grad_()
+        outputs.setdefault(path, []).append(kept)
+        # a copy goes on, because an activation that works in place would overwrite what is scored
+        return kept.clone()
+
+    return hook
+
+
+def _products(
+    logits: Tensor, targets: Tensor, outputs: Mapping[str, list[Tensor]], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Per layer ``A * G`` [N, positions of all calls, F], G up to the samples' sizes, which come along."""
+    direction, size = logit_gradients(logits, targets)
+    flat = [tensor for calls in outputs.values() for tensor in calls]
+    gradients = iter(torch.autograd.grad(logits, flat, grad_outputs=direction, allow_unused=True))
+    for path, calls in outputs.items():
+        parts = []
+        for tensor in calls:
+            gradient = next(gradients)
+            product = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
+            channels_last = product.movedim(channel_dim(modules[path], product), -1)
+            if channels_last.shape[0] % len(targets):
+                raise StageError(
+                    f"layer {path!r} runs on {channels_last.shape[0]} rows for {len(targets)} samples, so its filters "
+                    "cannot be scored per sample: exclude it"
+                )
+            parts.append(channels_last.reshape(len(targets), -1, channels_last.shape[-1]))
+        yield path, torch.cat(parts, dim=1), size
+
+
+def _choose(split: Split, label: int, most: int, context: Context) -> Tensor:
+    rows = (split.targets == label).nonzero().flatten()
+    order = torch.randperm(len(rows), generator=context.generator("scoring images", label))
+    return rows[order[:most]].sort().values
+
+
+@torch.no_grad()
+def _correct(model: nn.Module, split: Split, chosen: Tensor, settings: ScoringSettings, device: torch.device) -> Tensor:
+    """Bool [len(chosen)]; all of them if none is right, because a class without images would need no filter at all."""
+    right = []
+    for start in range(0, len(chosen), settings.batch_size):
+        batch = split.batch(chosen[start : start + settings.batch_size]).to(device)
+        right.append((model(*batch.inputs).argmax(dim=1) == batch.targets).cpu())
+    found = torch.cat(right)
+    return found if bool(found.any()) else torch.ones_like(found)
+
+
+def _check_logits(logits: Any, rows: int, classes: int) -> None:
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (rows, classes):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise StageError(f"the model returns {shape} where logits ({rows}, {classes}) are needed for scores per class")
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise StageError(f"the model computes in {logits.dtype}: class counts need float32, remove its autocast")

@@ -1,0 +1,330 @@
+"""Follows channels through a model by what happens to NaN: exact for any operation, and without architecture names.
+
+A mixing layer gets NaN into some of its output channels; whichever input channels of later layers then hold NaN are
+fed by them. Every mixing layer cleans its input first, so a NaN travels from one mixing layer to the next and no
+further. Which output channel feeds which input channel is read off like a binary number: pass b marks the channels
+whose index has bit b, and its counterpart the others; an input channel that both passes reach has several sources.
+Reshapes, concatenations, shuffles, gates and pooling need no rules of their own. (torch-pruning's graph, read off the
+names of autograd nodes, does not end on swin_t and fails on shufflenet_v2; this does both.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+
+from ...errors import StageError
+from .axes import Side, channel_dim, is_depthwise, is_following, is_mixing, width
+
+Axis: TypeAlias = tuple[str, str]
+"""(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
+Marks: TypeAlias = Mapping[Axis, Tensor]
+"""Bool [channels] per source: where NaN is put."""
+_MANY = -1
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one clean pass says about a mixing layer, over all its calls.
+
+    Attributes:
+        macs: multiply-accumulates of one row.
+        positions: most output positions (pixels, tokens) of one call and row.
+        dense: every output channel reads every input channel; else each reads a fixed number of them.
+    """
+
+    macs: int
+    positions: int
+    dense: bool = True
+
+
+@dataclass
+class Flow:
+    """Where the output channels of every source arrive.
+
+    Attributes:
+        widths: channels of every axis seen.
+        calls: mixing layers that ran.
+        feeds: per source and reader axis: int64 [channels of the reader], the source channel, or -1 where it does not
+            arrive.
+        mixed: sources whose channels cannot be told apart at some reader, with the readers' paths.
+        mixed_at: (reader axis -> bool [channels]) reached by several channels of one source.
+        outputs: sources that reach the model's output directly.
+        opaque: layers with a forward of their own, whose channels are elsewhere than those of their type.
+    """
+
+    widths: dict[Axis, int] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    feeds: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
+    mixed: dict[Axis, str] = field(default_factory=dict)
+    mixed_at: dict[Axis, Tensor] = field(default_factory=dict)
+    outputs: set[Axis] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
+
+
+@contextmanager
+def plain_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode without PyTorch's fused attention, which passes hooks by and swallows NaN; restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    """Removes hooks at the end."""
+    kept = list(handles)
+    try:
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
+
+
+class Tracer:
+    """Runs a model with marked channels. Use it once, through `trace`."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.model = model
+        self.inputs = inputs
+        self.flow = Flow()
+        self._marks: Marks = {}
+        self._seen: dict[Axis, Tensor] = {}
+        self._arrived: dict[nn.Module, Tensor] = {}
+
+    def trace(self) -> Flow:
+        """Finds the flow.
+
+        Raises:
+            StageError: the model does not run on the inputs.
+        """
+        with torch.no_grad(), plain_eval(self.model), hooked(self._watch_calls()):
+            self._forward()
+        with torch.no_grad(), plain_eval(self.model), hooked(self._watch_channels()):
+            self._decode(self._reach())
+        return self.flow
+
+    def _forward(self) -> bool:
+        """Runs the model; whether NaN came out."""
+        try:
+            output = self.model(*self.inputs)
+        except Exception as error:  # a user's forward may raise anything
+            shapes = [tuple(x.shape) for x in self.inputs]
+            raise StageError(
+                f"the model's forward failed on inputs of shapes {shapes} while its channels were followed: "
+                f"{type(error).__name__}: {error}; it must take the task's inputs positionally and run on one row"
+            ) from error
+        return any(
+            bool(torch.isnan(t).any()) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
+        )
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        for path, module in self.model.named_modules():
+            if path not in self.flow.opaque and (is_mixing(module) or is_following(module)):
+                yield path, module
+
+    def _watch_calls(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        for path, module in self._layers():
+            yield module.register_forward_hook(self._note_call(path), with_kwargs=True)
+
+    def _note_call(self, path: str) -> Callable[..., None]:
+        rows = len(self.inputs[0]) if self.inputs else 1
+
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x: Tensor = args[0] if args else kwargs["input"]
+            read = width(module, "in" if is_mixing(module) or is_depthwise(module) else "out")
+            made = width(module, "out")
+            if x.shape[channel_dim(module, x)] != read or output.shape[channel_dim(module, output)] != made:
+                self.flow.opaque.add(path)
+            elif is_mixing(module) or is_depthwise(module):
+                positions = output.numel() // made // rows
+                # a transposed convolution multiplies at every input position
+                places = x.numel() // read // rows if getattr(module, "transposed", False) else positions
+                old = self.flow.calls.get(path, Call(0, 0))
+                macs = old.macs + module.weight.numel() * places
+                self.flow.calls[path] = Call(macs, max(old.positions, positions), getattr(module, "groups", 1) == 1)
+
+        return hook
+
+    def _watch_channels(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        for path, module in self._layers():
+            side: Side = "in" if is_mixing(module) or is_depthwise(module) else "out"
+            yield module.register_forward_pre_hook(self._receive((path, side)), with_kwargs=True)
+            yield module.register_forward_hook(self._send(path))
+            self.flow.widths[(path, side)] = width(module, side)
+
+    def _receive(self, axis: Axis) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x: Tensor = args[0] if args else kwargs["input"]
+            dim = channel_dim(module, x)
+            there = torch.isnan(x).transpose(0, dim).flatten(1).any(dim=1) if x.dim() > 1 else torch.isnan(x)
+            self._seen[axis] = self._seen[axis] | there if axis in self._seen else there
+            self._arrived[module] = there
+            clean = torch.nan_to_num(x) if bool(there.any()) else x
+            return ((clean, *args[1:]), kwargs) if args else (args, {**kwargs, "input": clean})
+
+        return hook
+
+    def _send(self, path: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            if is_mixing(module):
+                mark = self._marks.get((path, "out"))
+            else:
+                there = self._arrived[module]
+                mark = there.repeat_interleave(width(module, "out") // len(there)) if bool(there.any()) else None
+            if mark is None:
+                return output
+            shape = [1] * output.dim()
+            shape[channel_dim(module, output)] = -1
+            return output.masked_fill(mark.view(shape), float("nan"))
+
+        return hook
+
+    def _run(self, marks: Marks) -> tuple[dict[Axis, Tensor], bool]:
+        """Reached channels bool [channels] per reader axis, and whether NaN came out of the model."""
+        self._marks, self._seen = marks, {}
+        owners = dict(self._plain_tensors())
+        saved = {name: owners[name].detach().clone() for name, _ in marks if name in owners}
+        try:
+            for (name, dim), mark in marks.items():
+                if name in saved:
+                    owners[name].index_fill_(int(dim), mark.nonzero().flatten(), float("nan"))
+            came_out = self._forward()
+        finally:
+            for name, value in saved.items():
+                owners[name].copy_(value)
+        return {axis: there for axis, there in self._seen.items() if bool(there.any())}, came_out
+
+    def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and buffers that belong to the user's own modules: scales, position embeddings and the like."""
+        for path, module in self.model.named_modules():
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
+                if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1:
+                    yield f"{path}.{name}" if path else name, tensor.data
+
+    def _reach(self) -> dict[Axis, dict[Axis, Tensor]]:
+        """Per source: the reader channels it arrives at, whatever source channel feeds them."""
+        reach: dict[Axis, dict[Axis, Tensor]] = {}
+        for path, module in self._layers():
+            if is_mixing(module) and path in self.flow.calls:
+                axis: Axis = (path, "out")
+                self.flow.widths[axis] = width(module, "out")
+                reach[axis], came_out = self._run({axis: torch.ones(self.flow.widths[axis], dtype=torch.bool)})
+                if came_out:
+                    self.flow.outputs.add(axis)
+            elif is_depthwise(module):
+                self.flow.widths[(path, "out")] = width(module, "out")
+        layers = dict(reach)
+        for name, tensor in self._plain_tensors():
+            whole = (name, str(tensor.dim() - 1))
+            there, came_out = self._run({whole: torch.ones(tensor.shape[-1], dtype=torch.bool)})
+            if came_out or not there:
+                continue
+            # only a dimension as wide as a reader, or as a layer that arrives at the same places, can hold channels
+            beside = {self.flow.widths[reader] for reader in there}
+            for axis, reached in layers.items():
+                if any(bool((reached[r] & mark).any()) for r, mark in there.items() if r in reached):
+                    beside.add(self.flow.widths[axis])
+            for dim, size in enumerate(tensor.shape):
+                if size in beside:
+                    self.flow.widths[(name, str(dim))] = size
+                    reach[(name, str(dim))] = there
+        return reach
+
+    def _decode(self, reach: dict[Axis, dict[Axis, Tensor]]) -> None:
+        """Finds the source channel of every reader channel; sources that disturb each other are run apart."""
+        waiting = [axis for axis, there in reach.items() if there]
+        found = self._numbers(waiting)
+        disturbed = []
+        for axis in waiting:
+            if any(bool(((found[reader] == _MANY) & there).any()) for reader, there in reach[axis].items()):
+                disturbed.append(axis)
+            else:
+                self._accept(axis, reach[axis], found)
+        for together in _apart(disturbed, reach):
+            found = self._numbers(together, reach)
+            for axis in together:
+                self._accept(axis, reach[axis], found)
+
+    def _numbers(self, sources: list[Axis], reach: Mapping[Axis, Any] | None = None) -> dict[Axis, Tensor]:
+        """Source channel int64 [channels] per reader axis: `_MANY` for several; meaningful where a source arrives.
+
+        With `reach`, sources that turn out to be mixed are dropped from the later passes, which saves most of the time.
+        """
+        found: dict[Axis, Tensor] = {}
+        alive = list(sources)
+        for bit in range(max((self.flow.widths[a] - 1).bit_length() for a in sources) if sources else 0):
+            if not alive:
+                break
+            numbers = {a: (torch.arange(self.flow.widths[a]) >> bit) & 1 for a in alive}
+            ones, _ = self._run({a: n == 1 for a, n in numbers.items()})
+            zeros, _ = self._run({a: n == 0 for a, n in numbers.items()})
+            for axis in ones.keys() | zeros.keys():
+                nothing = torch.zeros(self.flow.widths[axis], dtype=torch.bool)
+                one, zero = ones.get(axis, nothing), zeros.get(axis, nothing)
+                value = found.setdefault(axis, torch.zeros(len(one), dtype=torch.int64))
+                found[axis] = torch.where(one & zero | (value == _MANY), _MANY, value + (one.to(torch.int64) << bit))
+            if reach is not None:
+                alive = [
+                    a
+                    for a in alive
+                    if not any(bool((found.get(r, t.long())[t] == _MANY).any()) for r, t in reach[a].items())
+                ]
+        return found
+
+    def _accept(self, axis: Axis, there: Mapping[Axis, Tensor], found: Mapping[Axis, Tensor]) -> None:
+        feeds: dict[Axis, Tensor] = {}
+        for reader, reached in there.items():
+            number = found.get(reader, torch.zeros(self.flow.widths[reader], dtype=torch.int64))
+            feeds[reader] = torch.where(reached, number, _MANY)
+            several = reached & (number == _MANY)
+            if bool(several.any()):
+                self.flow.mixed.setdefault(axis, reader[0])
+                self.flow.mixed_at[reader] = self.flow.mixed_at.get(reader, torch.zeros_like(several)) | several
+        self.flow.feeds[axis] = feeds
+
+
+def _apart(sources: list[Axis], reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> list[list[Axis]]:
+    """Groups of sources that arrive at no common reader."""
+    rounds: list[tuple[list[Axis], set[Axis]]] = []
+    for axis in sources:
+        readers = set(reach[axis])
+        for members, taken in rounds:
+            if not taken & readers:
+                members.append(axis)
+                taken |= readers
+                break
+        else:
+            rounds.append(([axis], set(readers)))
+    return [members for members, _ in rounds]
+
+
+def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
+    """Follows the channels of every layer of `model`; the model is unchanged afterwards.
+
+    Args:
+        model: called positionally with `inputs`, in eval mode.
+        inputs: one row.
+
+    Raises:
+        StageError: the model does not run on them.
+    """
+    return Tracer(model, inputs).trace()

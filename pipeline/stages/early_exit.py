@@ -1,0 +1,312 @@
+"""The `early_exit` stage: heads inside a trained classifier, and thresholds that say who may leave where.
+
+METHODS §2 (class exclusion, arXiv 2309.13443) and §7.1 (confidence). The stage chooses places, trains the
+heads (with the network or alone), and finds several validated settings of the thresholds on the validation
+split.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+
+from .. import cost
+from ..errors import StageError
+from ..stage import Context, Edit, Json, Stage, StageResult
+from ..task import Split, Task, batches, check_classes, score, split_of
+from .exit_placement import choose_places, exit_macs
+from .exit_search import ExitSearchConfig, OperatingPointResult, search_thresholds
+from .exit_training import ExitTrainingConfig, train_heads, train_jointly
+
+__all__ = ["STAGE", "EarlyExitConfig", "collect_logits", "exit_metrics", "fit", "rebuild"]
+
+
+class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
+    """Where exits sit, how they decide, how they are trained, and what they may cost."""
+
+    at: tuple[str, ...] = ()
+    """Module paths whose outputs the exits read (`edgewright cuts` lists them); empty: `at_macs` chooses."""
+    at_macs: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Shares of the network's MACs; an exit goes to the outermost module near each."""
+    pool: int = Field(default=1, ge=1, le=16)
+    """Side to which maps are averaged for the heads; shrunk to what divides the map."""
+    policy: Literal["class_exclusion", "max_probability"] = "class_exclusion"
+    """Rule that decides who leaves: one class is left, or the best class is probable enough."""
+
+    @field_validator("at_macs")
+    @classmethod
+    def _check_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not 0.0 < share < 1.0 for share in value):
+            raise ValueError("each entry is a share of the network's MACs, between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _check_places(self) -> EarlyExitConfig:
+        if self.at and "at_macs" in self.model_fields_set:
+            raise ValueError("give `at` or `at_macs`, not both")
+        if not self.at and not self.at_macs:
+            raise ValueError("give at least one place in `at` or `at_macs`")
+        return self
+
+
+def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context) -> StageResult:
+    """Adds exits to `model`, trains them and finds thresholds.
+
+    Args:
+        model: a classifier, called positionally with the task's inputs, that returns logits [N, C].
+        task: its train split trains, its validation split chooses.
+        config: see `EarlyExitConfig`.
+        context: see `Context`.
+
+    Returns:
+        A `MultiExit`. The edit holds what `rebuild` needs, the validated operating points (the first is
+        what the thresholds are set to) and the limits, for a search on other logits later.
+
+    Raises:
+        RecipeError: a place that does not exist.
+        StageError: a place no exit can sit at, outputs that do not fit the task, or training that diverges.
+        DataError: a class without samples.
+    """
+    check_classes(task, "train", needed_by="early_exit")
+    validation = split_of(task, "validation", needed_by="early_exit")
+    inputs = validation.batch([0]).inputs
+    classes = len(task.labels)
+    _check_output(model, inputs, classes)
+    chosen = choose_places(model, inputs, config.at, config.at_macs)
+    dims = [len(place.shape) for place in chosen]
+    before = cost.count(model, inputs)
+    network = MultiExit(model, [place.head(config.pool) for place in chosen], dims, classes, config.policy)
+    _initialise(network, context.generator("heads"))
+    network.eval()
+    log, given_accuracy, notes = _train(network, task, config, context)
+
+    logits = collect_logits(network, validation, context.device)
+    macs = exit_macs(network, inputs)
+    began = time.perf_counter()
+    points = search_thresholds(network, logits, validation.targets, macs, config, context.generator("search"))
+    tried, seconds = sum(len(point.trials) for point in points), time.perf_counter() - began
+    context.progress.say(f"thresholds: {tried} settings tried in {seconds:.1f} s, {tried / seconds:.0f} a second")
+    network.thresholds.copy_(torch.tensor(points[0].thresholds, dtype=torch.float32))
+    metrics = _metrics(network, logits, validation.targets, points, macs, before, given_accuracy, log)
+    notes += _summary(network, points[0], metrics, before, config)
+    data = {
+        "policy": config.policy,
+        "classes": classes,
+        "heads": [_spec_json(s, d) for s, d in zip(network.specs, dims, strict=True)],
+        "operating_points": [point.to_json() for point in points],
+        "search": config.model_dump(mode="json", include=set(ExitSearchConfig.model_fields)),
+    }
+    artifacts = {f"trials.{point.name}": point.trials for point in points}
+    return StageResult(network, Edit("early_exit", data), metrics, artifacts, notes)
+
+
+def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
+    """A `MultiExit` around `model`; state keys ``base.*``, ``heads.<i>.linear.*``, ``thresholds``."""
+    heads = edit.data["heads"]
+    specs = [HeadSpec(h["at"], h["features"], h["pool"], h["axis"]) for h in heads]
+    network = MultiExit(model, specs, [h["dims"] for h in heads], edit.data["classes"], edit.data["policy"])
+    return network.eval()
+
+
+@torch.no_grad()
+def collect_logits(model: MultiExit, split: Split, device: torch.device | None = None, size: int = 256) -> list[Tensor]:
+    """Logits of every head on a split: K + 1 tensors float [len(split), C], on the CPU; the model ends there too."""
+    device = torch.device("cpu") if device is None else device
+    model.to(device).eval()
+    parts = [[x.cpu() for x in model.all_logits(*b.to(device).inputs)] for b in batches(split, size)]
+    model.to("cpu")
+    return [torch.cat(heads) for heads in zip(*parts, strict=True)]
+
+
+def _check_output(model: nn.Module, inputs: tuple[Tensor, ...], classes: int) -> None:
+    model.eval()
+    with torch.no_grad():
+        output = model(*inputs)
+    kind = type(model).__name__
+    if not isinstance(output, Tensor):
+        raise StageError(
+            f"{kind} returns a {type(output).__name__}; early_exit needs a model that returns logits [N, C] as one "
+            "tensor: wrap it in a module that returns only those"
+        )
+    if output.dim() != 2 or output.shape[1] != classes:
+        raise StageError(
+            f"{kind} returns {list(output.shape)} for {len(inputs[0])} row(s) and the task has {classes} labels: "
+            "the number of logits must be the number of labels"
+        )
+
+
+def _initialise(model: MultiExit, generator: torch.Generator) -> None:
+    """As `nn.Linear` does, from the context's randomness."""
+    for i in range(len(model.specs)):
+        linear = model.head(i).linear
+        bound = linear.in_features**-0.5
+        for parameter in linear.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+
+def _plain_accuracy(model: MultiExit, split: Split, device: torch.device) -> float:
+    last = collect_logits(model, split, device)[-1]
+    return score(last.argmax(dim=1), split.targets, model.classes).accuracy
+
+
+def _train(
+    model: MultiExit, task: Task, config: EarlyExitConfig, context: Context
+) -> tuple[dict[str, Json], float, tuple[str, ...]]:
+    """Trains as configured; returns the log, the accuracy of the network as it was given, and notes."""
+    validation = split_of(task, "validation", needed_by="early_exit")
+    given = _plain_accuracy(model, validation, context.device)
+    log: dict[str, Json] = {}
+    if config.freeze_backbone or config.head_epochs:
+        log["heads"] = train_heads(model, task, config, context, augment=config.freeze_backbone)
+    if config.freeze_backbone:
+        return log, given, ("the network itself is unchanged, the heads alone were trained",)
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    log["joint"] = train_jointly(model, task, config, context)
+    after = _plain_accuracy(model, validation, context.device)
+    if config.max_backbone_drop is None or not config.head_epochs or after >= given - config.max_backbone_drop:
+        return log, given, ()
+    model.load_state_dict(kept)
+    return (
+        log,
+        given,
+        (
+            f"joint training took the network's own validation accuracy from {given:.4f} to {after:.4f}, more than "
+            f"max_backbone_drop allows, so it was undone and the heads trained alone are kept; set freeze_backbone, or "
+            "lower training.learning_rate",
+        ),
+    )
+
+
+def _spec_json(spec: HeadSpec, dims: int) -> dict[str, Json]:
+    return {"at": spec.at, "features": spec.features, "pool": spec.pool, "axis": spec.axis, "dims": dims}
+
+
+def _metrics(
+    model: MultiExit,
+    logits: Sequence[Tensor],
+    targets: Tensor,
+    points: Sequence[OperatingPointResult],
+    macs: Sequence[int],
+    before: cost.Cost,
+    given_accuracy: float,
+    log: dict[str, Json],
+) -> dict[str, Json]:
+    plain = score(logits[-1].argmax(dim=1), targets, model.classes)
+    return {
+        "operating_points": [point.to_json() for point in points],
+        "min_share_met": {point.name: point.min_share_met for point in points},
+        "exits": [spec.at for spec in model.specs],
+        "exit_macs": list(macs),
+        "plain_macs": before.macs,
+        "given_accuracy": given_accuracy,
+        "plain_accuracy": plain.accuracy,
+        "plain_worst_class_accuracy": plain.worst_class_accuracy,
+        "validation": exit_metrics(model, logits, targets),
+        "log": log,
+    }
+
+
+def exit_metrics(model: MultiExit, logits: Sequence[Tensor], targets: Tensor) -> dict[str, Json]:
+    """Who leaves where with the model's thresholds, and what exclusion does; on cached logits.
+
+    Args:
+        model: gives policy and thresholds.
+        logits: K + 1 tensors float [N, C].
+        targets: int64 [N].
+
+    Returns:
+        ``shares`` [K + 1]; ``accuracy`` [K + 1] of the rows leaving there (None without rows);
+        ``head_accuracy`` [K + 1] of each head alone on all rows; ``class_depth`` [C], mean exit index;
+        ``survivors`` [K][C], mean number of classes left after an exit for rows of each true class, 1 where
+        the row has left, and ``wrong_exclusion_rate``, the share of rows that end with their true class
+        excluded (both None for a policy without memory).
+    """
+    output = model.decide(logits)
+    right = (output.label == targets).to(torch.float64)
+    index = output.exit_index
+    exits = range(len(logits))
+    rows = torch.bincount(targets, minlength=model.classes)
+    found = _exclusion(model, logits, targets, index)
+    return {
+        "shares": [float((index == i).double().mean()) for i in exits],
+        "accuracy": [float(right[index == i].mean()) if (index == i).any() else None for i in exits],
+        "head_accuracy": [float((x.argmax(dim=1) == targets).double().mean()) for x in logits],
+        "class_depth": _class_means(index.double(), targets, rows),
+        "survivors": None if found is None else [_class_means(n, targets, rows) for n in found.survivors],
+        "wrong_exclusion_rate": None if found is None else found.wrong,
+    }
+
+
+@dataclass(frozen=True)
+class _Exclusion:
+    survivors: list[Tensor]  # float64 [N] for each exit
+    wrong: float
+
+
+def _exclusion(model: MultiExit, logits: Sequence[Tensor], targets: Tensor, exit_index: Tensor) -> _Exclusion | None:
+    excluded: Tensor | None = None
+    wrong = torch.zeros_like(targets, dtype=torch.bool)
+    survivors: list[Tensor] = []
+    for i, head in enumerate(logits[:-1]):
+        excluded = model.policy.decide(head, model.thresholds[i], excluded).excluded
+        if excluded is None:
+            return None
+        # the last exit that a row passes has the last word on it
+        wrong = torch.where(exit_index >= i, excluded.gather(1, targets[:, None])[:, 0], wrong)
+        alive = (~excluded).sum(dim=1).to(torch.float64)
+        survivors.append(torch.where(exit_index > i, alive, 1.0))
+    return _Exclusion(survivors, float(wrong.double().mean()))
+
+
+def _class_means(values: Tensor, targets: Tensor, rows: Tensor) -> list[float | None]:
+    sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, targets, values)
+    return [float(s / n) if n else None for s, n in zip(sums, rows, strict=True)]
+
+
+def _summary(
+    model: MultiExit,
+    point: OperatingPointResult,
+    metrics: dict[str, Json],
+    before: cost.Cost,
+    config: EarlyExitConfig,
+) -> tuple[str, ...]:
+    added = sum(p.numel() for p in model.heads.parameters())
+    mean = point.metrics["mean_macs"]
+    notes = [
+        f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
+        f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
+    ]
+    if config.policy == "class_exclusion":
+        notes.append(f"the loss of the exits was weighted in the mode {config.exit_loss_mode!r}")
+    unused = [model.specs[i].at for i in range(len(model.specs)) if not point.metrics[f"exit_share_{i}"]]
+    if unused:
+        notes.append(
+            f"no validation row leaves at {', '.join(unused)}: its head costs without saving; "
+            "remove it, raise tolerance or ask for min_share"
+        )
+    missed = [name for name, met in metrics["min_share_met"].items() if met is False]
+    if missed:
+        notes.append(
+            f"no thresholds within the tolerance give every exit {config.min_share:.1%} of the rows at "
+            f"{', '.join(missed)}; the share was given up there"
+        )
+    return tuple(notes)
+
+
+STAGE = Stage(
+    name="early_exit",
+    config=EarlyExitConfig,
+    fit=fit,
+    rebuild=rebuild,
+    forbids={"early_exit": "the network has exits already; give all places to one early_exit stage"},
+    splits=("train", "validation"),
+    per_class=True,
+)

@@ -1,0 +1,159 @@
+"""Applies thresholds of a network with exits to cached logits: many trials a second, by the policy's own algebra."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgewright.models.layers.exit_policies import ExitPolicy
+
+_ELEMENTS_PER_CHUNK = 1 << 20  # of [trials, rows, classes], small enough to stay in a cache
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Settings of the thresholds and what they gave; T of them, tensors on the CPU.
+
+    Attributes:
+        thresholds: float64 [T, K].
+        accuracy: float64 [T].
+        worst_class_accuracy: float64 [T], of the classes that have samples.
+        mean_macs: float64 [T], per row.
+        shares: float64 [T, K + 1], of the rows leaving at each exit.
+    """
+
+    thresholds: Tensor
+    accuracy: Tensor
+    worst_class_accuracy: Tensor
+    mean_macs: Tensor
+    shares: Tensor
+
+    def __getitem__(self, rows: slice) -> Trials:
+        return Trials(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.accuracy)
+
+    def table(self) -> Tensor:
+        """Float64 [T, K + 2]: thresholds, accuracy, mean MACs; one line of the trial curves each."""
+        return torch.cat([self.thresholds, self.accuracy[:, None], self.mean_macs[:, None]], dim=1)
+
+
+class ExitEvaluator:
+    """Applies thresholds to cached logits of N rows.
+
+    Args:
+        policy: decides.
+        logits: K + 1 tensors float [N, C], as `MultiExit.all_logits` returns them.
+        targets: int64 [N].
+        exit_macs: K + 1 numbers: MACs of one row that leaves there.
+    """
+
+    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor, exit_macs: Sequence[int]) -> None:
+        self.policy = policy
+        self.logits = [x.detach() for x in logits]
+        self.device = self.logits[0].device
+        self.targets = targets.to(self.device)
+        self.exits = len(logits) - 1
+        self.rows, self.classes = self.logits[0].shape
+        self.exit_macs = torch.tensor(list(exit_macs), dtype=torch.float64)
+        self.class_rows = torch.bincount(self.targets, minlength=self.classes).cpu()
+        self.log: list[Trials] = []
+        self._known: dict[Hashable, Trials] = {}
+
+    def sample(self, rows: Tensor) -> ExitEvaluator:
+        """The same for some of the rows, int64 [n]."""
+        rows = rows.to(self.device)
+        macs = [int(m) for m in self.exit_macs]
+        return ExitEvaluator(self.policy, [x[rows] for x in self.logits], self.targets[rows], macs)
+
+    def evaluate(self, thresholds: Sequence[float]) -> Trials:
+        """One trial."""
+        return self.sweep(thresholds, self.exits - 1, thresholds[-1:])
+
+    def sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Trials:
+        """Tries `values` as the threshold of one exit while the others stay: T = len(values) trials.
+
+        Remembers what it was asked: descents from several starts and for several limits meet again and again.
+        """
+        key = (exit_index, tuple(thresholds[:exit_index]), tuple(thresholds[exit_index + 1 :]), tuple(values))
+        if key not in self._known:
+            self._known[key] = self._sweep(thresholds, exit_index, values)
+            self.log.append(self._known[key])
+        return self._known[key]
+
+    def _sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Trials:
+        given = torch.tensor(list(thresholds), dtype=torch.float32, device=self.device)
+        tried = torch.tensor(list(values), dtype=torch.float32, device=self.device)
+        hits = torch.zeros(len(values), self.classes, dtype=torch.float64, device=self.device)
+        leaving = torch.zeros(len(values), self.exits + 1, dtype=torch.float64, device=self.device)
+        excluded: Tensor | None = None
+        rows = torch.arange(self.rows, device=self.device)
+        for i in range(exit_index):  # what comes before is the same for all trials
+            excluded, decided, scores = self.policy.decide(self.logits[i][rows], given[i], excluded)
+            right = decided & (scores.argmax(dim=1) == self.targets[rows])
+            hits += torch.bincount(self.targets[rows[right]], minlength=self.classes)
+            leaving[:, i] += decided.sum()
+            rows, excluded = rows[~decided], None if excluded is None else excluded[~decided]
+        size = max(1, _ELEMENTS_PER_CHUNK // (len(values) * self.classes))
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
+            before = None if excluded is None else excluded[chunk]
+            right, exit_of_row = self._outcomes(given, exit_index, tried, rows[chunk], before)
+            hits.index_add_(1, self.targets[rows[chunk]], right.to(torch.float64))
+            for i in range(exit_index, self.exits + 1):
+                leaving[:, i] += (exit_of_row == i).sum(dim=1)
+        table = torch.tensor(list(thresholds), dtype=torch.float64).repeat(len(values), 1)
+        table[:, exit_index] = torch.tensor(list(values), dtype=torch.float64)
+        return self._summary(table, hits.cpu(), leaving.cpu())
+
+    def _outcomes(
+        self, given: Tensor, first: int, values: Tensor, rows: Tensor, before: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Whether each of `rows` is right, bool [T, n], and where it leaves, int64 [T, n]."""
+        here = self.logits[first][rows]
+
+        def decide(value: Tensor) -> tuple[Tensor, ...]:
+            excluded, decided, scores = self.policy.decide(here, value, before)
+            return (decided, scores) if excluded is None else (decided, scores, excluded)
+
+        decided, scores, *memory = torch.vmap(decide)(values)
+        # A threshold works on what follows through `decided` and `excluded` alone, and neighbouring values
+        # mostly agree in both: what follows is computed once for each run of equal states of a row.
+        new = torch.ones_like(decided)
+        new[1:] = decided[1:] != decided[:-1]
+        for excluded in memory:
+            new[1:] |= (excluded[1:] != excluded[:-1]).any(dim=2)
+        run_of = torch.zeros(new.shape, dtype=torch.int64, device=self.device)
+        run_of[new] = torch.arange(int(new.sum()), device=self.device)
+        run_of = run_of.cummax(dim=0).values  # numbered trial by trial, so a row's own number only grows
+        at = new.nonzero(as_tuple=True)
+        excluded_at = memory[0][at] if memory else None
+        right, exit_of_row = self._follow(given, first, rows[at[1]], decided[at], scores[at], excluded_at)
+        return right[run_of], exit_of_row[run_of]
+
+    def _follow(
+        self, given: Tensor, first: int, rows: Tensor, decided: Tensor, scores: Tensor, excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From what exit `first` said to the end: right bool [n], exit index int64 [n]."""
+        targets = self.targets[rows]
+        right = decided & (scores.argmax(dim=1) == targets)
+        exit_of_row = torch.where(decided, first, self.exits)
+        stays = ~decided
+        for i in range(first + 1, self.exits):
+            excluded, decided, scores = self.policy.decide(self.logits[i][rows], given[i], excluded)
+            leaves = stays & decided
+            right = torch.where(leaves, scores.argmax(dim=1) == targets, right)
+            exit_of_row = torch.where(leaves, i, exit_of_row)
+            stays = stays & ~decided
+        last = self.policy.finish(self.logits[-1][rows], excluded).argmax(dim=1)
+        return torch.where(stays, last == targets, right), exit_of_row
+
+    def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor) -> Trials:
+        present = self.class_rows > 0
+        worst = (hits[:, present] / self.class_rows[present]).amin(dim=1)
+        shares = leaving / self.rows
+        return Trials(thresholds, hits.sum(dim=1) / self.rows, worst, shares @ self.exit_macs, shares)

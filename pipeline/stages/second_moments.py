@@ -1,0 +1,139 @@
+"""Second moments of layer inputs, streamed over calibration batches (METHODS §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StageError
+from ..graph import Layer
+from ..task import Batch
+
+_PATCH_BYTES = 64 * 2**20  # the largest unfolded block
+_LARGE = 1_000_000  # rows beyond which float32 sums lose digits that the whitening needs (METHODS §3.4)
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """``G = XᵀX / rows`` of what one layer multiplies.
+
+    Attributes:
+        matrix: [d_in, d_in] on the CPU; float32, float64 beyond a million rows.
+        rows: rows of X that were used.
+        seen: rows that went by; more than `rows` where the cap bit.
+    """
+
+    matrix: Tensor
+    rows: int
+    seen: int
+
+
+class _Sink:
+    """Takes in the inputs of one layer, batch by batch."""
+
+    def __init__(self, layer: Layer, samples: int, max_rows: int, generator: Callable[..., torch.Generator]) -> None:
+        self.path = layer.path
+        self.share = min(1.0, max_rows / max(1, layer.rows * samples))
+        self.generator = generator
+        large = layer.rows * samples * self.share > _LARGE
+        self.total = torch.zeros(layer.fan_in, layer.fan_in, dtype=torch.float64 if large else torch.float32)
+        self.rows = self.seen = self.batches = 0
+
+    def take(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        """A forward pre-hook."""
+        chooser = self.generator("rows", self.path, self.batches)
+        self.batches += 1
+        for rows, seen in input_rows(module, args[0] if args else kwargs["input"], self.share, chooser):
+            partial = rows.T @ rows
+            if not bool(torch.isfinite(partial).all()):
+                raise StageError(
+                    f"the input of layer {self.path!r} is not finite, or too large to square in float32, "
+                    f"on calibration batch {self.batches}: train the model with a lower learning rate, or leave the "
+                    "layer out with layers.exclude"
+                )
+            self.total += partial.to(self.total)
+            self.rows += rows.shape[0]
+            self.seen += seen
+
+    def result(self) -> SecondMoment:
+        """The mean over all rows."""
+        return SecondMoment(self.total / max(1, self.rows), self.rows, self.seen)
+
+
+@torch.no_grad()
+def collect_second_moments(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Batch],
+    samples: int,
+    max_rows: int,
+    device: torch.device,
+    generator: Callable[..., torch.Generator],
+) -> dict[str, SecondMoment]:
+    """Runs `model` over `batches` and averages the outer products of what each of `layers` multiplies.
+
+    Args:
+        model: in eval mode, on `device`.
+        layers: one per different input (`Layer.input_key`).
+        batches: calibration samples.
+        samples: how many samples `batches` has in all.
+        max_rows: cap on rows per layer; beyond it a random share of tokens or positions is taken.
+        device: where to compute.
+        generator: as `Context.generator`; chooses rows.
+
+    Returns:
+        By path.
+
+    Raises:
+        StageError: an input is not finite; names the layer.
+    """
+    sinks = {layer.path: _Sink(layer, samples, max_rows, generator) for layer in layers}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(sink.take, with_kwargs=True) for path, sink in sinks.items()
+    ]
+    try:
+        for batch in batches:
+            model(*batch.to(device).inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: sink.result() for path, sink in sinks.items()}
+
+
+def input_rows(module: nn.Module, x: Tensor, share: float, generator: torch.Generator) -> Iterable[tuple[Tensor, int]]:
+    """What a layer multiplies with its matrix, in blocks: rows float32 [n, d_in], and how many they stand for.
+
+    Args:
+        module: an `nn.Linear`, or an `nn.Conv2d`: its rows are im2col patches in the order (channel, kh, kw).
+        x: its input.
+        share: of the rows to take, in (0, 1].
+        generator: chooses them.
+    """
+    x = x.detach().to(torch.float32)
+    if not isinstance(module, nn.Conv2d):
+        rows = x.reshape(-1, x.shape[-1])
+        yield rows[_some(rows.shape[0], share, generator, rows.device)], rows.shape[0]
+        return
+    x = x if x.dim() == 4 else x[None]
+    if isinstance(module.padding, str) or any(module.padding):
+        # also what `same` pads, which is not symmetric for even kernels
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
+    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    positions = 1
+    for i in range(2):
+        positions *= (x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+    per_sample = positions * x.shape[1] * kernel[0] * kernel[1] * x.element_size()
+    for part in torch.split(x, max(1, _PATCH_BYTES // max(1, per_sample))):
+        patches = nn.functional.unfold(part, kernel, dilation=dilation, stride=stride)
+        chosen = patches[:, :, _some(positions, share, generator, x.device)]
+        yield chosen.transpose(1, 2).reshape(-1, patches.shape[1]), part.shape[0] * positions
+
+
+def _some(count: int, share: float, generator: torch.Generator, device: torch.device) -> Tensor | slice:
+    if share >= 1.0:
+        return slice(None)
+    wanted = max(1, round(count * share))
+    return torch.randperm(count, generator=generator)[:wanted].sort().values.to(device)

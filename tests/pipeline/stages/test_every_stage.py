@@ -1,0 +1,58 @@
+"""Every stage, every criterion, every policy: one line here, all checks of `stage_tester`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from stage_tester import StageCase, check_stage
+from tiny import tiny_residual, tiny_transformer
+
+from edgewright.pipeline.stages import STAGE_NAMES, stage_named
+
+_SHORT = {"epochs": 2, "batch_size": 32}
+_ONCE = {"epochs": 1, "batch_size": 32}
+
+CASES = [
+    StageCase("train-sgd", "train", _SHORT, tiny_residual),
+    StageCase("train-adamw", "train", {**_SHORT, "optimizer": "adamw", "learning_rate": 1e-3}, tiny_transformer),
+    StageCase("train-again", "train", _SHORT, tiny_residual, prior=(("train", _SHORT),)),
+    StageCase("prune-class-count", "class_aware_pruning", {"finetune": _ONCE}),
+    StageCase("prune-l1", "class_aware_pruning", {"finetune": _ONCE, "criterion": "l1"}),
+    StageCase("share-cnn", "basis_sharing"),
+    StageCase("share-transformer", "basis_sharing", {}, tiny_transformer),
+    StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
+    StageCase(
+        "exit-probability",
+        "early_exit",
+        {"training": _ONCE, "policy": "max_probability", "at_macs": (0.4,)},
+        tiny_transformer,
+    ),
+    StageCase(
+        "prune-share-exit",
+        "early_exit",
+        {"training": _ONCE, "at": ("blocks.0", "blocks.1")},
+        prior=(("class_aware_pruning", {"finetune": _ONCE}), ("basis_sharing", {})),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
+    check_stage(case, tmp_path)
+
+
+def test_every_stage_has_a_case() -> None:
+    assert {case.stage for case in CASES} == set(STAGE_NAMES)
+
+
+@pytest.mark.parametrize("name", STAGE_NAMES)
+def test_stage_is_declared_completely(name: str) -> None:
+    stage = stage_named(name)
+    assert stage.name == name
+    assert stage.config(), "every field has a default"
+    assert "test" not in stage.splits
+    assert (stage.requires | stage.forbids.keys()) <= set(STAGE_NAMES)
+    assert not {"name", "id", "config"} & stage.config.model_fields.keys(), "recipes use these keys themselves"
+    undescribed = [key for key, value in stage.config.model_fields.items() if not value.description]
+    assert not undescribed

@@ -1,0 +1,221 @@
+"""The threshold search against brute force, against the published loop written out, and against MultiExit itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.pipeline.errors import StageError
+from edgewright.pipeline.stages import exit_search, exit_trials
+from edgewright.pipeline.stages.exit_search import (
+    ExitSearchConfig,
+    Limits,
+    OperatingPointResult,
+    candidate_thresholds,
+    greedy,
+    published_steps,
+    search_thresholds,
+)
+from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+
+POLICIES = ("class_exclusion", "max_probability")
+
+
+def network(exits: int, classes: int, policy: str) -> MultiExit:
+    base = nn.Sequential(*(nn.Identity() for _ in range(exits + 1)))
+    return MultiExit(base, [HeadSpec(str(i), classes) for i in range(exits)], [2] * exits, classes, policy)
+
+
+def data(exits: int, rows: int = 300, classes: int = 5, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Logits that get better with depth, rows of different difficulty, and noise that exits share."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(classes, (rows,), generator=generator)
+    difficulty = 3.0 * torch.rand(rows, generator=generator)
+    shared = torch.randn(rows, classes, generator=generator)
+    logits = []
+    for i in range(exits + 1):
+        z = 0.7 * shared + 0.9 * torch.randn(rows, classes, generator=generator) - 1.5
+        z[torch.arange(rows), targets] += 3.0 + 3.0 * (i + 1) / (exits + 1) - difficulty
+        logits.append(z)
+    return logits, targets
+
+
+def macs_of(exits: int) -> list[int]:
+    return [100 * (i + 1) + i * i for i in range(exits + 1)]
+
+
+def search(
+    exits: int, policy: str, seed: int = 0, rows: int = 300, classes: int = 5, **config: object
+) -> tuple[list[OperatingPointResult], MultiExit, list[Tensor], Tensor]:
+    logits, targets = data(exits, rows, classes, seed)
+    model = network(exits, classes, policy)
+    generator = torch.Generator().manual_seed(1)
+    points = search_thresholds(model, logits, targets, macs_of(exits), ExitSearchConfig(**config), generator)
+    return points, model, logits, targets
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("exits", [1, 2, 4, 6])
+@pytest.mark.parametrize("chunk", [1 << 20, 1 << 11])
+def test_trials_equal_the_network_itself(policy: str, exits: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exit_trials, "_ELEMENTS_PER_CHUNK", chunk)
+    logits, targets = data(exits, seed=exits)
+    model, macs = network(exits, 5, policy), macs_of(exits)
+    evaluator = ExitEvaluator(model.policy, logits, targets, macs)
+    generator = torch.Generator().manual_seed(exits)
+    values = [model.policy.never, 0.9, *torch.rand(20, generator=generator).tolist(), model.policy.always]
+    for i in range(exits):
+        start = torch.rand(exits, generator=generator).tolist()
+        trials = evaluator.sweep(start, i, values)
+        for t, value in enumerate(values):
+            thresholds = [*start[:i], value, *start[i + 1 :]]
+            output = model.decide(logits, torch.tensor(thresholds))
+            right = output.label == targets
+            assert trials.accuracy[t] == right.double().mean()
+            per_class = [right[targets == c].double().mean() for c in range(5)]
+            assert trials.worst_class_accuracy[t] == min(per_class)
+            leaving = torch.bincount(output.exit_index, minlength=exits + 1)
+            assert trials.shares[t].tolist() == (leaving.double() / 300).tolist()
+            expected = sum(int(n) * m for n, m in zip(leaving, macs, strict=True)) / 300
+            assert float(trials.mean_macs[t]) == pytest.approx(expected, rel=1e-12)
+            assert trials.thresholds[t].tolist() == thresholds
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("classes", [2, 5])
+def test_one_exit_is_solved_by_both_searches_as_by_brute_force(policy: str, classes: int) -> None:
+    logits, targets = data(1, classes=classes)
+    model, macs = network(1, classes, policy), macs_of(1)
+    plain = (model.decide(logits).label == targets).double().mean()
+
+    def measure(threshold: float) -> tuple[float, float]:
+        output = model.decide(logits, torch.tensor([threshold]))
+        mean = torch.tensor(macs, dtype=torch.float64)[output.exit_index].mean()
+        return float((output.label == targets).double().mean()), float(mean)
+
+    for tolerance in (0.0, 0.01, 0.05):
+        goal = float(plain) - tolerance - 1e-9
+        found = {
+            name: search(1, policy, classes=classes, search=name, tolerance=tolerance)[0][0]
+            for name in ("greedy", "coordinate")
+        }
+        all_of_them = [measure(t) for t in candidate_thresholds(model.policy)]
+        best = min(mean for accuracy, mean in all_of_them if accuracy >= goal)
+        assert found["coordinate"].metrics["mean_macs"] == pytest.approx(best, rel=1e-12)
+        kept = model.policy.never
+        for threshold in published_steps(model.policy):
+            if measure(threshold)[0] < goal:
+                break
+            kept = threshold
+        assert found["greedy"].thresholds == (kept,)
+
+
+def published_loop(model: MultiExit, logits: list[Tensor], targets: Tensor, segments: list[int], goal: float) -> list:
+    """METHODS §2.5 as it is written, for class exclusion, with the first quirk repaired; one full pass a trial."""
+    beta = [0.0] * len(segments)
+    for i in sorted(range(len(segments)), key=lambda j: -segments[j]):
+        step, accuracy = 1, 1.0
+        while accuracy >= goal - 1e-9 and step <= 100:
+            beta[i] = round(step / 100, 6)
+            accuracy = float((model.decide(logits, torch.tensor(beta)).label == targets).double().mean())
+            step += 1
+        passed = step - 2 if accuracy < goal - 1e-9 else 100
+        beta[i] = round(min(passed, 99) / 100, 6) if passed >= 1 else 0.0
+    return beta
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("exits", [2, 3, 5])
+def test_greedy_is_the_published_loop(exits: int, seed: int) -> None:
+    logits, targets = data(exits, seed=seed)
+    model = network(exits, 5, "class_exclusion")
+    macs = torch.tensor([7, 50, 20, 90, 10, 60])[: exits + 1].cumsum(0).tolist()
+    segments = [macs[0], *(b - a for a, b in pairwise(macs))][:exits]
+    plain = float((logits[-1].argmax(dim=1) == targets).double().mean())
+    found = greedy(ExitEvaluator(model.policy, logits, targets, macs), Limits(plain - 0.02, None, None))
+    assert found.thresholds[0].tolist() == published_loop(model, logits, targets, segments, plain - 0.02)
+
+
+def test_greedy_switches_a_harmful_exit_off() -> None:
+    """The release leaves it on at 0.01 (METHODS §2.5, quirk i)."""
+    logits, targets = data(1)
+    logits[0] = 8.0 * torch.nn.functional.one_hot((targets + 1) % 5, 5).float() - 8.0
+    model = network(1, 5, "class_exclusion")
+    plain = float((logits[-1].argmax(dim=1) == targets).double().mean())
+    found = greedy(ExitEvaluator(model.policy, logits, targets, [1, 2]), Limits(plain - 0.01, None, None))
+    assert found.thresholds.tolist() == [[0.0]] and found.accuracy == plain
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("exits", [2, 3, 6])
+def test_points_keep_to_their_limits_and_coordinate_is_never_worse(policy: str, exits: int) -> None:
+    for seed in range(1 if exits == 6 else 2):
+        points, model, logits, targets = search(exits, policy, seed=seed, tolerance=0.01)
+        plain = float((logits[-1].argmax(dim=1) == targets).double().mean())
+        assert [p.name for p in points] == ["balanced", "accurate", "fast"]
+        for point, allowed in zip(points, (0.01, 0.0, 0.03), strict=True):
+            output = model.decide(logits, torch.tensor(point.thresholds))
+            accuracy = float((output.label == targets).double().mean())
+            assert point.metrics["accuracy"] == accuracy >= plain - allowed - 1e-9
+            mean = torch.tensor(macs_of(exits), dtype=torch.float64)[output.exit_index].mean()
+            assert point.metrics["mean_macs"] == pytest.approx(float(mean), rel=1e-12)
+            assert point.metrics["mean_macs"] <= point.metrics["greedy_mean_macs"] + 1e-9
+            shares = [point.metrics[f"exit_share_{i}"] for i in range(exits + 1)]
+            assert sum(shares) == pytest.approx(1.0)
+            assert point.trials.shape[1] == exits + 2
+        balanced, accurate, fast = (p.metrics["mean_macs"] for p in points)
+        assert fast <= balanced <= accurate
+
+
+def test_the_search_is_repeatable() -> None:
+    one, other = (search(3, "class_exclusion", tolerance=0.01)[0] for _ in range(2))
+    assert [p.to_json() for p in one] == [p.to_json() for p in other]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_exit_is_used_where_that_is_asked_for(policy: str) -> None:
+    points, model, logits, _ = search(3, policy, tolerance=0.02, min_share=0.05)
+    assert points[0].min_share_met
+    output = model.decide(logits, torch.tensor(points[0].thresholds))
+    assert (torch.bincount(output.exit_index, minlength=4) >= 0.05 * 300).all()
+    impossible = search(3, policy, tolerance=0.0, min_share=0.26)[0]
+    assert [p.min_share_met for p in impossible] == [False] * 3
+    assert impossible[0].metrics["accuracy"] >= float(impossible[1].metrics["accuracy"]) - 1e-9
+
+
+def test_the_worst_class_can_be_protected() -> None:
+    free = search(2, "max_probability", seed=2, tolerance=0.1)[0][0]
+    held, _, logits, targets = search(2, "max_probability", seed=2, tolerance=0.1, max_worst_class_drop=0.02)
+    right = logits[-1].argmax(dim=1) == targets
+    plain = min(float(right[targets == c].double().mean()) for c in range(5))
+    assert free.metrics["worst_class_accuracy"] < plain - 0.02
+    assert held[0].metrics["worst_class_accuracy"] >= plain - 0.02 - 1e-9
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_large_splits_are_searched_on_a_sample_and_checked_on_all_rows(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_search, "_ELEMENTS_PER_SEARCH", 1000)
+    monkeypatch.setattr(exit_search, "_ROWS_PER_SEARCH", 100)
+    points, _, logits, targets = search(3, policy, rows=900, tolerance=0.01)
+    plain = float((logits[-1].argmax(dim=1) == targets).double().mean())
+    assert points[0].metrics["accuracy"] >= plain - 0.01 - 1e-9
+    assert points[0].metrics["mean_macs"] <= points[0].metrics["greedy_mean_macs"] + 1e-9
+
+
+def test_unusable_logits_and_configurations_are_refused() -> None:
+    logits, targets = data(2)
+    model = network(2, 5, "class_exclusion")
+    config, generator = ExitSearchConfig(), torch.Generator()
+    logits[1][17, 2] = float("nan")
+    with pytest.raises(StageError, match=r"exit 1 are not finite on validation row 17 \(1 such rows\)"):
+        search_thresholds(model, logits, targets, macs_of(2), config, generator)
+    with pytest.raises(StageError, match="no rows"):
+        search_thresholds(model, [x[:0] for x in logits], targets[:0], macs_of(2), config, generator)
+    with pytest.raises(ValueError, match="min_share needs search: coordinate"):
+        ExitSearchConfig(search="greedy", min_share=0.1)

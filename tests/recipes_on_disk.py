@@ -1,0 +1,66 @@
+"""A small run outside the repository, for the tests of `run` and of the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from edgewright.pipeline import runner
+
+MODEL = """
+import torch
+from torch import nn
+
+def net(width=6, classes=3):
+    return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Linear(width, classes))
+"""
+
+TASK = """
+import torch
+from edgewright.pipeline.task import ImageClassification
+
+def task(rows=96, labels=3, splits=("train", "validation", "test"), bad=False, empty=False, twice=False):
+    generator = torch.Generator().manual_seed(0)
+    data = {}
+    for name in splits:
+        y = torch.arange(rows) % labels
+        x = torch.randn(rows, 5, generator=generator)
+        x[torch.arange(rows), y] += 4.0
+        if bad:
+            x[7, 2] = float("nan")
+        if empty and name == "train":
+            x, y = x[y != 1], y[y != 1]
+        data[name] = (x, y)
+    if twice:
+        data["test"] = data["train"]
+    return ImageClassification(data, [f"label{i}" for i in range(labels)], name="small")
+"""
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """A model, a task and a recipe that trains twice; returns the recipe's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "net.py").write_text(MODEL)
+    (folder / "data.py").write_text(TASK)
+    short = {"name": "train", "epochs": 3, "batch_size": 16}
+    recipe = {
+        "model": "python:net.py:net",
+        "task": "python:data.py:task",
+        "stages": [short, {**short, "id": "tune", "learning_rate": 0.01}],
+        "benchmark": {"enabled": False},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out export, measurement and report: seconds each, and tested where they are made."""
+    monkeypatch.setattr(runner, "export_bundles", lambda run, steps, entries: {steps[-1].step: run.out / "bundle"})
+    monkeypatch.setattr(runner, "measure_bundles", lambda run, made: [])
+    monkeypatch.setattr(runner, "write_report_of", lambda run, result: result)
+    monkeypatch.setattr(runner, "_with_bundle", lambda row, bundle: row)

@@ -1,0 +1,242 @@
+"""What every stage must hold: `check_stage` runs one case through all of it.
+
+Repeatable, independent of torch's global random state and of splits it does not declare; resumable with the
+same bits; rebuilt bit-equal in a fresh process from its checkpoint alone; cheaper, or a note says why not.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import tiny_residual, tiny_task
+from torch import Tensor, nn
+
+from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.pipeline.atomic import pretty_json
+from edgewright.pipeline.checkpoint import BaseSpec, save_checkpoint
+from edgewright.pipeline.context import FolderContext
+from edgewright.pipeline.cost import count
+from edgewright.pipeline.stage import Edit, Stage, StageConfig, StageResult, State
+from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.task import Split, Task
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class StageCase:
+    """One stage with one configuration on one model.
+
+    Attributes:
+        id: name of the test.
+        stage: name of the stage.
+        config: fields of its configuration.
+        model: a function of tests/tiny.py.
+        task: makes the task.
+        prior: stages to run before, with their fields.
+        edits_structure: False for a stage that changes values only.
+    """
+
+    id: str
+    stage: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    model: Callable[[], nn.Module] = tiny_residual
+    task: Callable[[], Task] = tiny_task
+    prior: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+    @property
+    def base(self) -> BaseSpec:
+        """How a checkpoint names the model."""
+        return BaseSpec(f"python:tiny.py:{self.model.__name__}")
+
+
+def check_stage(case: StageCase, tmp_path: Path) -> StageResult:
+    """Runs every check of this file and returns the stage's result, for checks that only the case knows."""
+    stage = stage_named(case.stage)
+    config = stage.config(**case.config)
+    task = case.task()
+    given, edits = _model_before(case, task, tmp_path)
+    inputs = task.splits["test"].batch(list(range(8))).inputs
+
+    first, saves = _fit(stage, config, given, task, tmp_path / "first", torch_seed=1)
+    _check_result(case, first)
+    again, _ = _fit(stage, config, given, task, tmp_path / "again", torch_seed=2)
+    assert_same(first, again, "a second fit")
+    _check_edit(first.edit, given, stage, first.model)
+    _check_fresh_process(case, edits, first, inputs, tmp_path)
+    _check_cost(given, first, inputs)
+    for number in sorted({1, (saves + 1) // 2, saves} - {0}):
+        resumed = _interrupted(stage, config, given, task, tmp_path / f"interrupted{number}", number)
+        assert_same(first, resumed, f"going on after save {number} of {saves}")
+    return first
+
+
+def bits(model: nn.Module) -> dict[str, bytes]:
+    """Every tensor of the state dict, byte for byte."""
+    return {name: value.contiguous().numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def logits_of(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """Logits of every head."""
+    with torch.no_grad():
+        return model.all_logits(*inputs) if isinstance(model, MultiExit) else [model(*inputs)]
+
+
+def assert_same(one: StageResult, other: StageResult, what: str) -> None:
+    """Same bits of the model, same edit, same metrics."""
+    here, there = bits(one.model), bits(other.model)
+    assert here.keys() == there.keys(), what
+    different = [name for name in here if here[name] != there[name]]
+    assert not different, f"{what} gives other bits in {different[:3]}"
+    assert dict(one.edit.data) == dict(other.edit.data), what
+    assert one.edit.tensors.keys() == other.edit.tensors.keys(), what
+    assert all(torch.equal(one.edit.tensors[k], other.edit.tensors[k]) for k in one.edit.tensors), what
+    assert pretty_json(one.metrics) == pretty_json(other.metrics), what
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+class _Context(FolderContext):
+    """Counts saves, and dies right after the `stop`-th."""
+
+    saves = 0
+    stop: int | None = None
+
+    def save(self, name: str, state: State) -> None:
+        super().save(name, state)
+        self.saves += 1
+        if self.saves == self.stop:
+            raise Interrupted
+
+
+class _Declared:
+    """A task whose other splits do not exist: a stage reads what it declares, and never `test`."""
+
+    def __init__(self, task: Task, stage: Stage[Any]) -> None:
+        assert "test" not in stage.splits
+        self._task = task
+        self.splits: Mapping[Any, Split] = {name: task.splits[name] for name in stage.splits}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+
+def _fit(
+    stage: Stage[Any], config: StageConfig, given: nn.Module, task: Task, folder: Path, torch_seed: int
+) -> tuple[StageResult, int]:
+    context = _Context(folder, seed=7)
+    torch.manual_seed(torch_seed)  # whatever a stage draws comes from its context
+    result = stage.fit(copy.deepcopy(given), _Declared(task, stage), config, context)
+    return result, context.saves
+
+
+def _interrupted(
+    stage: Stage[Any], config: StageConfig, given: nn.Module, task: Task, folder: Path, stop: int
+) -> StageResult:
+    dying = _Context(folder, seed=7)
+    dying.stop = stop
+    try:
+        stage.fit(copy.deepcopy(given), _Declared(task, stage), config, dying)
+    except Interrupted:
+        result, saves = _fit(stage, config, given, task, folder, torch_seed=3)
+        assert saves == 0 or stop + saves >= 1
+        return result
+    raise AssertionError(f"the stage never came to save {stop}")
+
+
+def _model_before(case: StageCase, task: Task, tmp_path: Path) -> tuple[nn.Module, list[Edit]]:
+    model, edits = case.model(), []
+    for position, (name, fields) in enumerate(case.prior):
+        stage = stage_named(name)
+        result = stage.fit(model, task, stage.config(**fields), FolderContext(tmp_path / f"prior{position}", 5))
+        model = result.model
+        edits.append(result.edit)
+    return model, edits
+
+
+def _check_result(case: StageCase, result: StageResult) -> None:
+    assert result.edit.stage == case.stage
+    assert not any(module.training for module in result.model.modules()), "the model is in training mode"
+    for name, value in result.model.state_dict().items():
+        assert value.device.type == "cpu", name
+        assert torch.isfinite(value).all(), name
+    assert json.loads(pretty_json(result.metrics)) is not None
+    for name, value in result.artifacts.items():
+        assert isinstance(value, Tensor) and value.dtype != torch.object if hasattr(torch, "object") else True, name
+
+
+def _check_edit(edit: Edit, given: nn.Module, stage: Stage[Any], fitted: nn.Module) -> None:
+    """The edit is JSON, and enough to make the structure out of the model that the stage was given."""
+    travelled = json.loads(json.dumps(edit.data))
+    rebuilt = stage.rebuild(copy.deepcopy(given), Edit(edit.stage, travelled, edit.tensors))
+    here = {name: value.shape for name, value in fitted.state_dict().items()}
+    there = {name: value.shape for name, value in rebuilt.state_dict().items()}
+    assert here == there
+    assert sharing(rebuilt) == sharing(fitted)
+
+
+def sharing(model: nn.Module) -> list[tuple[str, ...]]:
+    """Names that mean the same tensor, for every tensor with several."""
+    groups: dict[int, list[str]] = {}
+    for name, value in model.state_dict().items():
+        groups.setdefault(value.data_ptr(), []).append(name)
+    return sorted(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+_LOAD = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.pipeline.checkpoint import load_checkpoint
+folder, root, given, found, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+arrays = np.load(given)
+inputs = [torch.from_numpy(arrays[name]) for name in sorted(arrays.files)]
+model = load_checkpoint(Path(folder), Path(root))
+with torch.no_grad():
+    logits = model.all_logits(*inputs) if isinstance(model, MultiExit) else [model(*inputs)]
+np.savez(found, *[x.numpy() for x in logits])
+"""
+
+
+def _check_fresh_process(
+    case: StageCase, edits: list[Edit], result: StageResult, inputs: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    folder, given, found = tmp_path / "checkpoint", tmp_path / "inputs.npz", tmp_path / "logits.npz"
+    save_checkpoint(folder, case.base, [*edits, result.edit], result.model, result.metrics, root=TESTS)
+    np.savez(given, **{f"{i:03d}": x.numpy() for i, x in enumerate(inputs)})
+    expected = logits_of(result.model, inputs)
+    arguments = [folder, TESTS, given, found, torch.get_num_threads()]
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(found) as arrays:
+        logits = [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+    assert len(logits) == len(expected)
+    for here, there in zip(expected, logits, strict=True):
+        assert here.numpy().tobytes() == there.tobytes(), "a fresh process computes other logits"
+
+
+def _check_cost(given: nn.Module, result: StageResult, inputs: tuple[Tensor, ...]) -> None:
+    before, after = count(given, inputs), count(result.model, inputs)
+    if after.macs >= before.macs or after.parameters >= before.parameters:
+        assert result.notes, "neither cheaper nor a note that says why"
