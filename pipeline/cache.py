@@ -38,7 +38,7 @@ from .stages import stage_module
 KEY_FILE, RESULT_FILE, ARTIFACTS_FILE = "key.json", "result.json", "artifacts.npz"
 BASE = "base"
 """Stands for the stage in the entry of the model before all stages."""
-_LIBRARIES = ("torch", "torchvision", "numpy", "torch-pruning")
+_LIBRARIES = ("torch", "torchvision", "numpy")
 
 
 @dataclass(frozen=True)

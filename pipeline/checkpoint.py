@@ -73,7 +73,7 @@ class Checkpoint:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
-    for name in ("edgewright", "torch", "torchvision", "numpy", "torch-pruning", "safetensors"):
+    for name in ("edgewright", "torch", "torchvision", "numpy", "safetensors"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class ExitAnalysis:
         survivors: of the rows that reach an exit, how many have n classes left after it [K][C + 1]; empty for a policy
             without memory of classes.
         wrong_exclusions: share of the rows that reach an exit whose true class has been excluded after it [K].
+        wrong_exclusion_rate: share of all rows that end with their true class excluded; None without memory of classes.
         head_accuracy: of every head alone on all rows [K + 1].
     """
 
@@ -33,6 +35,7 @@ class ExitAnalysis:
     mean_depth: tuple[float | None, ...]
     survivors: tuple[tuple[int, ...], ...]
     wrong_exclusions: tuple[float, ...]
+    wrong_exclusion_rate: float | None
     head_accuracy: tuple[float, ...]
 
 
@@ -46,8 +49,17 @@ def analyse_exits(model: MultiExit, split: Split, size: int = 256) -> ExitAnalys
         size: rows per batch.
     """
     logits: list[list[Tensor]] = [model.all_logits(*batch.inputs) for batch in batches(split, size)]
-    heads = [torch.cat(parts) for parts in zip(*logits, strict=True)]
-    targets = split.targets
+    return analyse_logits(model, [torch.cat(parts) for parts in zip(*logits, strict=True)], split.targets)
+
+
+def analyse_logits(model: MultiExit, heads: Sequence[Tensor], targets: Tensor) -> ExitAnalysis:
+    """The same from cached logits.
+
+    Args:
+        model: gives policy and thresholds.
+        heads: K + 1 tensors float [N, C].
+        targets: int64 [N].
+    """
     output = model.decide(heads)
     exits = len(heads)
     right = output.label == targets
@@ -56,7 +68,7 @@ def analyse_exits(model: MultiExit, split: Split, size: int = 256) -> ExitAnalys
     table = torch.zeros(model.classes, exits, dtype=torch.int64)
     table.index_put_((targets, output.exit_index), torch.ones_like(targets), accumulate=True)
     depth = tuple(float((row * torch.arange(exits)).sum() / row.sum()) if row.sum() else None for row in table)
-    survivors, wrong = _exclusions(model, heads, targets, output.exit_index)
+    survivors, wrong, total = _exclusions(model, heads, targets, output.exit_index)
     return ExitAnalysis(
         rows=tuple(rows.tolist()),
         accuracy=accuracy,
@@ -64,24 +76,28 @@ def analyse_exits(model: MultiExit, split: Split, size: int = 256) -> ExitAnalys
         mean_depth=depth,
         survivors=survivors,
         wrong_exclusions=wrong,
+        wrong_exclusion_rate=total,
         head_accuracy=tuple(float((h.argmax(dim=1) == targets).float().mean()) for h in heads),
     )
 
 
 def _exclusions(
-    model: MultiExit, heads: list[Tensor], targets: Tensor, exit_index: Tensor
-) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
-    """Survivors and wrong exclusions after each exit, over the rows that reach it."""
+    model: MultiExit, heads: Sequence[Tensor], targets: Tensor, exit_index: Tensor
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...], float | None]:
+    """Survivors and wrong exclusions after each exit, over the rows that reach it, and wrong exclusions at the end."""
     excluded: Tensor | None = None
     survivors: list[tuple[int, ...]] = []
-    wrong: list[float] = []
+    shares: list[float] = []
+    wrong = torch.zeros_like(targets, dtype=torch.bool)
     for k, logits in enumerate(heads[:-1]):
         excluded = model.policy.decide(logits, model.thresholds[k], excluded).excluded
         if excluded is None:
-            return (), ()
+            return (), (), None
         reached = exit_index >= k
         alive = (~excluded[reached]).sum(dim=1)
         survivors.append(tuple(torch.bincount(alive, minlength=model.classes + 1).tolist()))
-        gone = excluded[reached].gather(1, targets[reached, None])
-        wrong.append(float(gone.float().mean()) if len(gone) else 0.0)
-    return tuple(survivors), tuple(wrong)
+        gone = excluded.gather(1, targets[:, None])[:, 0]
+        shares.append(float(gone[reached].float().mean()) if reached.any() else 0.0)
+        # the last exit that a row passes has the last word on it
+        wrong = torch.where(reached, gone, wrong)
+    return tuple(survivors), tuple(shares), float(wrong.float().mean())

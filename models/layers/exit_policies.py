@@ -25,7 +25,8 @@ class Decision(NamedTuple):
     decided: Tensor
     """bool [N], the row may leave here."""
     scores: Tensor
-    """float32 [N, C], probabilities should the row leave here; excluded classes are exactly 0."""
+    """float32 [N, C], probabilities should the row leave here; excluded classes are exactly 0. The threshold acts on
+    them through `excluded` alone (the search relies on it)."""
 
 
 class ExitPolicy(Protocol):

@@ -7,9 +7,9 @@ split.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,13 +20,14 @@ from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 from .. import cost
 from ..errors import StageError
+from ..exit_analysis import analyse_logits
 from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Split, Task, batches, check_classes, score, split_of
 from .exit_placement import choose_places, exit_macs
 from .exit_search import ExitSearchConfig, OperatingPointResult, search_thresholds
 from .exit_training import ExitTrainingConfig, train_heads, train_jointly
 
-__all__ = ["STAGE", "EarlyExitConfig", "collect_logits", "exit_metrics", "fit", "rebuild"]
+__all__ = ["STAGE", "EarlyExitConfig", "collect_logits", "fit", "rebuild"]
 
 
 class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
@@ -209,66 +210,9 @@ def _metrics(
         "given_accuracy": given_accuracy,
         "plain_accuracy": plain.accuracy,
         "plain_worst_class_accuracy": plain.worst_class_accuracy,
-        "validation": exit_metrics(model, logits, targets),
+        "validation": dataclasses.asdict(analyse_logits(model, logits, targets)),
         "log": log,
     }
-
-
-def exit_metrics(model: MultiExit, logits: Sequence[Tensor], targets: Tensor) -> dict[str, Json]:
-    """Who leaves where with the model's thresholds, and what exclusion does; on cached logits.
-
-    Args:
-        model: gives policy and thresholds.
-        logits: K + 1 tensors float [N, C].
-        targets: int64 [N].
-
-    Returns:
-        ``shares`` [K + 1]; ``accuracy`` [K + 1] of the rows leaving there (None without rows);
-        ``head_accuracy`` [K + 1] of each head alone on all rows; ``class_depth`` [C], mean exit index;
-        ``survivors`` [K][C], mean number of classes left after an exit for rows of each true class, 1 where
-        the row has left, and ``wrong_exclusion_rate``, the share of rows that end with their true class
-        excluded (both None for a policy without memory).
-    """
-    output = model.decide(logits)
-    right = (output.label == targets).to(torch.float64)
-    index = output.exit_index
-    exits = range(len(logits))
-    rows = torch.bincount(targets, minlength=model.classes)
-    found = _exclusion(model, logits, targets, index)
-    return {
-        "shares": [float((index == i).double().mean()) for i in exits],
-        "accuracy": [float(right[index == i].mean()) if (index == i).any() else None for i in exits],
-        "head_accuracy": [float((x.argmax(dim=1) == targets).double().mean()) for x in logits],
-        "class_depth": _class_means(index.double(), targets, rows),
-        "survivors": None if found is None else [_class_means(n, targets, rows) for n in found.survivors],
-        "wrong_exclusion_rate": None if found is None else found.wrong,
-    }
-
-
-@dataclass(frozen=True)
-class _Exclusion:
-    survivors: list[Tensor]  # float64 [N] for each exit
-    wrong: float
-
-
-def _exclusion(model: MultiExit, logits: Sequence[Tensor], targets: Tensor, exit_index: Tensor) -> _Exclusion | None:
-    excluded: Tensor | None = None
-    wrong = torch.zeros_like(targets, dtype=torch.bool)
-    survivors: list[Tensor] = []
-    for i, head in enumerate(logits[:-1]):
-        excluded = model.policy.decide(head, model.thresholds[i], excluded).excluded
-        if excluded is None:
-            return None
-        # the last exit that a row passes has the last word on it
-        wrong = torch.where(exit_index >= i, excluded.gather(1, targets[:, None])[:, 0], wrong)
-        alive = (~excluded).sum(dim=1).to(torch.float64)
-        survivors.append(torch.where(exit_index > i, alive, 1.0))
-    return _Exclusion(survivors, float(wrong.double().mean()))
-
-
-def _class_means(values: Tensor, targets: Tensor, rows: Tensor) -> list[float | None]:
-    sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, targets, values)
-    return [float(s / n) if n else None for s, n in zip(sums, rows, strict=True)]
 
 
 def _summary(

@@ -7,7 +7,8 @@ Everything here is float64 and knows nothing of models. Paper: arXiv 2410.03765.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -18,7 +19,7 @@ from torch import Tensor
 Refit = Literal["per_layer", "group"]
 
 _EPSILON = 1e-6  # METHODS §3.4, relative to the mean eigenvalue of G
-_SERIAL_EIGH = 1024
+_SMALL = 1024
 _NEGLIGIBLE = 1e-12  # of the largest eigenvalue: what float64 eigenvectors of a product cannot resolve
 
 
@@ -30,7 +31,7 @@ class Metric:
         moment: G [d, d], what errors are measured with.
         root: S [d, d] with ``SᵀS = G``, upper triangular unless `rung` is ``"eigenvalues"``.
         rung: how far down the ladder of METHODS §3.4 it took: ``"as_is" | "epsilon" | "10_epsilon" |
-            "eigenvalues" | "identity"``.
+            "rounding" | "eigenvalues" | "identity"``.
     """
 
     moment: Tensor
@@ -114,11 +115,12 @@ def metric_of(moment: Tensor) -> Metric:
 
     The ladder: Cholesky of G, of G + εI, of G + 10εI, eigenvalues clamped to ε; ε = 1e-6 tr(G)/d. A
     factorization that succeeds with a pivot below ε/10 counts as failed: such a G is singular but for
-    rounding, and its inverse root would weigh directions that the data never showed. An all-zero G becomes
-    the identity.
+    rounding, and its inverse root would weigh directions that the data never showed. A float32 G gets one more
+    rung before the eigenvalues, the size of its own rounding: where one direction dominates (a mean), that is
+    more than 10ε, and the eigenvalues of a few thousand columns take minutes. An all-zero G becomes the identity.
 
     Args:
-        moment: float [d, d], finite.
+        moment: float32 or float64 [d, d], finite.
     """
     g = moment.to(torch.float64)
     g = (g + g.T) / 2
@@ -127,9 +129,13 @@ def metric_of(moment: Tensor) -> Metric:
     if scale <= 0.0:
         return identity_metric(width, g.device)
     epsilon = _EPSILON * scale
-    eye = torch.eye(width, dtype=torch.float64, device=g.device)
-    for rung, shift in (("as_is", 0.0), ("epsilon", epsilon), ("10_epsilon", 10 * epsilon)):
-        shifted = g + shift * eye if shift else g
+    shifts = [("as_is", 0.0), ("epsilon", epsilon), ("10_epsilon", 10 * epsilon)]
+    rounding = 4 * torch.finfo(torch.float32).eps * float(g.norm())
+    if moment.dtype == torch.float32 and rounding > 10 * epsilon:
+        shifts.append(("rounding", rounding))
+    for rung, shift in shifts:
+        shifted = g.clone()
+        shifted.diagonal().add_(shift)
         lower, info = torch.linalg.cholesky_ex(shifted)
         if int(info) == 0 and float(lower.diagonal().amin()) ** 2 >= epsilon / 10:
             return Metric(shifted, lower.T.contiguous(), rung)
@@ -192,7 +198,8 @@ def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric) -> Tensor:
     # unit columns first: those of B differ in size by the root of the spectrum's range
     lengths = whitened.norm(dim=0)
     scale = 1.0 / lengths.where(lengths > 0, torch.ones_like(lengths))
-    q, r = torch.linalg.qr(whitened * scale)
+    with _few_threads(whitened.shape[1]):
+        q, r = torch.linalg.qr(whitened * scale)
     target = metric.root @ matrix
     if float(r.diagonal().abs().amin()) > _NEGLIGIBLE:
         solution = torch.linalg.solve_triangular(r, q.T @ target, upper=True)
@@ -204,17 +211,24 @@ def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric) -> Tensor:
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ascending, and eigenvectors, of a symmetric matrix."""
+    with _few_threads(matrix.shape[1]):
+        values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors
+
+
+@contextmanager
+def _few_threads(columns: int) -> Iterator[None]:
+    """One thread for small decompositions.
+
+    They gain little from more, and on a busy machine threads that wait for each other made an eigenproblem of 512
+    columns take 12 s instead of 0.1 (2 cores, load 5).
+    """
     threads = torch.get_num_threads()
-    if matrix.shape[0] > _SERIAL_EIGH:
-        values, vectors = torch.linalg.eigh(matrix)
-        return values, vectors
-    # threads that wait for each other on a busy machine made 512 columns take 12 s instead of 0.1 (2 cores, load 5)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1 if columns <= _SMALL else threads)
     try:
-        values, vectors = torch.linalg.eigh(matrix)
+        yield
     finally:
         torch.set_num_threads(threads)
-    return values, vectors
 
 
 def squared_norm(matrix: Tensor, moment: Tensor) -> float:

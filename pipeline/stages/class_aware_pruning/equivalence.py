@@ -78,5 +78,8 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str 
 
 
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    leaves = tree_leaves(model.eval()(*inputs))
+    # a model may draw noise in eval mode: the same for all that are compared
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        leaves = tree_leaves(model.eval()(*inputs))
     return [leaf.to(torch.float64) for leaf in leaves if isinstance(leaf, Tensor)]

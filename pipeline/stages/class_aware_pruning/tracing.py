@@ -214,7 +214,8 @@ class Tracer:
     def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers that belong to the user's own modules: scales, position embeddings and the like."""
         for path, module in self.model.named_modules():
-            if type(module).__module__.startswith("torch.nn."):
+            known = is_mixing(module) or is_following(module)
+            if type(module).__module__.startswith("torch.nn.") or (known and path not in self.flow.opaque):
                 continue
             for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
                 if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1:

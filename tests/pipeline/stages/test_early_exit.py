@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import DataError, RecipeError, StageError
+from edgewright.pipeline.exit_analysis import analyse_logits
 from edgewright.pipeline.stage import Edit, StageResult
-from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, collect_logits, exit_metrics, fit
+from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, collect_logits, fit
 from edgewright.pipeline.stages.early_exit import rebuild as rebuild_stage
 from edgewright.pipeline.stages.exit_search import ExitSearchConfig, search_thresholds
 from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, exit_loss, exit_weights, train_heads
@@ -203,10 +204,11 @@ def test_joint_training_that_ruins_the_network_is_undone(folder: Path, tmp_path:
 def test_every_exit_is_used_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     result = run(trained("residual", folder), tmp_path, tolerance=0.1, min_share=0.05)
     assert result.metrics["min_share_met"]["balanced"] is True
-    assert min(result.metrics["validation"]["shares"]) >= 0.05
+    rows = result.metrics["validation"]["rows"]
+    assert min(rows) >= 0.05 * sum(rows)
 
 
-def test_exit_metrics_by_hand() -> None:
+def test_exit_analysis_by_hand() -> None:
     base = nn.Sequential(nn.Identity(), nn.Identity(), nn.Identity())
     model = MultiExit(base, [HeadSpec("0", 3), HeadSpec("1", 3)], [2, 2], 3, "class_exclusion")
     model.thresholds.copy_(torch.tensor([0.5, 0.5]))
@@ -215,12 +217,14 @@ def test_exit_metrics_by_hand() -> None:
     second = torch.tensor([[hi, hi, hi], [lo, 5.0, lo], [hi, hi, lo], [hi, hi, hi]])
     last = torch.tensor([[0.0, 0.0, 9.0]] * 4)
     # row 0 and 3 leave at 0 (row 3 wrongly), row 1 at 1, row 2 ends with classes 0 and 1 left, its own excluded
-    found = exit_metrics(model, [first, second, last], torch.tensor([0, 1, 2, 2]))
-    assert found["shares"] == [0.5, 0.25, 0.25]
-    assert found["accuracy"] == [0.5, 1.0, 0.0]
-    assert found["class_depth"] == [0.0, 1.0, 1.0]
-    assert found["survivors"] == [[1.0, 2.0, 2.0], [1.0, 1.0, 1.5]]
-    assert found["wrong_exclusion_rate"] == 0.5
+    found = analyse_logits(model, [first, second, last], torch.tensor([0, 1, 2, 2]))
+    assert found.rows == (2, 1, 1)
+    assert found.accuracy == (0.5, 1.0, 0.0)
+    assert found.per_class == ((1, 0, 0), (0, 1, 0), (1, 0, 1))
+    assert found.mean_depth == (0.0, 1.0, 1.0)
+    assert found.survivors == ((0, 2, 1, 1), (0, 1, 1, 0))
+    assert found.wrong_exclusions == (0.25, 0.5)
+    assert found.wrong_exclusion_rate == 0.5
 
 
 def test_the_loss_is_the_published_one() -> None:

@@ -19,6 +19,13 @@ CASES = [
     StageCase("train-again", "train", _SHORT, tiny_residual, prior=(("train", _SHORT),)),
     StageCase("prune-class-count", "class_aware_pruning", {"finetune": _ONCE}),
     StageCase("prune-l1", "class_aware_pruning", {"finetune": _ONCE, "criterion": "l1"}),
+    StageCase("prune-threshold", "class_aware_pruning", {"max_iterations": 1, "retrain": _ONCE, "max_drop": 0.5}),
+    StageCase(
+        "prune-transformer",
+        "class_aware_pruning",
+        {"criterion": "fisher", "target_mac_reduction": 0.2, "retrain": _ONCE, "max_drop": 0.5},
+        tiny_transformer,
+    ),
     StageCase("share-cnn", "basis_sharing"),
     StageCase("share-transformer", "basis_sharing", {}, tiny_transformer),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),

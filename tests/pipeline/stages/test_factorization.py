@@ -183,6 +183,15 @@ def test_ladder_climbs_only_as_far_as_it_must() -> None:
     assert metric_of(torch.zeros(12, 12)).rung == "identity"
 
 
+def test_a_dominant_mean_in_float32_does_not_cost_an_eigenproblem() -> None:
+    x = (matrix(60, 800) + 100.0).float()
+    norm = metric_of(x.T @ x / 60)
+    assert norm.rung == "rounding"
+    exact = (x.T @ x / 60).double()
+    assert float((norm.moment - exact).diagonal().amax() / exact.diagonal().mean()) < 1e-4
+    assert metric_of(x.double().T @ x.double()).rung == "epsilon", "float64 has no such noise"
+
+
 @pytest.mark.parametrize("shift", [0.0, -0.1])
 def test_roots_reproduce_the_regularised_moment(shift: float) -> None:
     few = matrix(5, 12)

@@ -113,8 +113,6 @@ def test_shared_weights_are_cut_once_and_stay_shared() -> None:
 def test_parametrized_and_uncalled_layers_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 4))
     nn.utils.parametrizations.weight_norm(model[2])
-    model.unused = nn.Linear(2, 2)  # type: ignore[assignment]
-    del model._modules["unused"]
     model[0].register_module("unused", nn.Linear(2, 2))
     channels = find_channels(model.eval(), (IMAGES[:1],))
     assert "parametriz" in channels.refused["2"]
@@ -209,3 +207,45 @@ def test_groups_agree_with_torch_pruning(name: str) -> None:
         }
         theirs.add(frozenset(p for p in out if getattr(model.get_submodule(p), "groups", 1) == 1))
     assert ours == theirs
+
+
+def test_subclasses_with_a_forward_of_their_own() -> None:
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    class Padded(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"))
+
+    class LastAxis(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.movedim(-1, 1)).movedim(1, -1)
+
+    class Permute(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.movedim(1, -1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Padded(1, 6, 3), ChannelsFirst(6), nn.GELU(), Padded(6, 7, 3), nn.ReLU(), nn.Conv2d(7, 9, 3), nn.ReLU(),
+        Permute(), LastAxis(9, 5, 1), nn.Flatten(), nn.Linear(500, 4),
+    ).eval()  # fmt: skip
+    channels = find_channels(model, (IMAGES[:1],))
+    assert [g.name for g in channels.groups] == ["0", "3"]
+    assert "its forward is its own" in channels.refused["8"]
+    kept = {"0": torch.tensor([0, 4, 5]), "3": torch.tensor([1, 2, 6])}
+    keep = channels.keep(kept)
+    with torch.no_grad():
+        small, dense = surgery.pruned(model, keep), surgery.masked(model, keep)
+        assert torch.allclose(small(IMAGES), dense(IMAGES), atol=1e-5)
+    assert small[1].normalized_shape == (3,)
+
+
+def test_noise_in_eval_mode_does_not_matter() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 0.1 * torch.rand(1)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.ReLU(), nn.Linear(8, 4), Noisy()).eval()
+    assert [g.name for g in find_channels(model, (IMAGES[:1],)).groups] == ["1"]
