@@ -38,6 +38,7 @@ class Layer:
         output_width: output features or channels.
         kernel: (kh, kw); (1, 1) for linear layers.
         geometry: stride, padding and dilation, which decide the rows it multiplies; empty for linear layers.
+        dtype: of the weight.
         rows: input rows per sample that its matrix multiplies: tokens, or output positions of a convolution.
         input_shape: of the tensor it read in the pass, batch included.
         output_shape: likewise.
@@ -54,6 +55,7 @@ class Layer:
     output_width: int
     kernel: tuple[int, int]
     geometry: str
+    dtype: torch.dtype
     rows: int
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
@@ -71,9 +73,9 @@ class Layer:
         return self.rows * self.fan_in * self.output_width
 
     @property
-    def shape_class(self) -> tuple[LayerKind, int, tuple[int, int]]:
+    def shape_class(self) -> tuple[LayerKind, int, tuple[int, int], torch.dtype]:
         """Layers can have one basis only where this is equal."""
-        return (self.kind, self.input_width, self.kernel)
+        return (self.kind, self.input_width, self.kernel, self.dtype)
 
     @property
     def input_key(self) -> tuple[int, tuple[int, int], str]:
@@ -311,6 +313,7 @@ def _layers(
                 output_width=out,
                 kernel=kernel,
                 geometry=geometry,
+                dtype=weight.dtype,
                 rows=max(1, call.y.numel() // out // max(1, inputs[0].shape[0])),
                 input_shape=tuple(call.x.shape),
                 output_shape=tuple(call.y.shape),

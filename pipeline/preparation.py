@@ -118,9 +118,9 @@ def check_splits(recipe: Recipe, task: Task) -> None:
     split_of(task, "test", needed_by="the report")
     for entry in recipe.stages:
         stage = stage_named(entry.name)
-        for split in stage.splits:
+        for split in stage.needed_splits(entry.config):
             split_of(task, split, needed_by=f"stage {entry.name!r}")
-            if stage.per_class:
+            if stage.per_class and split in ("train", "calibration"):
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
 
 

@@ -140,8 +140,9 @@ class Stage(Generic[C]):
         rebuild: see the module's text.
         requires: stages that must have come before.
         forbids: stages that must not have come before, with the reason shown to the user.
-        splits: the data splits `fit` reads; checked before any compute, `test` is never among them.
-        per_class: True if every class needs samples in those splits.
+        splits: the data splits `fit` may read; `test` is never among them.
+        splits_for: which of them a configuration needs, all if None; checked before any compute.
+        per_class: True if every class needs samples in `train` and `calibration`, where they are needed.
     """
 
     name: str
@@ -151,4 +152,9 @@ class Stage(Generic[C]):
     requires: frozenset[str] = frozenset()
     forbids: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SplitName, ...] = ()
+    splits_for: Callable[[C], tuple[SplitName, ...]] | None = None
     per_class: bool = False
+
+    def needed_splits(self, config: C) -> tuple[SplitName, ...]:
+        """The splits that `fit` reads under `config`."""
+        return self.splits if self.splits_for is None else self.splits_for(config)

@@ -25,7 +25,7 @@ from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLine
 from ..errors import CheckpointError, StageError
 from ..graph import Layer, Skipped, discover, replace_module
 from ..stage import Context, Edit, Json, Stage, StageConfig, StageResult, State
-from ..task import Batch, Split, Task, evaluate, split_of
+from ..task import Batch, Split, SplitName, Task, evaluate, split_of
 from ..training import TrainingConfig, train_model
 from .basis_solver import Budget, Solved, decision_report, group_report, passes, solve, summary
 from .factorization import Metric, Refit, balanced, identity_metric, kept_share, metric_of
@@ -122,7 +122,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     if config.max_drop is not None and original is not None:
         after = evaluate(model, task, "validation", context.device).accuracy
         metrics |= {"accuracy_before": before, "accuracy_after": after}
-        if after < before - config.max_drop:
+        if before - after > config.max_drop + 1e-9:
             model, groups = original, []
             metrics["rolled_back"] = True
             notes = [
@@ -348,6 +348,14 @@ def _numeric(context: Context) -> torch.device:
     return context.device if context.device.type == "cuda" else torch.device("cpu")
 
 
+def _splits(config: BasisSharingConfig) -> tuple[SplitName, ...]:
+    return (
+        "calibration",
+        *(("train",) if config.finetune is not None else ()),
+        *(("validation",) if config.max_drop is not None else ()),
+    )
+
+
 STAGE = Stage(
     name="basis_sharing",
     config=BasisSharingConfig,
@@ -357,6 +365,6 @@ STAGE = Stage(
         "early_exit": "exits are trained, and their thresholds found, on the weights they run with; put "
         "basis_sharing before early_exit"
     },
-    # the last two only for `finetune` and `max_drop`, but what a stage may read is declared once
     splits=("calibration", "train", "validation"),
+    splits_for=_splits,
 )

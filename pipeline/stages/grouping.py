@@ -103,9 +103,10 @@ def candidates(layers: Iterable[Layer], mode: GroupMode, size: int) -> list[Cand
         rows.setdefault(key, []).append(layer)
     if mode in ("matrix", "readers"):
         return [Candidate((tuple(row),)) for row in rows.values()]
-    runs: dict[tuple[str, ...], list[tuple[Layer, ...]]] = {}
+    runs: dict[object, list[tuple[Layer, ...]]] = {}
     for row in rows.values():
-        runs.setdefault(tuple(layer.role for layer in row), []).append(tuple(row))
+        signature = (row[0].shape_class, *(layer.role for layer in row))
+        runs.setdefault(signature, []).append(tuple(row))
     found = [Candidate(tuple(run[i : i + size])) for run in runs.values() for i in range(0, len(run), size)]
     return sorted(found, key=lambda candidate: candidate.members[0].order)
 

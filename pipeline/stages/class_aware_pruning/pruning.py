@@ -338,5 +338,6 @@ STAGE = Stage(
         "early_exit": "heads read channels that pruning removes: put `class_aware_pruning` before it",
     },
     splits=("train", "calibration", "validation"),
+    splits_for=lambda config: ("train", "validation") if config.score_split == "train" else STAGE.splits,
     per_class=True,
 )

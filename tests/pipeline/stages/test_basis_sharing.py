@@ -222,6 +222,30 @@ def test_ranks_can_be_given(tmp_path: Path) -> None:
     ] * 3
 
 
+def test_nothing_to_gain_leaves_the_model_and_says_so(tmp_path: Path) -> None:
+    model = tiny_transformer()
+    result = run(copy.deepcopy(model), tmp_path, rank=500, max_drop=0.0)
+    assert result.edit.data == {"groups": []} and "no layer was factorized" in result.notes[0]
+    assert state_bits(result.model) == state_bits(model)
+    again = run(copy.deepcopy(model), tmp_path, rank=500, max_drop=0.0)
+    assert again.metrics == result.metrics
+
+
+def test_layers_of_different_precision_do_not_share(tmp_path: Path) -> None:
+    class Mixed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.fc2(torch.relu(self.fc1(x.flatten(1)))))
+            logits: Tensor = self.out(torch.relu(self.fc3(x.double())).float())
+            return logits
+
+    model = Mixed().eval()
+    model.fc3.double()
+    result = run(model, tmp_path)
+    assert members_of(result) == [["fc1"], ["fc2"], ["fc3"]]
+    assert result.model.fc3.basis.weight.dtype == torch.float64  # type: ignore[union-attr]
+    assert torch.isfinite(result.model(inputs())).all()
+
+
 class Dying(FolderContext):
     """Stands for a kill right after the n-th save."""
 

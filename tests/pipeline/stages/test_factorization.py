@@ -184,12 +184,13 @@ def test_ladder_climbs_only_as_far_as_it_must() -> None:
 
 
 def test_a_dominant_mean_in_float32_does_not_cost_an_eigenproblem() -> None:
-    x = (matrix(60, 800) + 100.0).float()
-    norm = metric_of(x.T @ x / 60)
+    x = matrix(60, 400) + 100.0
+    exact = x.T @ x / 60
+    noise = matrix(400, 400, 7) * float(exact.diagonal().mean()) * 1e-6  # as many float32 sums leave it
+    norm = metric_of((exact + (noise + noise.T) / 2).float())
     assert norm.rung == "rounding"
-    exact = (x.T @ x / 60).double()
-    assert float((norm.moment - exact).diagonal().amax() / exact.diagonal().mean()) < 1e-4
-    assert metric_of(x.double().T @ x.double()).rung == "epsilon", "float64 has no such noise"
+    assert float((norm.moment - exact).diagonal().amax() / exact.diagonal().mean()) < 3e-4
+    assert metric_of(exact).rung == "epsilon", "float64 has no such noise"
 
 
 @pytest.mark.parametrize("shift", [0.0, -0.1])
