@@ -136,7 +136,7 @@ def _plots(report: Mapping[str, Json]) -> dict[str, str | None]:
 
     samples = {m["step"]: np.asarray(m["samples_ns"]) / 1e6 for m in report["measurements"] if m.get("samples_ns")}
     found: dict[str, str | None] = {
-        "tradeoff": plots.tradeoff(report["steps"]),
+        "tradeoff": plots.tradeoff(_trained(report)),
         "latencies": plots.latencies(samples) if samples else None,
         "surviving_classes": None,
     }
@@ -148,6 +148,13 @@ def _plots(report: Mapping[str, Json]) -> dict[str, str | None]:
         if exits["survivors"]:
             found["surviving_classes"] = plots.surviving_classes(names, exits["survivors"])
     return found
+
+
+def _trained(report: Mapping[str, Json]) -> list[Json]:
+    """The steps from the reference on: an untrained network would leave no room for the others in a plot."""
+    names = [row["step"] for row in report["steps"]]
+    steps: list[Json] = report["steps"][names.index(report["reference"]) :]
+    return steps
 
 
 def _si(value: Any) -> str:

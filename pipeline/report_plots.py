@@ -52,7 +52,8 @@ def tradeoff(steps: Sequence[Mapping[str, Any]]) -> str:
                          label=s["step"])  # fmt: skip
         axis.set_xlabel(unit)
         axis.set_xlim(left=0)
-        axis.margins(y=0.25)
+        lowest = min(100 * s["accuracy"] for s in steps)
+        axis.set_ylim(max(0.0, lowest - 0.5 * (100 - lowest) - 0.5), 100.5)
     axes[0].set_ylabel("test accuracy (%)")
     axes[1].legend(fontsize=8, frameon=False, loc="best")
     return _svg(figure)
@@ -82,7 +83,7 @@ def exit_histogram(names: Sequence[str], rows: Sequence[int], accuracy: Sequence
     for bar, value in zip(bars, accuracy, strict=True):
         text = "never" if value is None else f"{100 * value:.1f} % right"
         axis.annotate(text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(rows)), [_short(n) for n in names], fontsize=8)
+    axis.set_xticks(range(len(rows)), [_short(n, 26) for n in names], fontsize=8, rotation=15, ha="right")
     axis.set_ylabel("rows leaving there (%)")
     axis.margins(y=0.15)
     return _svg(figure)

@@ -61,6 +61,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out export, measurement and report: seconds each, and tested where they are made."""
     monkeypatch.setattr(runner, "export_bundles", lambda run, steps, entries: {steps[-1].step: run.out / "bundle"})
-    monkeypatch.setattr(runner, "measure_bundles", lambda run, made: [])
-    monkeypatch.setattr(runner, "write_report_of", lambda run, result: result)
+    monkeypatch.setattr(runner, "measure_bundles", lambda *_: [])
+    monkeypatch.setattr(runner, "compare_bundles", lambda *_: None)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
     monkeypatch.setattr(runner, "_with_bundle", lambda row, bundle: row)

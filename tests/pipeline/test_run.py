@@ -434,7 +434,7 @@ def test_a_finished_bundle_is_not_exported_again(
         return real(*given, **named)
 
     monkeypatch.setattr(export_room, "export_bundle", watched)
-    monkeypatch.setattr(runner, "write_report_of", lambda run, result: result)
+    monkeypatch.setattr(runner, "write_report", lambda *_: None)
     path, out = write_recipe(tmp_path / "user", stages=[]), tmp_path / "out"
     result = run(path, out)
     assert exported == ["bundle"] and fits == []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...cost import Cost, count
 from ...errors import StageError
 from ...stage import Context, Edit, Json, Stage, StageResult, State
-from ...task import Score, Task, check_classes, evaluate, split_of
+from ...task import Score, SplitName, Task, check_classes, evaluate, split_of
 from ...training import TrainingConfig, train_model
 from . import surgery
 from .config import ClassAwarePruningConfig
@@ -328,6 +328,10 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
     return StageResult(progress.model.to("cpu").eval(), edit, metrics, progress.artifacts, tuple(notes))
 
 
+def _splits(config: ClassAwarePruningConfig) -> tuple[SplitName, ...]:
+    return ("train", "validation") if config.score_split == "train" else ("train", "calibration", "validation")
+
+
 STAGE = Stage(
     name=NAME,
     config=ClassAwarePruningConfig,
@@ -338,6 +342,6 @@ STAGE = Stage(
         "early_exit": "heads read channels that pruning removes: put `class_aware_pruning` before it",
     },
     splits=("train", "calibration", "validation"),
-    splits_for=lambda config: ("train", "validation") if config.score_split == "train" else STAGE.splits,
+    splits_for=_splits,
     per_class=True,
 )

@@ -1,0 +1,111 @@
+"""The report's page, requirements and control on made-up figures: what is shown, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from edgewright.pipeline.errors import QualityFloorError
+from edgewright.pipeline.recipe import Requirements
+from edgewright.pipeline.report import render_html
+from edgewright.pipeline.requirements import check_requirements
+
+
+def step(name: str, accuracy: float, macs: float, control: bool = False) -> dict[str, Any]:
+    return {
+        "step": name,
+        "accuracy": accuracy,
+        "worst_class_accuracy": accuracy - 0.1,
+        "macs": macs,
+        "parameters": 1000,
+        "unique_weight_bytes": 4000,
+        "file_bytes": None,
+        "p50_ms": None,
+        "p90_ms": None,
+        "control": control,
+    }
+
+
+REPORT: dict[str, Any] = {
+    "name": "<b>mine</b>",
+    "task": {"name": "tiny", "labels": ["a", "b"], "test_rows": 10},
+    "reference": "train",
+    "final": "early_exit",
+    "steps": [step("base", 0.1, 4e6), step("train", 0.98, 4e6), step("early_exit", 0.97, 1e6), step("c", 0.9, 1e6, True)],
+    "summary": {
+        "accuracy_change": -0.01,
+        "worst_class_accuracy_change": -0.01,
+        "macs_reduction": 4.0,
+        "bytes_reduction": 2.0,
+        "parameters_reduction": 2.0,
+        "latency_ratio": None,
+    },
+    "measurements": [],
+    "parity": {
+        "max_abs_diff": 1e-6,
+        "rows": 10,
+        "label_agreement": 1.0,
+        "exit_agreement": 1.0,
+        "exits_covered": 2,
+        "exits_total": 2,
+        "excused": [],
+        "optimization_levels": {"all": 1e-6},
+    },
+    "exits": {
+        "table": [
+            {"name": "x", "share": 1.0, "accuracy": 0.9, "head_accuracy": 0.9, "macs": 5, "p50_ms": None, "wrong_exclusion": 0.0},
+            {"name": "final", "share": 0.0, "accuracy": None, "head_accuracy": 0.9, "macs": 9, "p50_ms": None, "wrong_exclusion": None},
+        ],
+        "rows": [10, 0],
+        "accuracy": [0.9, None],
+        "per_class": [[5, 0], [5, 0]],
+        "survivors": [[0, 10, 0]],
+        "wrong_exclusions": [0.0],
+    },
+    "ledger": {"torch_unique_bytes": 4000, "stored_weight_bytes": 4000, "runtime_weight_bytes": None, "shared": {}},
+    "notes": ["a <script>alert(1)</script> note"],
+    "environment": {},
+}  # fmt: skip
+
+
+def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
+    page = render_html(REPORT)
+    assert "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert "<script>" not in page
+    assert page.count("<svg") == 4
+    assert "c (control)" in page
+
+
+def test_a_model_without_exits_has_no_exit_section() -> None:
+    report = {**copy.deepcopy(REPORT), "exits": None}
+    page = render_html(report)
+    assert "Early exits" not in page
+    assert page.count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"max_accuracy_drop": 0.005}, "test accuracy fell by 0.0100, allowed 0.005"),
+        ({"macs_reduction": 5}, "macs_reduction is 4.000, required 5"),
+        ({"bytes_reduction": 3}, "bytes_reduction is 2.000, required 3"),
+        ({"shared_basis": True}, "no basis is shared"),
+        ({"every_exit": True}, "no test row leaves at exit 'final'"),
+    ],
+)
+def test_a_missed_requirement_is_named_with_its_figure(wanted: dict[str, Any], reason: str) -> None:
+    with pytest.raises(QualityFloorError, match=reason) as caught:
+        check_requirements(REPORT, Requirements(**wanted))
+    assert caught.value.exit_code == 4
+
+
+def test_met_requirements_say_nothing() -> None:
+    check_requirements(REPORT, Requirements(max_accuracy_drop=0.02, macs_reduction=4, bytes_reduction=2))
+    check_requirements(REPORT, Requirements())
+
+
+def test_exits_are_required_of_a_model_without_any() -> None:
+    with pytest.raises(QualityFloorError, match="the model has no exits"):
+        check_requirements({**REPORT, "exits": None}, Requirements(every_exit=True))
