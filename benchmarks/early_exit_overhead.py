@@ -16,9 +16,9 @@ from torch import nn
 
 from edgewright.edge_runtime import Contender, interleaved
 from edgewright.export import ExportOptions, export_bundle
-from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.cost import cuts
+from edgewright.pipeline.stages.exit_placement import choose_places
 from edgewright.pipeline.task import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -29,11 +29,10 @@ EXITS = 3
 
 
 def with_exits(model: nn.Module, example: torch.Tensor) -> MultiExit:
-    """Three heads at the places nearest to a quarter, a half and three quarters of the MACs."""
-    places = [cut for cut in cuts(model, (example,)) if len(cut.shape) == 4 and cut.share < 0.95]
-    chosen = [min(places, key=lambda cut: abs(cut.share - (i + 1) / (EXITS + 1))) for i in range(EXITS)]
-    heads = [HeadSpec(cut.path, int(cut.shape[1])) for cut in chosen]
-    return MultiExit(model, heads, [4] * EXITS, CLASSES, "class_exclusion").eval()
+    """Three heads where the early_exit stage puts them: near a quarter, a half and three quarters of the MACs."""
+    places = choose_places(model, (example,), (), [(i + 1) / (EXITS + 1) for i in range(EXITS)])
+    dims = [len(place.shape) for place in places]
+    return MultiExit(model, [place.head(1) for place in places], dims, CLASSES, "class_exclusion").eval()
 
 
 def measure(model: nn.Module, channels: int, quick: bool, threads: int) -> tuple[Figure, Figure]:

@@ -116,7 +116,7 @@ def export_bundle(
     _check_target(target)
     chosen = split or ("test" if "test" in source.splits else list(source.splits)[-1])
     target.parent.mkdir(parents=True, exist_ok=True)
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
             work = Path(folder, "bundle")
@@ -142,7 +142,7 @@ def export_bundle(
             )
             parity.require()
             manifest = _manifest(
-                model, source, options, flat, final, ledger, parity, work / MODEL_FILE,
+                model, source, options, flat, final, ledger, parity, work / MODEL_FILE, _example(source, chosen, 1),
                 operating_points=operating_points, edits=edits, name=name or source.name, notes=(*notes, *more),
                 single=single,
             )  # fmt: skip
@@ -151,7 +151,8 @@ def export_bundle(
             manifest = write_manifest(work, manifest)
             _replace(work, target)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if options.zip:
         pack_zip(target, target.with_suffix(".zip"))
     return ExportResult(target, manifest, chosen, parity.label, parity.exit_index)
@@ -256,6 +257,7 @@ def _manifest(
     ledger: Ledger,
     parity: ParityResult,
     model_path: Path,
+    example: tuple[Tensor, ...],
     *,
     operating_points: Sequence[OperatingPoint],
     edits: Sequence[Mapping[str, Any]],
@@ -274,7 +276,8 @@ def _manifest(
         if not np.allclose(points[0].thresholds, stored, atol=1e-6):
             raise ExportError(f"the first operating point {points[0].name!r} is not what the model holds: {stored}")
     level = {node.name or "": k for node, k in levels(flat.graph, len(exit_names)).items()}
-    nodes = node_table(final, flat_costs(flat), level)
+    row = {name: x.numpy() for name, x in zip(source.input_names, example, strict=True)}
+    nodes = node_table(final, flat_costs(flat, row), level)
     session = session_on(model_path).session
     return Manifest(
         name=name,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from math import prod
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
 
-from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.manifest import ExitSpec, NodeRow
+from edgewright.edge_runtime.session import session_on
 
 from .capture import module_of
 from .ledger import graphs
+from .simplify import Feeds
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -39,13 +42,35 @@ def one_row_shapes(model: ir.Model) -> Shapes:
     return found
 
 
-def flat_costs(model: ir.Model) -> dict[str, tuple[int, int]]:
+def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
+    """Shapes that no inference finds, such as windows folded into the batch: runs one row and looks."""
+    proto = ir.to_proto(model)
+    known = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
+        path = Path(folder, "model.onnx")
+        onnx.save(proto, str(path))
+        outputs = session_on(path, optimization_level="disabled").run(row)
+    return {name: outputs[name].shape for name in names}
+
+
+def flat_costs(model: ir.Model, row: Feeds) -> dict[str, tuple[int, int]]:
     """MACs and attention MACs (products of two activations) of every node of a flat graph, by node name.
 
-    Raises:
-        ExportError: the shape of a product is not known, so that its cost cannot be told.
+    Args:
+        model: the flat graph.
+        row: one row of inputs, for shapes that cannot be inferred.
     """
-    shapes = one_row_shapes(model)
+    shapes = dict(one_row_shapes(model))
+    needed = [
+        value.name
+        for node in model.graph
+        if node.op_type in _PRODUCTS
+        for value in (*node.inputs[:2], node.outputs[0])
+        if value is not None and value.name and value.name not in shapes
+    ]
+    if needed:
+        shapes.update(_measured_shapes(model, list(dict.fromkeys(needed)), row))
     constant: set[ir.Value] = set(model.graph.initializers.values())
     costs: dict[str, tuple[int, int]] = {}
     for node in model.graph:
@@ -56,13 +81,7 @@ def flat_costs(model: ir.Model) -> dict[str, tuple[int, int]]:
             left, right = node.inputs[0], node.inputs[1]
             output = node.outputs[0]
             assert left is not None and right is not None
-            known = [shapes.get(v.name or "") for v in (left, right, output)]
-            if any(shape is None for shape in known):
-                raise ExportError(
-                    f"the shape of node {node.name} ({node.op_type}) is not known, so its MACs are not either: "
-                    "give the model static inner shapes, or report this graph"
-                )
-            amount = _macs(node, *(shape for shape in known if shape is not None))
+            amount = _macs(node, *(shapes[v.name or ""] for v in (left, right, output)))
             if left in constant or right in constant:
                 macs = 0 if left in constant and right in constant else amount
             else:

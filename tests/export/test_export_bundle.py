@@ -137,3 +137,25 @@ def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
 def test_zip(task, tmp_path):
     export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(zip=True))
     assert verify(tmp_path / "bundle.zip").passed
+
+
+class Folded(torch.nn.Module):
+    """Folds tokens into the batch, as windowed attention does: no shape inference sees through it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(12, 8)
+        self.out = torch.nn.Linear(12 * 8, 4)
+
+    def forward(self, x):
+        n = x.shape[0]
+        y = self.inner(x.reshape(n * 12, 12)).reshape(n, 12 * 8)
+        return self.out(torch.relu(y))
+
+
+def test_costs_are_told_for_one_row_where_the_batch_is_folded(task, tmp_path):
+    model = Folded().train()
+    model.inner.eval()
+    manifest = export_bundle(model, task, tmp_path / "bundle").manifest
+    assert manifest.exits[0].macs == 12 * 12 * 8 + 12 * 8 * 4
+    assert (model.training, model.inner.training, model.out.training) == (True, False, True)
