@@ -1,11 +1,18 @@
-"""Tiny models gain nothing from threads, and lose a lot where several tests or builds share the cores."""
+"""The same examples each time, and one thread.
+
+Tiny models gain nothing from threads, and lose a lot where several tests or builds share the cores.
+"""
 
 from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True, scope="session")
