@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -94,12 +94,22 @@ def sharing_in_file(model: ir.Model, shared: dict[str, tuple[str, ...]]) -> dict
     for row in rows.values():
         digests[row.sha256] = digests.get(row.sha256, 0) + 1
     found = {}
+    nodes = list(model.graph.all_nodes())
     for name, modules in shared.items():
         basis = rows.get(name)
-        users = tuple(m for m in modules if f"{m}.coefficients" in rows)
+        users = tuple(m for m in modules if _serves(nodes, name, f"{m}.coefficients"))
         if basis is not None and basis.readers and digests[basis.sha256] == 1 and len(users) > 1:
             found[name] = users
     return found
+
+
+def _serves(nodes: Sequence[ir.Node], basis: str, coefficients: str) -> bool:
+    """Whether a node multiplies `coefficients` with what a reader of `basis` has made."""
+    for node in nodes:
+        if coefficients in (v.name for v in node.inputs if v is not None):
+            makers = [v.producer() for v in node.inputs if v is not None]
+            return any(m is not None and basis in (v.name for v in m.inputs if v is not None) for m in makers)
+    return False
 
 
 def runtime_bytes(model_path: Path) -> int | None:

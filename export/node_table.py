@@ -22,28 +22,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-def one_row_shapes(model: ir.Model) -> Shapes:
-    """Static shape of every value of a flat graph when every dynamic axis is 1."""
-    proto = ir.to_proto(model)
-    axes = {a.dim_param for value in proto.graph.input for a in value.type.tensor_type.shape.dim if a.dim_param}
-    for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
-        for axis in value.type.tensor_type.shape.dim:
-            if axis.dim_param in axes:
-                axis.dim_value = 1
-            elif not axis.HasField("dim_value"):
-                # an expression of dynamic axes, such as 4*batch: left to the inference
-                axis.ClearField("dim_param")
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    found = {t.name: tuple(t.dims) for t in inferred.initializer}
-    for value in [*inferred.input, *inferred.output, *inferred.value_info]:
-        axes = value.type.tensor_type.shape.dim
-        if value.type.tensor_type.HasField("shape") and all(a.HasField("dim_value") for a in axes):
-            found[value.name] = tuple(a.dim_value for a in axes)
-    return found
-
-
 def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
-    """Shapes that no inference finds, such as windows folded into the batch: runs one row and looks."""
+    """Shapes of values when one row runs: also where axes are dynamic or folded into the batch."""
     proto = ir.to_proto(model)
     known = {value.name for value in proto.graph.output}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
@@ -59,9 +39,14 @@ def flat_costs(model: ir.Model, row: Feeds) -> dict[str, tuple[int, int]]:
 
     Args:
         model: the flat graph.
-        row: one row of inputs, for shapes that cannot be inferred.
+        row: one row of inputs; its lengths count where axes beside the batch are dynamic.
     """
-    shapes = dict(one_row_shapes(model))
+    shapes: dict[str, tuple[int, ...]] = {
+        name: tuple(value.const_value.shape.numpy())
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    shapes.update({name: array.shape for name, array in row.items()})
     needed = [
         value.name
         for node in model.graph

@@ -83,8 +83,8 @@ def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] 
         "accuracy_change": final.accuracy - reference.accuracy,
         "worst_class_accuracy_change": final.worst_class_accuracy - reference.worst_class_accuracy,
         "macs_reduction": reference.macs / final.macs if final.macs else None,
-        "bytes_reduction": reference.unique_weight_bytes / final.unique_weight_bytes,
-        "parameters_reduction": reference.parameters / final.parameters,
+        "bytes_reduction": reference.unique_weight_bytes / final.unique_weight_bytes if final.parameters else None,
+        "parameters_reduction": reference.parameters / final.parameters if final.parameters else None,
         "latency_ratio": comparison,
     }
 
@@ -125,7 +125,7 @@ def render_html(report: Mapping[str, Json]) -> str:
         plots=_plots(report),
         pct=lambda v: "–" if v is None else f"{100 * v:.2f} %",
         points=lambda v: f"{100 * v:+.2f} points",
-        ratio=lambda v: f"{v:.2f}",
+        ratio=lambda v: "–" if v is None else f"{v:.2f}",
         ms=lambda v: "–" if v is None else f"{v:.3g}",
         si=_si,
     )

@@ -24,8 +24,9 @@ def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None
     if wanted.max_accuracy_drop is not None and -summary["accuracy_change"] > wanted.max_accuracy_drop:
         missed.append(f"test accuracy fell by {-summary['accuracy_change']:.4f}, allowed {wanted.max_accuracy_drop:g}")
     for name, least in (("macs_reduction", wanted.macs_reduction), ("bytes_reduction", wanted.bytes_reduction)):
-        if least is not None and summary[name] < least:
-            missed.append(f"{name} is {summary[name]:.3f}, required {least:g}")
+        if least is not None and (summary[name] is None or summary[name] < least):
+            reached = "not defined" if summary[name] is None else f"{summary[name]:.3f}"
+            missed.append(f"{name} is {reached}, required {least:g}")
     if wanted.shared_basis and not report["ledger"]["shared"]:
         missed.append("no basis is shared by at least two layers in the exported file")
     if wanted.every_exit:

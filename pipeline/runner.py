@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -288,6 +289,9 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
     if not run.fresh and bundles.is_current(target, key):
         run.progress.say(f"{row.step}: already exported, {target}")
         return target
+    for left in target.parent.glob(f".{target.name}-*"):
+        # of an export that was killed; the lock says that nobody else is at work here
+        shutil.rmtree(left)
     run.progress.say(f"{row.step}: export to {target}")
     edits = [{"stage": edit.stage, "data": edit.data} for edit in read_checkpoint(entry.folder).edits]
     model = load_checkpoint(entry.folder, run.root)

@@ -37,7 +37,7 @@ class StepRow:
             exits.
         file_bytes: of model.onnx and its external data, if exported.
         p50_ms: median latency of one run, if measured.
-        p90_ms: upper confidence bound of the 90th percentile, if measured.
+        p90_ms: 90th percentile, if measured; its upper confidence bound is in the measurement.
         metrics: what the stage reported.
         notes: what the stage has to say.
         checkpoint: its folder, relative to the run's.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from .errors import StageError
@@ -20,17 +23,17 @@ BatchLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 class TrainingConfig(StageConfig):
     """How to train; used by the `train` stage and by every stage that retrains."""
 
-    epochs: int = 10
+    epochs: int = Field(default=10, ge=0)
     """Passes over the train split."""
-    batch_size: int = 128
+    batch_size: int = Field(default=128, ge=1)
     """Rows per step."""
-    learning_rate: float = 0.05
+    learning_rate: float = Field(default=0.05, ge=0.0, allow_inf_nan=False)
     """Peak learning rate."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
-    momentum: float = 0.9
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: float = Field(default=5e-4, ge=0.0)
     """Decoupled for AdamW, L2 for SGD."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     """Cosine to zero, times `step_factor` at every milestone, or constant."""
@@ -38,11 +41,11 @@ class TrainingConfig(StageConfig):
     """For `step`: shares of the run."""
     step_factor: float = 0.1
     """For `step`."""
-    warmup: float = 0.0
+    warmup: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the run with a linearly rising rate."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the target's mass spread over all classes."""
-    gradient_clip: float | None = None
+    gradient_clip: float | None = Field(default=None, gt=0.0)
     """Largest gradient norm."""
 
 
@@ -109,7 +112,11 @@ def train_model(
     # as `batches(drop_last=True)`: a last batch of one row would break batch normalisation
     steps = max(1, len(split) // config.batch_size)
     for epoch in context.progress.track(range(len(log), config.epochs), f"{name}: epochs"):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=context.generator(name, "torch", epoch))))
+        # users' modules and augmentations may draw from the global generators
+        seed = int(torch.randint(2**62, (), generator=context.generator(name, "torch", epoch)))
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
         model.train()
         total, seen = 0.0, 0
         shuffle, noise = context.generator(name, "shuffle", epoch), context.generator(name, "augment", epoch)

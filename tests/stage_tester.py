@@ -187,7 +187,7 @@ def _check_export(result: StageResult, task: Task, tmp_path: Path) -> None:
     assert (parity.label_agreement, parity.exit_agreement) == (1.0, 1.0)
     assert parity.exits_covered == parity.exits_total
     assert ledger.stored_weight_bytes <= ledger.torch_unique_bytes + 1024
-    assert set(ledger.shared) == set(shared_bases(result.model))
+    assert dict(ledger.shared) == shared_bases(result.model)
 
 
 def _check_edit(edit: Edit, given: nn.Module, stage: Stage[Any], fitted: nn.Module) -> None:

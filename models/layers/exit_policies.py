@@ -83,14 +83,16 @@ class ClassExclusion:
         """See `ExitPolicy.decide`; scores are 1 for the survivor.
 
         One line for memory, exclusion and readmission: a class that is out must reach the favourite itself,
-        any other one must reach ``beta`` times the favourite.
+        any other one must reach ``beta`` times the favourite. Compared are the reciprocals ``1 / q``: runtimes
+        compute a sigmoid with an absolute error only (ONNX Runtime's is off by 3e-3 of its value at a logit of
+        -10, and 0 at -17), which a small ``beta`` would turn into wrong exclusions.
         """
-        q = torch.sigmoid(logits.to(torch.float32))
-        favourite = q.amax(dim=1, keepdim=True)
-        line = threshold * favourite
+        distance = 1.0 + torch.exp(-logits.to(torch.float32))
+        favourite = distance.amin(dim=1, keepdim=True)
+        line = favourite / threshold
         if excluded is not None:
             line = torch.where(excluded, favourite, line)
-        weak = q < line
+        weak = distance > line
         alive = torch.where(weak, 0.0, 1.0)
         return Decision(weak, alive.sum(dim=1) == 1.0, alive)
 

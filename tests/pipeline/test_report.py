@@ -33,7 +33,12 @@ REPORT: dict[str, Any] = {
     "task": {"name": "tiny", "labels": ["a", "b"], "test_rows": 10},
     "reference": "train",
     "final": "early_exit",
-    "steps": [step("base", 0.1, 4e6), step("train", 0.98, 4e6), step("early_exit", 0.97, 1e6), step("c", 0.9, 1e6, True)],
+    "steps": [
+        step("base", 0.1, 4e6),
+        step("train", 0.98, 4e6),
+        step("early_exit", 0.97, 1e6),
+        step("c", 0.9, 1e6, True),
+    ],
     "summary": {
         "accuracy_change": -0.01,
         "worst_class_accuracy_change": -0.01,
@@ -55,8 +60,24 @@ REPORT: dict[str, Any] = {
     },
     "exits": {
         "table": [
-            {"name": "x", "share": 1.0, "accuracy": 0.9, "head_accuracy": 0.9, "macs": 5, "p50_ms": None, "wrong_exclusion": 0.0},
-            {"name": "final", "share": 0.0, "accuracy": None, "head_accuracy": 0.9, "macs": 9, "p50_ms": None, "wrong_exclusion": None},
+            {
+                "name": "x",
+                "share": 1.0,
+                "accuracy": 0.9,
+                "head_accuracy": 0.9,
+                "macs": 5,
+                "p50_ms": None,
+                "wrong_exclusion": 0.0,
+            },
+            {
+                "name": "final",
+                "share": 0.0,
+                "accuracy": None,
+                "head_accuracy": 0.9,
+                "macs": 9,
+                "p50_ms": None,
+                "wrong_exclusion": None,
+            },
         ],
         "rows": [10, 0],
         "accuracy": [0.9, None],
@@ -67,7 +88,7 @@ REPORT: dict[str, Any] = {
     "ledger": {"torch_unique_bytes": 4000, "stored_weight_bytes": 4000, "runtime_weight_bytes": None, "shared": {}},
     "notes": ["a <script>alert(1)</script> note"],
     "environment": {},
-}  # fmt: skip
+}
 
 
 def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
