@@ -196,7 +196,7 @@ class Flip:
     split: str
     row: int
     kind: str
-    """``"label"`` or ``"exit"``."""
+    """``"label"``, ``"exit"``, or ``"excluded"``: only the set of excluded classes differs."""
     torch: int
     onnx: int
     margin: float

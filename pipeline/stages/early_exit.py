@@ -170,19 +170,39 @@ def _train(
     if config.freeze_backbone:
         return log, given, ("the network itself is unchanged, the heads alone were trained",)
     kept = {key: value.clone() for key, value in model.state_dict().items()}
-    log["joint"] = train_jointly(model, task, config, context)
-    after = _plain_accuracy(model, validation, context.device)
-    if config.max_backbone_drop is None or not config.head_epochs or after >= given - config.max_backbone_drop:
+    try:
+        log["joint"] = train_jointly(model, task, config, context)
+    except StageError as error:
+        if not config.head_epochs:
+            raise
+        damage: str | None = str(error)
+    else:
+        damage = _damage(model, validation, given, config, context)
+    if damage is None or not config.head_epochs:
         return log, given, ()
     model.load_state_dict(kept)
+    model.to("cpu").eval()
     return (
         log,
         given,
         (
-            f"joint training took the network's own validation accuracy from {given:.4f} to {after:.4f}, more than "
-            f"max_backbone_drop allows, so it was undone and the heads trained alone are kept; set freeze_backbone, or "
-            "lower training.learning_rate",
+            f"{damage}; joint training was undone and the heads trained alone are kept: set freeze_backbone, or lower "
+            "training.learning_rate",
         ),
+    )
+
+
+def _damage(model: MultiExit, validation: Split, given: float, config: EarlyExitConfig, context: Context) -> str | None:
+    """What joint training has broken, or None."""
+    logits = collect_logits(model, validation, context.device)
+    if not all(torch.isfinite(x).all() for x in logits):
+        return "joint training left logits that are not finite"
+    after = score(logits[-1].argmax(dim=1), validation.targets, model.classes).accuracy
+    if config.max_backbone_drop is None or after >= given - config.max_backbone_drop:
+        return None
+    return (
+        f"joint training took the network's own validation accuracy from {given:.4f} to {after:.4f}, more than "
+        "max_backbone_drop allows"
     )
 
 

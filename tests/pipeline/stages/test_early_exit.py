@@ -202,6 +202,16 @@ def test_joint_training_that_ruins_the_network_is_undone(folder: Path, tmp_path:
     assert damaged.metrics["plain_accuracy"] < damaged.metrics["given_accuracy"] - 0.02
 
 
+def test_joint_training_that_diverges_is_undone(folder: Path, tmp_path: Path) -> None:
+    given = trained("residual", folder)
+    diverging = {"epochs": 2, "batch_size": 32, "learning_rate": 1e9}
+    result = run(copy.deepcopy(given), tmp_path / "undone", training=diverging, head_epochs=2)
+    assert any("not finite" in note or "is nan" in note or "is inf" in note for note in result.notes)
+    assert any("undone" in note for note in result.notes)
+    kept = result.model.state_dict()
+    assert all(torch.equal(kept[f"base.{key}"], value) for key, value in given.state_dict().items())
+
+
 def test_every_exit_is_used_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     result = run(trained("residual", folder), tmp_path, tolerance=0.1, min_share=0.05)
     assert result.metrics["min_share_met"]["balanced"] is True
