@@ -99,8 +99,6 @@ class _Builder:
         self.opset = opset
         self.level_graphs: dict[int, ir.Graph] = {}
         self.exits = len(logits) - 1
-        self.scores_type = ir.TensorType(ir.DataType.FLOAT)
-        self.classes = logits[-1].shape[-1] if logits[-1].shape is not None else None
 
     def main(self, inputs: Sequence[ir.Value], thresholds: Sequence[float]) -> ir.Graph:
         values = np.asarray(thresholds, dtype=np.float32)
