@@ -25,9 +25,12 @@ def find_shadow() -> str | None:
     own = Path(__file__).absolute().parent / "edgewright"
     for package in PACKAGES:
         expected = own / package / "__init__.py"
+        # Ours first: another installation of edgewright may have the part that is missing here.
+        if not expected.is_file():
+            return f"{expected.parent} is missing: install edgewright again with pip"
         found = importlib.util.find_spec(f"edgewright.{package}")
         if found is None:
-            return f"{expected.parent} is missing: install edgewright again with pip"
+            return f"edgewright.{package} is not found, though {expected} is there: install edgewright again with pip"
         place = found.origin or next(iter(found.submodule_search_locations or ()), "an unknown place")
         if Path(place).resolve() != expected.resolve():
             return _in_the_way(place, f"edgewright.{package}")
