@@ -205,8 +205,7 @@ def _final_graph(model: nn.Module, flat: ir.Model, options: ExportOptions) -> tu
         return final, ()
     opset = flat.graph.opset_imports[""]
     policy = policy_graphs(model.policy.name, model.classes, opset)
-    names = [spec.at for spec in model.specs]
-    return sink(flat, policy, [float(t) for t in model.thresholds], names, options.shared_across_exits)
+    return sink(flat, policy, [float(t) for t in model.thresholds], options.shared_across_exits)
 
 
 def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:

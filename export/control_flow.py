@@ -46,8 +46,7 @@ def sink(
     model: ir.Model,
     policy: PolicyGraphs,
     thresholds: Sequence[float],
-    exit_names: Sequence[str],
-    placement: Placement = "latency",
+    placement: Placement = "bytes",
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """Turns the flat graph of a network with K exits into nested `If`s.
 
@@ -55,7 +54,6 @@ def sink(
         model: flat, for one row, outputs ``logits.0`` ... ``logits.K``; not changed.
         policy: the captured policy.
         thresholds: K numbers for the `thresholds` initializer.
-        exit_names: K module paths, for names of nodes.
         placement: see `place_initializers`.
 
     Returns:
@@ -76,7 +74,7 @@ def sink(
         flat.remove(node)
     flat.initializers.clear()
 
-    builder = _Builder(policy, logits, by_level, exit_names, opset)
+    builder = _Builder(policy, logits, by_level, opset)
     main = builder.main(inputs, thresholds)
     notes = place_initializers(main, builder.level_graphs, initializers, level, placement)
     sunk = ir.Model(main, ir_version=model.ir_version, producer_name=model.producer_name)
@@ -92,10 +90,9 @@ class _Builder:
         policy: PolicyGraphs,
         logits: Sequence[ir.Value],
         by_level: Sequence[Sequence[ir.Node]],
-        exit_names: Sequence[str],
         opset: int,
     ) -> None:
-        self.policy, self.logits, self.by_level, self.exit_names = policy, logits, by_level, exit_names
+        self.policy, self.logits, self.by_level = policy, logits, by_level
         self.opset = opset
         self.level_graphs: dict[int, ir.Graph] = {}
         self.exits = len(logits) - 1

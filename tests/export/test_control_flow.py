@@ -23,8 +23,7 @@ IDS = [f"{n}-{p}" for n, p in CASES]
 def sunk(model, placement="bytes"):
     flat = capture(model, (torch.randn(1, 1, 12, 12),), ["image"])
     graph_policy = policy_graphs(model.policy.name, model.classes, flat.graph.opset_imports[""])
-    names = [spec.at for spec in model.specs]
-    return flat, *sink(flat, graph_policy, model.thresholds.tolist(), names, placement)
+    return flat, *sink(flat, graph_policy, model.thresholds.tolist(), placement)
 
 
 @pytest.mark.parametrize(("network", "policy"), CASES, ids=IDS)
