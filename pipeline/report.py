@@ -18,7 +18,7 @@ from .checkpoint import load_checkpoint, versions
 from .exit_analysis import ExitAnalysis, analyse_exits
 from .stage import Json
 from .steps import StepRow
-from .task import Task, split_of
+from .task import Task, provenance_of, split_of
 
 if TYPE_CHECKING:
     from .runner import RunResult
@@ -61,7 +61,12 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
     return {
         "schema_version": SCHEMA_VERSION,
         "name": result.recipe.name or task.name,
-        "task": {"name": task.name, "labels": list(task.labels), "test_rows": len(task.splits["test"])},
+        "task": {
+            "name": task.name,
+            "labels": list(task.labels),
+            "test_rows": len(task.splits["test"]),
+            "provenance": dict(provenance_of(task)),
+        },
         "reference": result.reference,
         "final": final.step,
         "summary": _summary(reference, final, result.comparison),

@@ -8,6 +8,7 @@ inputs and returns one tensor of logits.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -200,7 +201,7 @@ def check_classes(task: Task, name: SplitName, needed_by: str) -> None:
 
 
 def data_digests(task: Task) -> dict[str, str]:
-    """sha256 of every split's content, in order of its samples.
+    """sha256 of every split's content, in order of its samples, and of the task's `provenance` if it has one.
 
     Raises:
         DataError: two splits share a sample, so that a choice could be judged on the data it was made on.
@@ -222,7 +223,15 @@ def data_digests(task: Task) -> dict[str, str]:
                 )
         whole.update(split.targets.numpy().tobytes())
         digests[name] = whole.hexdigest()
+    if provenance := provenance_of(task):
+        text = json.dumps(provenance, sort_keys=True, ensure_ascii=True)
+        digests["provenance"] = hashlib.sha256(text.encode()).hexdigest()
     return digests
+
+
+def provenance_of(task: Task) -> Mapping[str, Any]:
+    """Where the task's data come from, JSON; empty for tasks that do not say."""
+    return getattr(task, "provenance", {})
 
 
 class TensorSplit:
@@ -352,6 +361,7 @@ class ImageClassification:
         augment: ``(inputs [N, ...], generator) -> inputs``, for training batches only.
         name: for reports.
         input_name: name of the ONNX input.
+        provenance: where the data come from (files and their sha256, fonts), JSON; for the report and the data digests.
 
     Raises:
         DataError: a target outside the labels, or an unknown split name.
@@ -366,6 +376,7 @@ class ImageClassification:
         augment: Augmentation | None = None,
         name: str = "image_classification",
         input_name: str = "image",
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self._splits: dict[SplitName, Split] = {}
         for key, value in splits.items():
@@ -376,6 +387,7 @@ class ImageClassification:
         self._preprocessing = preprocessing or Preprocessing()
         self._augment = augment
         self._name, self._input_name = name, input_name
+        self._provenance = dict(provenance or {})
         for key, split in self._splits.items():
             if len(split) == 0:
                 raise DataError(f"split {key!r} is empty: leave it out or add samples")
@@ -439,6 +451,11 @@ class ImageClassification:
     def preprocessing(self) -> Preprocessing:
         """How a raw image becomes the input on the device."""
         return self._preprocessing
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where the data come from; see `provenance_of`."""
+        return self._provenance
 
     @property
     def splits(self) -> Mapping[SplitName, Split]:
