@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -34,6 +34,18 @@ class StageConfig(BaseModel):
     """Base of every stage's configuration: frozen, unknown keys refused, every field described and with a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_own_defaults(cls, value: Any) -> Any:
+        """A section that is given in part keeps this stage's defaults in the rest, not those of the section's class."""
+        if not isinstance(value, Mapping):
+            return value
+        filled = dict(value)
+        for name, info in cls.model_fields.items():
+            if isinstance(info.default, StageConfig) and isinstance(filled.get(name), Mapping):
+                filled[name] = {**info.default.model_dump(exclude_unset=True), **filled[name]}
+        return filled
 
 
 C = TypeVar("C", bound=StageConfig)

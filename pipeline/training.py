@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import StageError
@@ -19,16 +19,22 @@ from .task import Batch, Task, batches, split_of
 BatchLoss: TypeAlias = Callable[[nn.Module, Batch], Tensor]
 """Mean loss of a training batch, scalar."""
 
+# where a recipe leaves the batch size open; below 8 rows the statistics of batch normalisation are mostly noise
+LARGEST_BATCH, _SMALLEST_BATCH, _STEPS_PER_EPOCH = 128, 8, 16
+FEW_STEPS = 50
+"""Fewer steps than this in all hardly move a network."""
+_LARGE_INPUT = 30.0  # of normalised data hardly any value lies beyond 10
+
 
 class TrainingConfig(StageConfig):
     """How to train; used by the `train` stage and by every stage that retrains."""
 
     epochs: int = Field(default=10, ge=0)
     """Passes over the train split."""
-    batch_size: int = Field(default=128, ge=1)
-    """Rows per step."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Rows per step. null: 128, on a small train split less, so that an epoch has 16 steps; never less than 8."""
     learning_rate: float = Field(default=0.05, ge=0.0, allow_inf_nan=False)
-    """Peak learning rate."""
+    """Peak learning rate; if it is left out, AdamW takes 0.001."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with Nesterov momentum, or AdamW."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -45,8 +51,21 @@ class TrainingConfig(StageConfig):
     """Share of the run with a linearly rising rate."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the target's mass spread over all classes."""
-    gradient_clip: float | None = Field(default=None, gt=0.0)
-    """Largest gradient norm."""
+    gradient_clip: float | None = Field(default=5.0, gt=0.0)
+    """Largest norm of the gradient; null does not limit it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_adamw(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("optimizer") == "adamw":
+            return {"learning_rate": 0.001, **value}
+        return value
+
+    def rows_per_step(self, rows: int) -> int:
+        """The batch size for a train split of `rows` samples."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(LARGEST_BATCH, max(_SMALLEST_BATCH, rows // _STEPS_PER_EPOCH))
 
 
 def learning_rate_factor(config: TrainingConfig, done: float) -> float:
@@ -96,7 +115,7 @@ def train_model(
         parameters: what to train, default everything.
 
     Raises:
-        StageError: the loss is not finite.
+        StageError: the loss, the gradient or a trained value is not finite; names the epoch and what helps.
     """
     loss = task_loss(task, config) if loss is None else loss
     split = split_of(task, "train", needed_by=f"training ({name})")
@@ -109,8 +128,9 @@ def train_model(
     if state is not None:
         log = list(state.data["log"])
         _restore(model, optimizer, state)
+    rows = config.rows_per_step(len(split))
     # as `batches(drop_last=True)`: a last batch of one row would break batch normalisation
-    steps = max(1, len(split) // config.batch_size)
+    steps = max(1, len(split) // rows)
     for epoch in context.progress.track(range(len(log), config.epochs), f"{name}: epochs"):
         # users' modules and augmentations may draw from the global generators
         seed = int(torch.randint(2**62, (), generator=context.generator(name, "torch", epoch)))
@@ -120,27 +140,55 @@ def train_model(
         model.train()
         total, seen = 0.0, 0
         shuffle, noise = context.generator(name, "shuffle", epoch), context.generator(name, "augment", epoch)
-        for step, batch in enumerate(batches(split, config.batch_size, shuffle, drop_last=True)):
+        for step, batch in enumerate(batches(split, rows, shuffle, drop_last=True)):
             rate = config.learning_rate * learning_rate_factor(config, (epoch + step / steps) / config.epochs)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            value = loss(model, task.augment(batch, noise).to(device))
+            batch = task.augment(batch, noise).to(device)
+            value = loss(model, batch)
+            current = value.item()
+            if not math.isfinite(current):
+                raise _diverged(f"the loss is {current}", name, epoch, step, config, batch)
             optimizer.zero_grad(set_to_none=True)
             value.backward()  # type: ignore[no-untyped-call]
-            if config.gradient_clip is not None:
-                nn.utils.clip_grad_norm_(trained, config.gradient_clip)
+            limit = math.inf if config.gradient_clip is None else config.gradient_clip
+            norm = nn.utils.clip_grad_norm_(trained, limit)
+            if not torch.isfinite(norm):
+                raise _diverged(f"the norm of the gradient is {norm.item()}", name, epoch, step, config, batch)
             optimizer.step()
-            total, seen = total + value.item() * len(batch.targets), seen + len(batch.targets)
-        mean = total / max(1, seen)
-        if not math.isfinite(mean):
-            raise StageError(
-                f"{name}: the training loss is {mean} in epoch {epoch + 1}: lower learning_rate "
-                f"(now {config.learning_rate}) or set gradient_clip"
-            )
-        log.append({"epoch": epoch + 1, "loss": mean, "learning_rate": rate})
+            total, seen = total + current * len(batch.targets), seen + len(batch.targets)
+        broken = _not_finite(model)
+        if broken is not None:
+            raise _diverged(f"{broken!r} is no longer finite", name, epoch, step, config, batch)
+        log.append({"epoch": epoch + 1, "loss": total / seen, "learning_rate": rate, "batch_size": rows})
         context.save(name, _state(model, optimizer, log))
     model.to("cpu").eval()
     return log
+
+
+def _not_finite(model: nn.Module) -> str | None:
+    """The first parameter or buffer that holds NaN; infinite buffers are somebody's attention mask."""
+    for key, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return key
+    return next((key for key, buffer in model.named_buffers() if torch.isnan(buffer).any()), None)
+
+
+def _diverged(what: str, name: str, epoch: int, step: int, config: TrainingConfig, batch: Batch) -> StageError:
+    remedies = [f"lower learning_rate (now {config.learning_rate:g}, try {config.learning_rate / 10:g})"]
+    if config.gradient_clip is None:
+        remedies.append("set gradient_clip, e.g. 5.0 (now off)")
+    elif config.gradient_clip > 1.0:
+        remedies.append(f"lower gradient_clip (now {config.gradient_clip:g})")
+    if config.warmup == 0.0:
+        remedies.append("set warmup, e.g. 0.1")
+    largest = max((float(x.abs().max()) for x in batch.inputs if x.is_floating_point() and x.numel()), default=0.0)
+    if largest > _LARGE_INPUT:
+        remedies.insert(0, f"scale the inputs to about -1 ... 1 (they reach {largest:.3g})")
+    return StageError(
+        f"{name}: training diverged, {what} in epoch {epoch + 1} of {config.epochs}, step {step + 1}: "
+        + ", or ".join(remedies)
+    )
 
 
 def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:

@@ -185,6 +185,7 @@ def train_heads(
         learning_rate=config.head_learning_rate,
         optimizer="adamw",
         weight_decay=1e-4,
+        gradient_clip=None,
     )
     weights = [1.0] * len(model.specs)
     if cached:

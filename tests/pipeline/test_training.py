@@ -1,0 +1,135 @@
+"""The training loop on data and networks that its defaults were not made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_residual, tiny_task
+from torch import nn
+
+from edgewright.pipeline.context import FolderContext
+from edgewright.pipeline.errors import StageError
+from edgewright.pipeline.stages.early_exit import EarlyExitConfig
+from edgewright.pipeline.stages.early_exit import fit as add_exits
+from edgewright.pipeline.stages.train import TrainConfig, fit
+from edgewright.pipeline.task import ImageClassification, evaluate
+from edgewright.pipeline.training import TrainingConfig, train_model
+
+
+def signals(rows: int = 480, classes: int = 4) -> ImageClassification:
+    """Noisy sines [1, 64] whose frequency is the class."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(rows) % classes
+    phase = 6.28 * torch.rand(rows, 1, generator=generator)
+    angle = 6.28 * (1.0 + 2.0 * y[:, None]) * torch.linspace(0, 1, 64) + phase
+    x = torch.sin(angle) + 0.3 * torch.randn(rows, 64, generator=generator)
+    return ImageClassification.from_arrays(x[:, None], y, [f"tone{i}" for i in range(classes)], name="signals")
+
+
+class Convolutions(nn.Module):
+    """One-dimensional convolutions without any normalisation, as strangers write them."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv1d(1, 16, 7, 2, 3), nn.ReLU(), nn.Conv1d(16, 32, 5, 2, 2), nn.ReLU(), nn.Conv1d(32, 32, 5, 1, 2)
+        )
+        self.classify = nn.Linear(32, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classify(torch.relu(self.features(x)).mean(2))
+        return logits
+
+
+def test_joint_training_with_the_default_settings_does_not_ruin_a_network_without_normalisation(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, task = Convolutions(), signals()
+    train_model(model, task, TrainingConfig(epochs=12), FolderContext(tmp_path / "train"), "train")
+    given = evaluate(model, task, "validation").accuracy
+    assert given > 0.8
+    training = {"epochs": 3, "learning_rate": 0.05}
+    config = EarlyExitConfig(at_macs=(0.3, 0.6), head_epochs=5, training=TrainingConfig(**training))
+    result = add_exits(model, task, config, FolderContext(tmp_path / "exits"))
+    assert not [note for note in result.notes if "undone" in note]
+    assert result.metrics["plain_accuracy"] >= given - 0.02
+
+
+def test_the_defaults_learn_from_two_hundred_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = tiny_task(rows={"train": 120, "validation": 40, "test": 40})
+    result = fit(tiny_residual(), task, TrainConfig(), FolderContext(tmp_path))
+    assert evaluate(result.model, task, "validation").accuracy >= 0.9
+    assert {row["batch_size"] for row in result.metrics["log"]} == {8}
+    assert any("8 rows" in note for note in result.notes)
+
+
+def test_an_open_batch_size_leaves_enough_steps_and_a_given_one_is_obeyed() -> None:
+    rule = TrainingConfig().rows_per_step
+    assert [rule(rows) for rows in (3, 100, 200, 1000, 2048, 10**6)] == [8, 8, 12, 62, 128, 128]
+    assert TrainingConfig(batch_size=128).rows_per_step(100) == 128
+
+
+def test_few_steps_because_of_a_given_batch_size_are_said(tmp_path: Path) -> None:
+    task = tiny_task(rows={"train": 40, "test": 8})
+    result = fit(tiny_residual(), task, TrainConfig(batch_size=40, epochs=2), FolderContext(tmp_path))
+    assert any("batch_size 40" in note and "2 steps" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_divergence_stops_at_once_and_nothing_broken_is_saved(tmp_path: Path, clip: float | None) -> None:
+    context = FolderContext(tmp_path)
+    config = TrainConfig(learning_rate=1e8, epochs=4, batch_size=32, gradient_clip=clip)
+    with pytest.raises(StageError, match=r"train: training diverged.* in epoch \d of 4, step \d") as caught:
+        fit(Convolutions(), signals(200), config, context)
+    assert "lower learning_rate (now 1e+08, try 1e+07)" in str(caught.value)
+    assert "gradient_clip" in str(caught.value)
+    state = context.load("train")
+    assert state is None or all(torch.isfinite(x).all() for x in state.tensors.values())
+
+
+def test_values_that_break_in_the_last_step_are_seen(tmp_path: Path) -> None:
+    class Fragile(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(144, 4)
+            self.register_buffer("average", torch.zeros(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.average.mul_(float("nan"))
+            logits: torch.Tensor = self.layer(x.flatten(1))
+            return logits
+
+    with pytest.raises(StageError, match="'average' is no longer finite in epoch 1 of 2"):
+        fit(Fragile(), tiny_task(rows={"train": 16}), TrainConfig(epochs=2), FolderContext(tmp_path))
+
+
+def test_unscaled_inputs_are_named_as_the_cause(tmp_path: Path) -> None:
+    y = torch.arange(64) % 4
+    task = ImageClassification({"train": (1e20 * torch.randn(64, 1, 64), y)}, list("abcd"))
+    with pytest.raises(StageError, match=r"scale the inputs to about -1 \.\.\. 1 \(they reach "):
+        fit(Convolutions(), task, TrainConfig(), FolderContext(tmp_path))
+
+
+def test_a_stage_keeps_its_own_training_defaults_where_a_recipe_gives_a_part() -> None:
+    own = EarlyExitConfig().training
+    assert own.learning_rate == 0.01
+    part = EarlyExitConfig.model_validate({"training": {"epochs": 3}}).training
+    assert (part.epochs, part.learning_rate) == (3, own.learning_rate)
+    assert EarlyExitConfig.model_validate({"training": {"learning_rate": 0.2}}).training.epochs == own.epochs
+
+
+def test_adamw_without_a_rate_takes_one_that_suits_it() -> None:
+    assert TrainingConfig(optimizer="adamw").learning_rate == 0.001
+    assert TrainingConfig(optimizer="adamw", learning_rate=0.02).learning_rate == 0.02
+    assert TrainingConfig(optimizer="sgd").learning_rate == 0.05
+
+
+def test_a_network_that_has_not_learned_is_pointed_out(tmp_path: Path) -> None:
+    task = tiny_task(rows={"train": 64, "test": 8})
+    still = fit(Convolutions(), signals(80), TrainConfig(learning_rate=0.0, epochs=1), FolderContext(tmp_path / "0"))
+    assert any("hardly learned" in note and "guessing gives 1.3863" in note for note in still.notes)
+    moving = fit(tiny_residual(), task, TrainConfig(epochs=6), FolderContext(tmp_path / "1"))
+    assert not any("hardly learned" in note for note in moving.notes)
