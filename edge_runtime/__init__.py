@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .golden import read_golden, write_golden
     from .interleave import Contender, Interleaved, interleaved
     from .manifest import GoldenCase, Manifest
-    from .providers import Placement
+    from .providers import Placement, ProviderFallbackWarning
     from .runner import Prediction, Runner
     from .session import load, session_on
     from .verification import VerifyReport, verify
@@ -54,6 +54,7 @@ _WHERE = {
     "Placement": "providers",
     "Prediction": "runner",
     "ProviderError": "errors",
+    "ProviderFallbackWarning": "providers",
     "QualityFloorError": "errors",
     "Runner": "runner",
     "VerifyReport": "verification",
@@ -92,6 +93,7 @@ __all__ = [
     "Placement",
     "Prediction",
     "ProviderError",
+    "ProviderFallbackWarning",
     "QualityFloorError",
     "Runner",
     "VerifyReport",

@@ -20,7 +20,7 @@ from .child import Artefact, ChildResult, run_child
 from .device import collect_facts, fingerprint
 from .errors import InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE, Manifest
-from .providers import provider_names
+from .providers import provider_names, warn_of_fallback
 from .session import OPTIMIZATION_LEVELS, explicit_thresholds
 
 SCHEMA_VERSION = 1
@@ -125,7 +125,8 @@ def bench_text(row: Mapping[str, Any]) -> str:
         return f"{head}\n  {row['status'].upper()}: {row['reasons']['status']}"
     latency, scenario, phases = row["latency_ms"], row["scenario"], row["phases_ms"]
     low, high = latency["p50_ci95"]
-    lines = [head, f"  p50  {latency['p50']:.4g} ms   95 % interval {low:.4g} to {high:.4g}"]
+    lines = [head, *(f"  FALLBACK: {reason}" for reason in row["ep"]["fallback"])]
+    lines += [f"  p50  {latency['p50']:.4g} ms   95 % interval {low:.4g} to {high:.4g}"]
     for name in [key for key in latency if key.startswith("p") and key[1:].replace(".", "").isdigit()]:
         if name == "p50":
             continue
@@ -218,7 +219,13 @@ def _row_head(
             "exits": [exit_.name for exit_ in manifest.exits],
         },
         "target_profile": None,
-        "ep": {"requested": settings["providers"], "session": None, "nodes_per_ep": None, "strict": None},
+        "ep": {
+            "requested": settings["providers"],
+            "session": None,
+            "nodes_per_ep": None,
+            "strict": None,
+            "fallback": [],
+        },
         "session": {
             "graph_opt_level": settings["optimization_level"],
             "intra": settings["threads"],
@@ -258,7 +265,9 @@ def _add_result(
         nodes_per_ep=placement["nodes_per_provider"],
         strict=placement["strict"],
         method=placement["method"],
+        fallback=placement["fallback"],
     )
+    warn_of_fallback(placement)  # the warning of the measuring process was not seen
     if placement["nodes_per_provider"] is None:
         reasons["ep.nodes_per_ep"] = "this ONNX Runtime does not record the placement of nodes"
     if row["session"]["intra"] is None:

@@ -23,7 +23,7 @@ from .bundle import open_bundle
 from .child import Artefact, run_child
 from .errors import EdgewrightError, InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE
-from .providers import provider_names
+from .providers import provider_names, warn_of_fallback
 from .session import explicit_thresholds
 
 _STATISTICS = ("median", "mean")
@@ -58,6 +58,8 @@ class Interleaved:
         baseline: name of the first artefact, or the one asked for.
         settled: name -> whether its warm-up settled.
         statistic: what each block is reduced to.
+        settings: the options of the measurement.
+        placements: name -> `Placement.to_dict` of its session.
     """
 
     samples_ns: Mapping[str, NDArray[np.int64]]
@@ -67,6 +69,7 @@ class Interleaved:
     settled: Mapping[str, bool]
     statistic: str
     settings: Mapping[str, Any]
+    placements: Mapping[str, Mapping[str, Any]]
 
     def latency_ms(self, name: str) -> dict[str, Any]:
         """The figures of one artefact over all blocks, as in a row of `bench`."""
@@ -81,6 +84,7 @@ class Interleaved:
             "boundary": "host",
             "settings": dict(self.settings),
             "settled": dict(self.settled),
+            "placements": {name: dict(placement) for name, placement in self.placements.items()},
             "ratios": {name: ratio.to_dict() for name, ratio in self.ratios.items()},
             "latency_ms": {name: self.latency_ms(name) for name in self.samples_ns},
             "samples_ns": {name: samples.tolist() for name, samples in self.samples_ns.items()},
@@ -179,7 +183,9 @@ def interleaved(
         for name, values in figures.items()
         if name != baseline
     }
-    warm = result.answer["warmup"]
+    warm, placements = result.answer["warmup"], result.answer["placement"]
+    for placement in placements:
+        warn_of_fallback(placement)  # the warning of the measuring process was not seen
     return Interleaved(
         samples_ns=samples,
         exits=dict(zip(contenders, result.exits, strict=True)),
@@ -188,6 +194,7 @@ def interleaved(
         settled={name: bool(entry["settled"]) for name, entry in zip(contenders, warm, strict=True)},
         statistic=statistic,
         settings={**settings, "rows_per_run": rows},
+        placements=dict(zip(contenders, placements, strict=True)),
     )
 
 

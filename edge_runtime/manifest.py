@@ -123,7 +123,7 @@ class Tolerances:
     An element passes if ``|a - b| <= abs + rel * |b|``; NaN against a number never passes.
     `reference` compares with this same file on the exporting machine's CPU, `torch` with the compressed
     PyTorch model.
-    Labels and exits must be equal, except where a case's `margin` is at most `flip_margin`.
+    Labels, exits and excluded classes must be equal, except where a case's `margin` is at most `flip_margin`.
     """
 
     reference_abs: float = 1e-4
@@ -131,7 +131,7 @@ class Tolerances:
     torch_abs: float = 1e-4
     torch_rel: float = 1e-4
     flip_margin: float = 0.0
-    """Largest numeric error measured at export; a decision closer than this to its threshold may flip."""
+    """Twice the largest error of a logit measured at export; a decision whose margin is no larger may flip."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,10 @@ class Manifest:
 class GoldenCase:
     """One recorded run. In golden.npz its arrays are ``<index:04d>/<group>/<name>``.
 
-    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, and for models
-    with exits ``thresholds`` (float32 [K], the values this case ran with) and ``margin`` (float32 [N],
-    smallest distance of a decision on the row's path to its threshold). `inputs` hold what the graph takes,
+    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, ``margin`` (float32
+    [N]: every logit of the row may move by less than this and its exit, label and excluded classes stay), and
+    for models with exits ``thresholds`` (float32 [K], the values this case ran with). `inputs` hold what the
+    graph takes,
     already preprocessed.
     """
 

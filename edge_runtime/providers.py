@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import itertools
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +34,10 @@ _LIBRARIES = {
 _ALLOW = "allow_fallback=True (--allow-fallback on the command line) runs on the CPU instead and says so"
 
 
+class ProviderFallbackWarning(UserWarning):
+    """Something runs elsewhere than was asked for, because a fallback was allowed."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the nodes of a session run."""
@@ -47,6 +53,13 @@ class Placement:
     ONNX Runtime reports them."""
     cpu_nodes: tuple[str, ...] = ()
     """names of nodes on the CPU although another provider was asked for; at most 50."""
+    fallback: tuple[str, ...] = ()
+    """what did not run as it was asked, a sentence each; only with allow_fallback."""
+
+    def text(self) -> str:
+        """The providers of the session, with the nodes that each of them took where there are several."""
+        counts = self.nodes_per_provider if len(self.session) > 1 else None
+        return ", ".join(name if counts is None else f"{name} ({counts.get(name, 0)} nodes)" for name in self.session)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON report."""
@@ -107,7 +120,62 @@ def not_started(requested: Sequence[str], present: Sequence[str], detail: str = 
     )
 
 
-def placement_of(session: Any, requested: Sequence[str], strict: bool) -> Placement:
+def without_the_broken(usable: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Providers to try next after a session with `usable` could not be created.
+
+    Those go whose library does not load; if all libraries load, the first provider goes.
+
+    Returns:
+        The providers that are left, and why each of the others went, in the loader's words where it has any.
+    """
+    failures = {name: _load_failure(name) for name in usable if name != CPU}
+    broken = {name: reason for name, reason in failures.items() if reason}
+    if not broken:
+        broken = dict(itertools.islice(failures.items(), 1))
+    return [name for name in usable if name not in broken], [
+        f"{name} could not start" + (f" ({reason})" if reason else "") for name, reason in broken.items()
+    ]
+
+
+def fallback_reasons(
+    requested: Sequence[str], available: Sequence[str], present: Sequence[str], dropped: Sequence[str]
+) -> tuple[str, ...]:
+    """What of `requested` is not in the session that was created, a sentence each.
+
+    Args:
+        requested: full names.
+        available: the providers of this ONNX Runtime.
+        present: the providers of the session.
+        dropped: sentences of `without_the_broken`.
+    """
+    reasons = [f"{name} is not part of this ONNX Runtime" for name in requested if name not in available]
+    reasons += dropped
+    for name in requested:
+        # ONNX Runtime leaves some providers out with no more than a line on stderr, others end in an exception
+        if name in available and name not in present and not any(text.startswith(f"{name} ") for text in dropped):
+            detail = _load_failure(name)
+            reasons.append(f"{name} could not start" + (f" ({detail})" if detail else ""))
+    return tuple(reasons)
+
+
+def warn_of_fallback(placement: Mapping[str, Any]) -> None:
+    """Issues a `ProviderFallbackWarning` if anything did not run where it was asked to.
+
+    Args:
+        placement: `Placement.to_dict`.
+    """
+    what = list(placement["fallback"])
+    if placement["cpu_nodes"] and list(placement["session"]) != [CPU]:
+        count = (placement["nodes_per_provider"] or {}).get(CPU, len(placement["cpu_nodes"]))
+        what.append(f"{count} nodes were not taken by the provider that was asked for")
+    if what:
+        ran = ", ".join(placement["session"])
+        asked = ", ".join(placement["requested"])
+        text = f"{asked} was asked for, this runs on {ran}: {'; '.join(what)}"
+        warnings.warn(text, ProviderFallbackWarning, stacklevel=2)
+
+
+def placement_of(session: Any, requested: Sequence[str], strict: bool, fallback: tuple[str, ...] = ()) -> Placement:
     """Reads the placement back from a session, per node where ONNX Runtime records it (from 1.24)."""
     present = tuple(session.get_providers())
     if not hasattr(session, "get_provider_graph_assignment_info"):
@@ -119,7 +187,7 @@ def placement_of(session: Any, requested: Sequence[str], strict: bool) -> Placem
             if strict
             else "session.get_providers"
         )
-        return Placement(tuple(requested), present, strict, method, None)
+        return Placement(tuple(requested), present, strict, method, None, fallback=fallback)
     counts: Counter[str] = Counter()
     cpu_nodes: list[str] = []
     for subgraph in session.get_provider_graph_assignment_info():
@@ -128,7 +196,7 @@ def placement_of(session: Any, requested: Sequence[str], strict: bool) -> Placem
             if subgraph.ep_name == CPU and CPU not in requested:
                 cpu_nodes.append(node.name)
     method = "session.record_ep_graph_assignment_info"
-    return Placement(tuple(requested), present, strict, method, dict(counts), tuple(cpu_nodes[:50]))
+    return Placement(tuple(requested), present, strict, method, dict(counts), tuple(cpu_nodes[:50]), fallback)
 
 
 def _advice(name: str) -> str:

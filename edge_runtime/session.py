@@ -19,7 +19,16 @@ from .errors import BundleError, InputError
 from .feeds import specs_of
 from .manifest import MODEL_FILE, THRESHOLDS, Manifest
 from .onnx_file import with_vector
-from .providers import CPU, not_started, placement_of, provider_names, session_providers
+from .providers import (
+    CPU,
+    fallback_reasons,
+    not_started,
+    placement_of,
+    provider_names,
+    session_providers,
+    warn_of_fallback,
+    without_the_broken,
+)
 from .runner import Runner
 
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -49,7 +58,8 @@ def load(
         threads: intra-op threads; None: ONNX Runtime's choice.
         thresholds: [K] values for the exits, instead of those stored in the graph.
         operating_point: name of one of the manifest's settings, instead of `thresholds`.
-        allow_fallback: run on the CPU what the provider does not take, and say so in `Runner.placement`.
+        allow_fallback: run on the CPU what the provider does not take, everything where it does not start;
+            a `ProviderFallbackWarning` and `Runner.placement` say what ran where and why.
         optimization_level: ``disabled``, ``basic``, ``extended`` or ``all``.
 
     Raises:
@@ -113,7 +123,8 @@ def session_on(
     if not path.is_file():
         raise InputError(f"no model at {path}")
     requested = provider_names(providers)
-    usable = session_providers(requested, onnxruntime.get_available_providers(), allow_fallback)
+    available = onnxruntime.get_available_providers()
+    usable = session_providers(requested, available, allow_fallback)
     strict = not allow_fallback and CPU not in requested
     options = _session_options(threads, optimization_level, strict)
     if optimized_path is not None:
@@ -125,20 +136,13 @@ def session_on(
         source = with_vector(path, THRESHOLDS, values)
         # A model given as bytes has no place of its own, from which to find model.onnx.data.
         options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
-    try:
-        # enable_fallback=0: ONNX Runtime's own retry on the CPU is what strictness forbids.
-        session = onnxruntime.InferenceSession(source, options, providers=usable, enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-        if requested != (CPU,):
-            raise not_started(requested, (), str(error)) from error
-        raise InputError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; if the file is intact, "
-            "this release is too old for its opset or IR version"
-        ) from error
+    session, dropped = _start(source, options, usable, requested, path, allow_fallback)
     present = session.get_providers()
     if not allow_fallback and any(name not in present for name in requested):
         raise not_started(requested, present)
-    placement = placement_of(session, requested, strict)
+    fallback = fallback_reasons(requested, available, present, dropped) if allow_fallback else ()
+    placement = placement_of(session, requested, strict, fallback)
+    warn_of_fallback(placement.to_dict())
     if manifest is not None:
         _check_interface(session, manifest, path)
         if values is None and manifest.policy is not None and manifest.operating_points:
@@ -181,6 +185,31 @@ def explicit_thresholds(
     if len(values) != wanted:
         raise InputError(f"{manifest.name} has {wanted} thresholds, got {len(values)}: {list(values)}")
     return values
+
+
+def _start(
+    source: str | bytes, options: Any, usable: list[str], requested: tuple[str, ...], path: Path, allow_fallback: bool
+) -> tuple[Any, list[str]]:
+    """Creates the session; with `allow_fallback` without the providers that do not start, and says which those are."""
+    import onnxruntime
+
+    dropped: list[str] = []
+    while True:
+        try:
+            # enable_fallback=0: ONNX Runtime's own retry on the CPU is what strictness forbids.
+            session = onnxruntime.InferenceSession(source, options, providers=usable, enable_fallback=0)
+            return session, dropped
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            if allow_fallback and usable != [CPU]:
+                usable, broken = without_the_broken(usable)
+                dropped += broken
+                continue
+            if not allow_fallback and requested != (CPU,):
+                raise not_started(requested, (), str(error)) from error
+            raise InputError(
+                f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}; if the file is intact, "
+                "this release is too old for its opset or IR version"
+            ) from error
 
 
 def _session_options(threads: int | None, optimization_level: str, strict: bool) -> Any:

@@ -1,8 +1,9 @@
 """Verifying a bundle on the machine it will run on: every recorded case, every exit, against two references.
 
 `reference` is what this very file gave on the exporting machine's CPU, `torch` what the compressed PyTorch
-model gave. Numbers are held to the manifest's tolerances. Labels and exits must be equal; a row whose
-decision lay closer to its threshold than the numeric error measured at export may differ, and is listed.
+model gave. Numbers are held to the manifest's tolerances. Labels, exits and the sets of excluded classes must
+be equal; a row whose decision lay closer to its threshold than the numeric error measured at export may differ,
+and is listed; its scores are not compared.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle, open_bundle
-from .comparison import Comparison, compare
+from .comparison import Comparison, compare, exclusion_differs
 from .errors import ParityError
-from .manifest import EXIT_INDEX, LABEL, GoldenCase, Manifest, Tolerances
+from .manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
 from .providers import Placement
 from .session import load
+
+EXCLUDED = "excluded"
+"""`ExcusedFlip.output` where only the set of excluded classes differs."""
 
 _MOST_LINES = 12
 
@@ -47,14 +51,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class ExcusedFlip:
-    """A label or exit that differs on a row whose margin is within the numeric error of the export."""
+    """A decision that differs on a row whose margin is within the numeric error of the export."""
 
     case: int
     against: str
     output: str
+    """``"label"``, ``"exit_index"``, or ``"excluded"``: label and exit are equal and only the set of excluded
+    classes differs."""
     row: int
     expected: int
+    """label or exit; -1 for ``"excluded"``."""
     got: int
+    """label or exit; -1 for ``"excluded"``."""
     margin: float
 
 
@@ -115,8 +123,8 @@ class VerifyReport:
         ]
         lines = [
             f"{self.name}: {'verified' if self.passed else 'FAILED'}   {self.bundle}",
-            f"  onnxruntime {self.onnxruntime}, {', '.join(self.placement.session)}, "
-            f"optimization {self.optimization_level}",
+            f"  onnxruntime {self.onnxruntime}, {self.placement.text()}, optimization {self.optimization_level}",
+            *(f"  FALLBACK: {reason}" for reason in self.placement.fallback),
             f"  {self.cases} cases, {self.rows} rows, exits covered {self.exits_covered} of {self.exits_total}",
         ]
         for against, largest in self.max_abs_diff.items():
@@ -229,9 +237,10 @@ class _Check:
             for name in sorted(set(got) ^ set(expected)) if expected else ():
                 what = "is not among the recorded ones" if name in got else "is missing from the model"
                 self._find(index, against, name, None, f"the output {what}")
-            left = self._decisions(index, against, case, expected, got)
+            apart = self._decisions(index, against, case, expected, got)
+            apart |= self._exclusions(index, against, case, expected, got, apart)
             for name in sorted(set(got) & set(expected) - {LABEL, EXIT_INDEX}):
-                self._numbers(index, against, name, got[name], expected[name], left, abs_tol, rel_tol)
+                self._numbers(index, against, name, got[name], expected[name], apart, abs_tol, rel_tol)
 
     def coverage(self) -> None:
         """Every exit must have been taken by some case."""
@@ -252,8 +261,8 @@ class _Check:
         expected: Mapping[str, NDArray[Any]],
         got: Mapping[str, NDArray[Any]],
     ) -> set[int]:
-        """Compares label and exit; returns the rows that left by another exit and so have other scores."""
-        left: set[int] = set()
+        """Compares label and exit; returns the rows that were decided otherwise and so have other scores."""
+        apart: set[int] = set()
         for output in (EXIT_INDEX, LABEL):
             if output not in got or output not in expected:
                 continue
@@ -272,9 +281,31 @@ class _Check:
                     self.excused.append(flip)
                 else:
                     self._find(index, against, output, row, _flip_text(b[row], a[row], margin, self.tolerances))
-                if output == EXIT_INDEX:
-                    left.add(row)
-        return left
+                apart.add(row)
+        return apart
+
+    def _exclusions(
+        self,
+        index: int,
+        against: str,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+        apart: set[int],
+    ) -> set[int]:
+        """Rows in which only the set of excluded classes differs, as closely decided as an excused flip."""
+        if SCORES not in got or SCORES not in expected or not {LABEL, EXIT_INDEX} <= set(got) & set(expected):
+            return set()
+        a, b = got[SCORES], expected[SCORES]
+        if a.ndim != 2 or compare(a, b).error is not None:
+            return set()
+        excused = set()
+        for row in np.flatnonzero(exclusion_differs(a, b)).tolist():
+            margin = _margin(case, row)
+            if row not in apart and margin is not None and margin <= self.tolerances.flip_margin:
+                self.excused.append(ExcusedFlip(index, against, EXCLUDED, row, -1, -1, margin))
+                excused.add(row)
+        return excused
 
     def _numbers(
         self,
@@ -283,13 +314,15 @@ class _Check:
         name: str,
         got: NDArray[Any],
         want: NDArray[Any],
-        left: set[int],
+        apart: set[int],
         abs_tol: float,
         rel_tol: float,
     ) -> None:
         rows = np.arange(len(got))
-        if left and got.shape == want.shape:
-            rows = np.array([row for row in rows.tolist() if row not in left], np.int64)
+        if apart and got.shape == want.shape:
+            # NaN is never explained by a decision, so such a row is compared whatever was excused
+            sound = np.isfinite(got.reshape(len(got), -1)).all(axis=1)
+            rows = np.array([row for row in rows.tolist() if row not in apart or not sound[row]], np.int64)
             got, want = got[rows], want[rows]
             if rows.size == 0:
                 return
@@ -327,6 +360,9 @@ def _flip_text(expected: int, got: int, margin: float | None, tolerances: Tolera
 
 
 def _excuse(flip: ExcusedFlip) -> str:
+    if flip.output == EXCLUDED:
+        what = f"row {flip.row} excludes other classes, label and exit are equal"
+        return f"case {flip.case:04d}, against {flip.against}, {what}, margin {flip.margin:.3g}"
     return (
         f"case {flip.case:04d}, against {flip.against}, {flip.output} of row {flip.row}: {flip.got}, "
         f"wanted {flip.expected}, margin {flip.margin:.3g}"

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.comparison import compare
+from edgewright.edge_runtime.comparison import compare, exclusion_differs
 from edgewright.edge_runtime.errors import ParityError
 from edgewright.edge_runtime.manifest import (
     EXIT_INDEX,
@@ -156,7 +156,7 @@ class _Check:
             self.numbers(f"{what}, {LOGITS}", got[LOGITS], want[LOGITS])
             return
         # a class may be excluded on one side only without a change of label or exit: the same closeness excuses it
-        other = ((got[SCORES] == 0) != (want[SCORES] == 0)).any(axis=1) & same & (margin <= self.flip_margin)
+        other = exclusion_differs(got[SCORES], want[SCORES]) & same & (margin <= self.flip_margin)
         self.flips += [
             Flip(split, first + r, "excluded", -1, -1, float(margin[r])) for r in np.flatnonzero(other).tolist()
         ]

@@ -152,11 +152,30 @@ def test_without_onnxruntime_the_message_says_so(bundle: Path, monkeypatch, caps
     "CUDAExecutionProvider" in onnxruntime.get_available_providers() and shutil.which("nvidia-smi") is not None,
     reason="needs a machine without CUDA",
 )
-def test_a_provider_that_is_not_there_exits_5(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(bundle), "--provider", "cuda"]) == 5
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_there_exits_5_or_falls_back_loudly(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], provider: str
+) -> None:
+    full = {"cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}[provider]
+    assert cli.main(["verify", str(bundle), "--provider", provider]) == 5
     error = capsys.readouterr().err
-    assert "CUDAExecutionProvider was asked for" in error and "Traceback" not in error
-    assert cli.main(["verify", str(bundle), "--provider", "cuda", "--allow-fallback"]) == 0
+    assert f"{full} was asked for" in error and "Traceback" not in error
+    json_path = tmp_path / "v.json"
+    options = ["--provider", provider, "--allow-fallback", "--json", str(json_path)]
+    assert cli.main(["verify", str(bundle), *options]) == 0
+    caught = capsys.readouterr()
+    assert caught.err.count(f"warning: {full} was asked for, this runs on CPUExecutionProvider") == 1
+    assert f"FALLBACK: {full} " in caught.out
+    (reason,) = json.loads(json_path.read_text())["placement"]["fallback"]
+    assert reason.startswith(full)
+    np.save(tmp_path / "x.npy", np.ones((1, 3, 6, 6), np.float32))
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), *options]) == 0
+    assert f"warning: {full} was asked for" in capsys.readouterr().err
+    quick = ["--min-seconds", "0", "--min-samples", "40"]
+    assert cli.main(["bench", str(bundle), *options, *quick]) == 0
+    caught = capsys.readouterr()
+    assert f"warning: {full} was asked for" in caught.err and f"FALLBACK: {full} " in caught.out
+    assert json.loads(json_path.read_text())["ep"]["session"] == ["CPUExecutionProvider"]
 
 
 def test_as_a_module(bundle: Path) -> None:

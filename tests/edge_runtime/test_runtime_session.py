@@ -13,6 +13,7 @@ from edgewright.edge_runtime import (
     EdgewrightError,
     InputError,
     ProviderError,
+    ProviderFallbackWarning,
     load,
     open_bundle,
     pack_zip,
@@ -21,7 +22,7 @@ from edgewright.edge_runtime import (
 from edgewright.edge_runtime import providers as providers_module
 from edgewright.edge_runtime.onnx_file import with_vector
 from edgewright.edge_runtime.preprocess import preprocess_image
-from edgewright.edge_runtime.providers import CPU, placement_of, provider_names, session_providers
+from edgewright.edge_runtime.providers import CPU, Placement, placement_of, provider_names, session_providers
 
 CUDA = "CUDAExecutionProvider"
 
@@ -317,12 +318,26 @@ class TestWithoutCuda:
         assert provider_names(provider)[0] in text
         assert "install onnxruntime-gpu" in text and "--allow-fallback" in text and caught.value.exit_code == 5
 
-    def test_fallback_is_allowed_on_request_and_reported(self, bundle: Path, rows: np.ndarray) -> None:
-        with load(bundle, providers=["cuda"], allow_fallback=True) as runner:
+    @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "trt", ["tensorrt", "cuda"]])
+    def test_fallback_is_allowed_on_request_and_reported(self, bundle: Path, rows: np.ndarray, provider) -> None:
+        with (
+            pytest.warns(ProviderFallbackWarning, match="was asked for, this runs on CPUExecutionProvider") as caught,
+            load(bundle, providers=provider, allow_fallback=True) as runner,
+        ):
             assert runner.predict(rows).label.shape == (3,)
-            assert runner.placement.requested == (CUDA,) and runner.placement.session == (CPU,)
-            assert runner.placement.nodes_per_provider is None or runner.placement.cpu_nodes
-            assert not runner.placement.strict
+        placement = runner.placement
+        assert placement.requested == provider_names(provider) and placement.session == (CPU,)
+        assert placement.nodes_per_provider is None or placement.cpu_nodes
+        assert not placement.strict and len(placement.fallback) == len(placement.requested)
+        for name in placement.requested:
+            assert f"{name} is not part" in str(caught[0].message) or f"{name} could not start" in str(
+                caught[0].message
+            )
+
+    def test_a_model_that_does_not_load_is_no_matter_of_the_provider(self, tmp_path: Path) -> None:
+        (tmp_path / "bad.onnx").write_bytes(b"hello")
+        with pytest.raises(InputError, match=r"cannot load .*bad\.onnx"):
+            session_on(tmp_path / "bad.onnx", providers=["tensorrt", "cuda"], allow_fallback=True)
 
     def test_a_list_with_the_cpu_in_it_is_not_an_excuse(self, bundle: Path) -> None:
         with pytest.raises(ProviderError):
@@ -336,6 +351,43 @@ def test_providers_that_this_build_does_not_have() -> None:
     assert provider_names(None) == (CPU,)
     assert provider_names(["trt", "cuda", "cuda"]) == ("TensorrtExecutionProvider", CUDA)
     assert "the session has" in str(providers_module.not_started([CUDA], [CPU]))
+
+
+@pytest.mark.parametrize("provider", ["TensorrtExecutionProvider", CUDA])
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_provider_that_does_not_start(
+    bundle: Path, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch, provider: str, raises: bool
+) -> None:
+    """ONNX Runtime ends in an exception for some providers and leaves out others: both are a fallback or an error."""
+    import onnxruntime
+
+    real, asked = onnxruntime.InferenceSession, []
+
+    def start(source, options, providers, **more):
+        asked.append(list(providers))
+        if raises and provider in providers:
+            raise RuntimeError("no such library")
+        return real(source, options, providers=[CPU], **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [provider, CPU])
+    monkeypatch.setattr(providers_module, "_load_failure", lambda name: f"lib of {name} is missing")
+    with pytest.raises(ProviderError, match=rf"{provider} was asked for .*lib of {provider} is missing") as caught:
+        load(bundle, providers=[provider])
+    assert caught.value.exit_code == 5
+    asked.clear()
+    with pytest.warns(ProviderFallbackWarning, match=rf"{provider} could not start \(lib of {provider} is missing\)"):
+        runner = load(bundle, providers=[provider], allow_fallback=True)
+    assert runner.predict(rows).label.shape == (3,)
+    assert asked == ([[provider, CPU], [CPU]] if raises else [[provider, CPU]])
+    assert runner.placement.fallback == (f"{provider} could not start (lib of {provider} is missing)",)
+
+
+def test_nodes_that_the_provider_leaves_are_told() -> None:
+    placement = Placement((CUDA,), (CUDA, CPU), False, "record", {CUDA: 40, CPU: 3}, ("a", "b", "c"))
+    assert placement.text() == f"{CUDA} (40 nodes), {CPU} (3 nodes)"
+    with pytest.warns(ProviderFallbackWarning, match="3 nodes were not taken"):
+        providers_module.warn_of_fallback(placement.to_dict())
 
 
 class TestPreprocess:

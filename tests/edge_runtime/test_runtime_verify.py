@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edgewright.edge_runtime import GoldenCase, ParityError, open_bundle, verify, write_golden, write_manifest
+from edgewright.edge_runtime.comparison import exclusion_differs
 
 
 def _rewrite(folder: Path, change_case=None, case: int = 0, **tolerances: float) -> None:
@@ -103,6 +104,64 @@ def test_a_flip_within_the_numeric_error_is_excused_and_listed(bundle: Path) -> 
     assert (flip.case, flip.row, flip.output) == (0, 2, "exit_index")
     assert report.exit_agreement is not None and report.exit_agreement < 1
     assert "excused: case 0000" in report.text()
+
+
+def _excludes_another_class(case: GoldenCase, row: int, margin: float) -> GoldenCase:
+    """The recorded scores of `row` have one class excluded that the graph keeps; label and exit are equal."""
+    scores, margins = np.array(case.torch["scores"]), np.array(case.margin)
+    second, first = np.argsort(scores[row])[-2:]
+    scores[row, first] += scores[row, second]
+    scores[row, second] = 0.0
+    margins[row] = margin
+    return dataclasses.replace(case, torch={**case.torch, "scores": scores}, margin=margins)
+
+
+def test_another_set_of_excluded_classes_is_excused_within_the_numeric_error(bundle: Path) -> None:
+    _rewrite(bundle, lambda case: _excludes_another_class(case, 2, 1e-7), flip_margin=1e-6)
+    report = verify(bundle)
+    assert report.passed, report.text()
+    (flip,) = report.excused
+    assert (flip.case, flip.row, flip.output, flip.against) == (0, 2, "excluded", "torch")
+    assert report.label_agreement == report.exit_agreement == 1.0
+    assert "row 2 excludes other classes, label and exit are equal, margin 1e-07" in report.text()
+
+
+def test_another_set_of_excluded_classes_is_not_excused_by_a_large_margin(bundle: Path) -> None:
+    _rewrite(bundle, lambda case: _excludes_another_class(case, 2, 1e-5), flip_margin=1e-6)
+    report = verify(bundle)
+    (finding,) = report.findings
+    assert (finding.output, finding.row) == ("scores", 2) and not report.excused
+
+
+def test_a_small_margin_does_not_excuse_other_scores_of_the_same_classes(bundle: Path) -> None:
+    def change(case: GoldenCase) -> GoldenCase:
+        margin = np.zeros_like(case.margin)
+        return dataclasses.replace(_with(case, "torch", "scores", lambda s: s * np.float32(1.01)), margin=margin)
+
+    _rewrite(bundle, change, flip_margin=1e-6)
+    report = verify(bundle)
+    assert not report.passed and not report.excused
+
+
+def test_a_label_that_flips_in_the_same_exit_takes_its_scores_along(bundle: Path) -> None:
+    def change(case: GoldenCase) -> GoldenCase:
+        label, scores = np.array(case.torch["label"]), np.array(case.torch["scores"])
+        label[3] = (label[3] + 1) % 4
+        scores[3] = np.eye(4, dtype=np.float32)[label[3]]  # a survivor has 1, so a flip is a difference of 1
+        margin = np.array(case.margin)
+        margin[3] = 0.0
+        return dataclasses.replace(case, torch={**case.torch, "label": label, "scores": scores}, margin=margin)
+
+    _rewrite(bundle, change, flip_margin=1e-6)
+    report = verify(bundle)
+    assert report.passed, report.text()
+    assert [(flip.row, flip.output) for flip in report.excused] == [(3, "label")]
+
+
+def test_nan_is_never_excused() -> None:
+    got, want = np.array([[0.0, np.nan], [0.0, 1.0]]), np.array([[0.5, 0.5], [0.5, 0.5]])
+    assert exclusion_differs(got, want).tolist() == [False, True]
+    assert exclusion_differs(want, got).tolist() == [False, True]
 
 
 def test_an_exit_that_no_case_takes_fails(bundle: Path) -> None:
