@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,15 @@ def random_affine(rotation: float = 10.0, shift: float = 0.08, scale: float = 0.
     return augment
 
 
-def flip_and_crop(flip: bool = True, padding: int = 0) -> Augmentation:
-    """Mirrors half of the images left to right, moves each by up to `padding` pixels; mean colour comes in.
+def flip_and_crop(flip: bool = True, padding: int = 0, fill: Sequence[float] = (0.0,)) -> Augmentation:
+    """Mirrors half of the images left to right, moves each by up to `padding` pixels; `fill` comes in.
 
     Args:
         flip: whether to mirror.
         padding: pixels.
+        fill: colour of the inputs, after normalisation, one number or one per channel; 0 is the mean colour.
     """
+    border = torch.tensor(list(fill))[None, :, None, None]
 
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         count, channels, height, width = images.shape
@@ -48,7 +51,8 @@ def flip_and_crop(flip: bool = True, padding: int = 0) -> Augmentation:
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         if not padding:
             return images
-        padded = nn.functional.pad(images, (padding,) * 4)
+        padded = border.expand(count, channels, height + 2 * padding, width + 2 * padding).clone()
+        padded[..., padding : padding + height, padding : padding + width] = images
         rows = (offsets[0][:, None] + torch.arange(height))[:, None, :, None]
         columns = (offsets[1][:, None] + torch.arange(width))[:, None, None, :]
         return padded[torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None], rows, columns]

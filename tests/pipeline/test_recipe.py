@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from torch import nn
 
 from edgewright.export.options import ExportOptions
+from edgewright.models.registry import build
 from edgewright.pipeline import recipe as recipe_module
 from edgewright.pipeline import stages
+from edgewright.pipeline.cost import count
 from edgewright.pipeline.errors import RecipeError, StageOrderError
 from edgewright.pipeline.recipe import Recipe, load_recipe, parse_recipe, save_resolved
 from edgewright.pipeline.recipe_schema import SCHEMA_FILE, json_schema, schema_text
 from edgewright.pipeline.stage import Edit, Stage, StageConfig, StageResult
+from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig
 from edgewright.pipeline.training import TrainingConfig
 
 SMALL: dict[str, Any] = {"model": "zoo:net", "task": "some_task", "stages": ["train"]}
@@ -298,3 +302,17 @@ def test_json_repeats_no_key(tmp_path: Path) -> None:
 def test_every_shipped_recipe_loads() -> None:
     for path in sorted((Path(recipe_module.__file__).parent / "recipes").glob("*.yaml")):
         assert load_recipe(path).stages is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    [("cifar10_vgg16", 313_463_808), ("cifar100_vgg19", 398_182_400), ("cifar10_resnet56", 125_485_696)],
+)
+def test_published_recipes_name_the_published_networks(name: str, macs: int) -> None:
+    recipe = load_recipe(Path(recipe_module.__file__).parent / "recipes" / f"{name}.yaml")
+    model = build(recipe.model.name, recipe.model.args, recipe.folder)
+    assert count(model, (torch.zeros(1, 3, 32, 32),)).macs == macs
+    config = recipe.stages[1].config
+    assert isinstance(config, ClassAwarePruningConfig) and config.target_mac_reduction is None
+    assert (config.lambda1, config.lambda_o, config.threshold_frac, config.images_per_class) == (1e-4, 1e-2, 0.3, 10)
+    assert recipe.task.args["classes"] == recipe.model.args["classes"]
