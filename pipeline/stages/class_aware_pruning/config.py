@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ...stage import StageConfig
 from ...training import TrainingConfig
 from .scores import ScoringSettings
+
+_PROFILES: dict[str, tuple[int, int]] = {
+    # ONNX Runtime's blocked convolutions hold 8 channels with AVX2 and NEON, 16 with AVX-512
+    "cpu": (8, 16),
+    # tensor cores take 8 float16 channels, and 32 of INT8
+    "tensorrt": (8, 32),
+}
 
 
 class ClassAwarePruningConfig(StageConfig):
@@ -31,8 +38,10 @@ class ClassAwarePruningConfig(StageConfig):
     """Largest share of the remaining prunable filters that one iteration removes."""
     min_width: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of its original filters that every layer keeps; never less than 4 filters and 2 %."""
-    round_to: int = Field(default=1, ge=1)
-    """Widths after pruning are multiples of this; layers that are not pruned keep their width."""
+    round_to: Literal["cpu", "tensorrt"] | Annotated[int, Field(ge=1)] | None = None
+    """Widths after pruning are multiples of this, rounded up; layers that are not pruned keep their width. A target
+    profile names two multiples: `cpu` 8, and 16 for layers of 64 filters and more; `tensorrt` 8, and 32 for layers of
+    128 filters and more. None: any width."""
     prune_residual: bool = False
     """Also narrow the streams of residual networks, whose filters several layers add up."""
     exclude: tuple[str, ...] = ()
@@ -75,6 +84,14 @@ class ClassAwarePruningConfig(StageConfig):
         return ScoringSettings(
             self.images_per_class, self.score_batch_size, self.agg, self.tau, self.tau_mode, self.only_correct
         )
+
+    def multiple(self, filters: int) -> int:
+        """What the width of a layer with so many filters before pruning is rounded up to."""
+        if not isinstance(self.round_to, str):
+            return self.round_to or 1
+        fine, coarse = _PROFILES[self.round_to]
+        # a layer of fewer than four coarse steps would have next to no choice left
+        return coarse if filters >= 4 * coarse else fine
 
     @property
     def needs_loss(self) -> bool:

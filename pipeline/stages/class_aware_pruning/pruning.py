@@ -308,6 +308,11 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
         notes.append(f"nothing was removed: {progress.stopped}")
     elif target is not None and progress.stopped != "target reached":
         notes.append(f"target_mac_reduction {target} was not reached ({reduction:.3f}): {progress.stopped}")
+    elif target is not None and reduction > target + 0.005:
+        notes.append(
+            f"target_mac_reduction {target} was passed ({reduction:.3f}): widths go in steps, here of round_to "
+            f"{work.config.round_to}, and of whole groups where convolutions are grouped"
+        )
     metrics: dict[str, Any] = {
         "criterion": work.config.criterion,
         "mode": work.config.mode if target is None else f"target ({work.config.allocation})",

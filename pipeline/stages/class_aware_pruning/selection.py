@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -54,14 +55,16 @@ def least_units(group: ChannelGroup, original: int, config: ClassAwarePruningCon
     return min(original, max(1, share, math.ceil(4 / group.unit_width)))
 
 
-def step_units(group: ChannelGroup, config: ClassAwarePruningConfig) -> int:
-    """Units in one step of `round_to` channels."""
-    return math.lcm(group.unit_width, config.round_to) // group.unit_width
+def step_units(group: ChannelGroup, original: int, config: ClassAwarePruningConfig) -> int:
+    """Units in one step, so that every producer's channels of the group stay a multiple of `round_to`."""
+    multiple = config.multiple(original * group.unit_width)
+    widths = {group.members[(path, "out")].shape[1] for path in group.producers}
+    return math.lcm(*(multiple // math.gcd(multiple, width) for width in widths))
 
 
 def removable(group: ChannelGroup, original: int, config: ClassAwarePruningConfig) -> list[int]:
     """Sizes of the chunks that may go, in order: first down to a multiple of the step, then step by step."""
-    least, step, now = least_units(group, original, config), step_units(group, config), group.units
+    least, step, now = least_units(group, original, config), step_units(group, original, config), group.units
     sizes: list[int] = []
     while True:
         size = now % step or step
@@ -169,19 +172,27 @@ def _first(chunks: list[Chunk], cap: int) -> list[Chunk]:
 
 
 def _enough(chunks: list[Chunk], channels: Channels, mac_limit: int) -> list[Chunk]:
-    """The fewest of the first chunks with which the layers' MACs are within the limit; all of them if none suffices."""
+    """The fewest of the first chunks with which the layers' MACs are within the limit; all of them if none suffices.
 
-    def within(count: int) -> bool:
+    Of these, what can stay without leaving the limit stays, the last first: what the last chunk overshoots.
+    """
+
+    def within(taken: list[Chunk]) -> bool:
         removed: dict[str, int] = {}
-        for chunk in chunks[:count]:
+        for chunk in taken:
             removed[chunk.group] = removed.get(chunk.group, 0) + len(chunk.units)
         return channels.macs(removed) <= mac_limit
 
-    low, high = 0, len(chunks)
-    while low < high:
-        middle = (low + high) // 2
-        if within(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return chunks[:low]
+    low = bisect_left(range(len(chunks)), True, key=lambda count: within(chunks[:count]))
+    taken, needed = chunks[:low], set[str]()
+    if not within(taken):
+        return taken
+    for chunk in reversed(chunks[:low]):
+        # chunks of one group go in order: one that has to go takes all before it along
+        if chunk.group not in needed:
+            fewer = [other for other in taken if other is not chunk]
+            if within(fewer):
+                taken = fewer
+            else:
+                needed.add(chunk.group)
+    return taken

@@ -11,7 +11,7 @@ from torch import Tensor
 from edgewright.pipeline.stages.class_aware_pruning.config import ClassAwarePruningConfig
 from edgewright.pipeline.stages.class_aware_pruning.criteria import UnitScores
 from edgewright.pipeline.stages.class_aware_pruning.groups import ChannelGroup, Channels
-from edgewright.pipeline.stages.class_aware_pruning.selection import Selection, select, smallest_macs
+from edgewright.pipeline.stages.class_aware_pruning.selection import Selection, select, smallest_macs, step_units
 from edgewright.pipeline.stages.class_aware_pruning.tracing import Axis, Call
 
 
@@ -82,6 +82,41 @@ def test_widths_are_multiples(round_to: int, unit: int) -> None:
     for name, units in found.removed.items():
         width = channels.widths[(name, "out")] - unit * len(units)
         assert width % round_to == 0
+
+
+def test_target_profiles_take_coarser_steps_in_wider_layers() -> None:
+    channels = chain(256, 100, 24, 4)
+    zeros = {"a": [0.0] * 256, "b": [0.0] * 100, "c": [0.0] * 24}
+    for profile, multiples in {"cpu": (16, 16, 8), "tensorrt": (32, 8, 8), None: (1, 1, 1)}.items():
+        found = choose(channels, zeros, mode="percent_only", max_frac_per_iter=0.7, round_to=profile)
+        left = [channels.widths[(name, "out")] - len(found.removed.get(name, ())) for name in "abc"]
+        assert left != [256, 100, 24]
+        for width, multiple, before in zip(left, multiples, (256, 100, 24), strict=True):
+            assert width % multiple == 0 or width == before, "rounded up, and never above what there was"
+
+
+def test_producers_of_different_widths_all_end_on_multiples() -> None:
+    channels = chain(24, 24, 4)
+    group = channels.groups[0]
+    members = {("a", "out"): torch.arange(24).view(8, 3), ("b", "out"): torch.arange(16).view(8, 2)}
+    coupled = ChannelGroup("a", ("a", "b"), members)
+    config = ClassAwarePruningConfig(round_to=6)
+    assert step_units(group, 24, config) == 6 and step_units(coupled, 8, config) == 6
+
+
+def test_what_the_last_chunk_overshoots_stays() -> None:
+    channels = chain(64, 64, 64, 4)
+    scores = {name: torch.rand(64, generator=torch.Generator().manual_seed(i)).tolist() for i, name in enumerate("abc")}
+    for round_to in (1, 16):
+        limit = channels.macs({}) * 55 // 100
+        found = choose(
+            channels, scores, limit=limit, mode="threshold_only", target_mac_reduction=0.45, round_to=round_to
+        )
+        gone = {name: len(units) for name, units in found.removed.items()}
+        assert channels.macs(gone) <= limit
+        for name in gone:
+            fewer = {**gone, name: gone[name] - round_to}
+            assert channels.macs(fewer) > limit, f"{name} could have kept {round_to} more"
 
 
 def test_equal_shares_spread_what_one_layer_would_lose() -> None:
