@@ -18,6 +18,9 @@ from .errors import StageError
 
 LayerKind: TypeAlias = Literal["linear", "conv2d"]
 
+KINDS = "Linear or Conv2d"
+"""The layers that multiply with a matrix, for messages."""
+
 # what factorized layers answer as well; a parent that reads anything else is bound to the original class
 _PUBLIC = frozenset(
     {"in_features", "out_features", "in_channels", "out_channels", "bias", "stride", "padding", "dilation"}

@@ -53,6 +53,7 @@ def prepare(recipe: Recipe) -> Inputs:
         StageOrderError: the stages stand in an order that cannot work.
         ProviderError: the device is not there.
         ModelError: an unknown model, or weights that are not there.
+        RecipeError: a stage names layers that the model does not have, or that it cannot work on.
         DataError: data missing, damaged or overlapping, or a split or class that a stage needs is empty.
     """
     check_order(recipe)
@@ -67,6 +68,7 @@ def prepare(recipe: Recipe) -> Inputs:
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
         check_splits(recipe, task)
         data = data_digests(task)
+    check_stages(recipe, task)
     around = environment(device)
     key = base_key(
         base,
@@ -122,6 +124,23 @@ def check_splits(recipe: Recipe, task: Task) -> None:
             split_of(task, split, needed_by=f"stage {entry.name!r}")
             if stage.per_class and split in ("train", "calibration"):
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
+
+
+def check_stages(recipe: Recipe, task: Task) -> None:
+    """Shows the base model to every stage that has something to say about it before any compute.
+
+    Raises:
+        ModelError: see `build_named` and `check_model`.
+        InputError: see `Stage.check`.
+    """
+    checked = [(stage_named(entry.name).check, entry.config) for entry in recipe.stages]
+    if not any(check for check, _ in checked):
+        return
+    model = build_named(recipe)
+    check_model(model, task, recipe.model.name)
+    for check, config in checked:
+        if check is not None:
+            check(model, task, config)
 
 
 def build_base(inputs: Inputs) -> nn.Module:

@@ -155,6 +155,8 @@ class Stage(Generic[C]):
         splits: the data splits `fit` may read; `test` is never among them.
         splits_for: which of them a configuration needs, all if None; checked before any compute.
         per_class: True if every class needs samples in `train` and `calibration`, where they are needed.
+        check: judges a configuration by the base model (eval mode, unchanged) before any compute, e.g. names that
+            it does not have; raises an `InputError`.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Stage(Generic[C]):
     splits: tuple[SplitName, ...] = ()
     splits_for: Callable[[C], tuple[SplitName, ...]] | None = None
     per_class: bool = False
+    check: Callable[[nn.Module, Task, C], None] | None = None
 
     def needed_splits(self, config: C) -> tuple[SplitName, ...]:
         """The splits that `fit` reads under `config`."""

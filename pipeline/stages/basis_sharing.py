@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear, SharedBasis
 
 from ..errors import CheckpointError, StageError
-from ..graph import Layer, Skipped, discover, replace_module
+from ..graph import KINDS, Layer, Skipped, discover, replace_module
 from ..stage import Context, Edit, Json, Stage, StageConfig, StageResult, State
 from ..task import Batch, Split, SplitName, Task, evaluate, split_of
 from ..training import TrainingConfig, train_model
 from .basis_solver import Budget, Solved, decision_report, group_report, passes, solve, summary
 from .factorization import Metric, Refit, balanced, identity_metric, kept_share, metric_of
-from .grouping import Candidate, GroupMode, candidates, select
+from .grouping import Candidate, GroupMode, candidates, check_patterns, select
 from .second_moments import SecondMoment, collect_second_moments
 
 Rank = Annotated[int, Field(ge=1)]
@@ -83,6 +83,19 @@ class BasisSharingConfig(StageConfig):
     """Accepted loss of validation accuracy; beyond it the stage rolls back."""
 
 
+def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
+    """Refuses patterns that match nothing in the base model, or only layers that cannot be factorized.
+
+    Raises:
+        RecipeError: names the pattern, and the nearest paths or the reasons.
+    """
+    ranks = list(config.rank) if isinstance(config.rank, dict) else []
+    if config.layers.include or config.layers.exclude or ranks:
+        split = split_of(task, "calibration", needed_by="basis_sharing")
+        graph = discover(model, split.batch(range(min(2, len(split)))).inputs)
+        check_patterns(graph, config.layers.include, config.layers.exclude, ranks, config.min_width)
+
+
 @dataclass(frozen=True)
 class _Outcome:
     """JSON, and per group the tensors ``<group>.basis``, ``<group>.<member>`` and ``<group>.spectrum``."""
@@ -96,7 +109,8 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
 
     Raises:
         DataError: a split is missing.
-        StageError: no layer can be factorized, a pattern matches nothing, or an input or weight is not finite.
+        StageError: the recipe names layers and none can be factorized, a pattern matches nothing, or an input or
+            weight is not finite.
     """
     split_of(task, "calibration", needed_by="basis_sharing")
     if config.finetune is not None:
@@ -115,7 +129,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     model = _install(model.to("cpu"), outcome)
     metrics: dict[str, Json] = dict(outcome.data["metrics"])
     notes: list[str] = list(outcome.data["notes"])
-    if config.finetune is not None:
+    if config.finetune is not None and outcome.data["groups"]:
         metrics["finetune"] = train_model(model, task, config.finetune, context, name="finetune")
     artifacts = {k: v for k, v in outcome.tensors.items() if k.endswith(".spectrum")}
     groups = outcome.data["groups"]
@@ -217,11 +231,7 @@ def _factorize(model: nn.Module, task: Task, config: BasisSharingConfig, context
     left += [Skipped(layer.path, "its weight is all zero") for layer in layers if not _has_weight(model, layer)]
     layers = [layer for layer in layers if _has_weight(model, layer)]
     if not layers:
-        reasons = "; ".join(f"{s.path}: {s.reason}" for s in left[:6])
-        raise StageError(
-            f"basis_sharing: no layer of the model can be factorized ({reasons or 'it has no Linear or Conv2d'}): "
-            "name layers in layers.include, lower min_width, or remove the stage"
-        )
+        return _nothing(left, config)
     found = candidates(layers, config.groups, config.group_size)
     budget = Budget(lambda candidate: _kept(candidate, config), 1 if config.rank is not None else config.align)
     groups: list[Json] = []
@@ -253,6 +263,18 @@ def _factorize(model: nn.Module, task: Task, config: BasisSharingConfig, context
     totals, notes = summary(rows)
     report = {**totals, "groups": rows, "decisions": decisions, "dense": dense}
     return _Outcome({"groups": groups, "metrics": report, "notes": notes}, tensors)
+
+
+def _nothing(left: list[Skipped], config: BasisSharingConfig) -> _Outcome:
+    """The model stays as it is, with a note why; an error where the recipe names layers."""
+    reasons = "; ".join(f"{s.path or 'the model'}: {s.reason}" for s in left[:6]) or f"it has no {KINDS}"
+    text = f"no layer of the model can be factorized ({reasons}{' ...' if len(left) > 6 else ''})"
+    if config.layers.include or isinstance(config.rank, dict):
+        raise StageError(f"basis_sharing: {text}: name other layers, lower min_width, or remove the stage")
+    totals, _ = summary([])
+    dense = [{"path": s.path, "reason": s.reason} for s in left]
+    report = {**totals, "groups": [], "decisions": [], "dense": dense}
+    return _Outcome({"groups": [], "metrics": report, "notes": [f"{text}: the model is unchanged"]}, {})
 
 
 def _record(part: Solved, index: int, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Json]:
@@ -367,4 +389,5 @@ STAGE = Stage(
     },
     splits=("calibration", "train", "validation"),
     splits_for=_splits,
+    check=check,
 )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 from .. import cost
-from ..errors import StageError
+from ..errors import RecipeError, StageError
 from ..exit_analysis import analyse_logits
 from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Split, Task, batches, check_classes, score, split_of
@@ -68,8 +68,9 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
         context: see `Context`.
 
     Returns:
-        A `MultiExit`. The edit holds what `rebuild` needs, the validated operating points (the first is
-        what the thresholds are set to) and the limits, for a search on other logits later.
+        A `MultiExit`; `model` itself where no exit can sit anywhere and no place was named. The edit holds what
+        `rebuild` needs, the validated operating points (the first is what the thresholds are set to) and the limits,
+        for a search on other logits later.
 
     Raises:
         RecipeError: a place that does not exist.
@@ -82,6 +83,8 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     classes = len(task.labels)
     _check_output(model, inputs, classes)
     chosen = choose_places(model, inputs, config.at, config.at_macs)
+    if not chosen:
+        return StageResult(model.eval(), Edit("early_exit", {"heads": []}), notes=(_nowhere(model),))
     dims = [len(place.shape) for place in chosen]
     before = cost.count(model, inputs)
     network = MultiExit(model, [place.head(config.pool) for place in chosen], dims, classes, config.policy)
@@ -110,11 +113,39 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
 
 
 def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
-    """A `MultiExit` around `model`; state keys ``base.*``, ``heads.<i>.linear.*``, ``thresholds``."""
+    """A `MultiExit` around `model`; state keys ``base.*``, ``heads.<i>.linear.*``, ``thresholds``.
+
+    `model` itself where the stage found no place for an exit.
+    """
     heads = edit.data["heads"]
+    if not heads:
+        return model.eval()
     specs = [HeadSpec(h["at"], h["features"], h["pool"], h["axis"]) for h in heads]
     network = MultiExit(model, specs, [h["dims"] for h in heads], edit.data["classes"], edit.data["policy"])
     return network.eval()
+
+
+def check(model: nn.Module, task: Task, config: EarlyExitConfig) -> None:
+    """Refuses places in `at` that the base model does not have, or where no exit can sit.
+
+    Raises:
+        RecipeError: names the place and the nearest ones that can carry an exit.
+    """
+    if not config.at:
+        return
+    inputs = split_of(task, "validation", needed_by="early_exit").batch([0]).inputs
+    try:
+        choose_places(model, inputs, config.at, ())
+    except StageError as error:
+        raise RecipeError(str(error)) from error
+
+
+def _nowhere(model: nn.Module) -> str:
+    return (
+        f"no exit was added and {type(model).__name__} is unchanged: none of its modules returns one float tensor with "
+        "2 to 4 axes, batch first, between the first and the last layer with weights; split its forward into "
+        "submodules, or leave the stage out"
+    )
 
 
 @torch.no_grad()
@@ -273,4 +304,5 @@ STAGE = Stage(
     forbids={"early_exit": "the network has exits already; give all places to one early_exit stage"},
     splits=("train", "validation"),
     per_class=True,
+    check=check,
 )

@@ -107,12 +107,16 @@ def choose_places(
             place already taken get the next one; where there are fewer places than shares, there are fewer
             exits.
 
+    Returns:
+        The places; none where `at` is empty and no module returns something useful between the first and the last
+        layer with weights.
+
     Raises:
         RecipeError: a path that does not exist or is named twice.
-        StageError: no exit can sit at a path, or nowhere in the model.
+        StageError: no exit can sit at a path, or nowhere in the model although paths are given.
     """
     found = places(model, inputs)
-    if not found:
+    if at and not found:
         raise StageError(
             f"no module of {type(model).__name__} can carry an exit: none returns one float tensor with 2 to 4 axes, "
             "batch first, before the end; split its forward into submodules"
@@ -150,11 +154,6 @@ def _nearest(candidates: list[Place], total: int, at_macs: Sequence[float]) -> l
             return (distance > _NEAR, depth, distance, -place.order)
 
         taken.append(min(free, key=key))
-    if not taken:
-        raise StageError(
-            "no module returns between the first and the last layer with weights, so there is no place for an "
-            "exit: leave the early_exit stage out, or name a place with early_exit.at"
-        )
     return sorted(taken, key=lambda place: place.order)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
-from ..errors import StageError
-from ..graph import Layer, ModelGraph, Skipped
+from ..errors import RecipeError, StageError
+from ..graph import KINDS, Layer, ModelGraph, Skipped
 
 GroupMode: TypeAlias = Literal["matrix", "layers", "readers", "readers_and_layers"]
 
@@ -125,15 +126,11 @@ def select(
         min_width: layers with fewer rows or columns than this stay.
 
     Raises:
-        StageError: a pattern matches no Linear or Conv2d.
+        StageError: a pattern matches no layer that multiplies with a matrix.
     """
-    paths = [layer.path for layer in graph.layers] + [s.path for s in graph.skipped]
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(path, pattern) for path in paths):
-            raise StageError(
-                f"basis_sharing: the pattern {pattern!r} in `layers` matches no Linear or Conv2d of the "
-                f"model; there are {', '.join(repr(path) for path in paths[:8])}{' ...' if len(paths) > 8 else ''}"
-            )
+        if not _matches(graph, pattern):
+            raise StageError(f"basis_sharing: {_nothing_matches(pattern, graph)}")
     chosen, left = [], list(graph.skipped)
     for layer in graph.layers:
         reason = _reason_to_stay(layer, include, exclude, min_width)
@@ -157,3 +154,49 @@ def _reason_to_stay(layer: Layer, include: Sequence[str], exclude: Sequence[str]
     if min(layer.fan_in, layer.output_width) < min_width:
         return f"narrower than min_width {min_width}"
     return None
+
+
+def check_patterns(
+    graph: ModelGraph, include: Sequence[str], exclude: Sequence[str], ranks: Iterable[str], min_width: int
+) -> None:
+    """Refuses patterns that mean nothing in a model, before anything is computed.
+
+    Args:
+        graph: the base model's structure.
+        include: see `select`.
+        exclude: see `select`.
+        ranks: patterns that have a rank of their own.
+        min_width: see `select`.
+
+    Raises:
+        RecipeError: a pattern matches no layer, with the nearest paths, or only layers that stay, with the reasons.
+    """
+    for key, patterns in (("layers.include", include), ("layers.exclude", exclude), ("rank", ranks)):
+        for pattern in patterns:
+            matched = _matches(graph, pattern)
+            if not matched:
+                raise RecipeError(f"basis_sharing.{key}: {_nothing_matches(pattern, graph)}")
+            reasons = {
+                x.path: x.reason if isinstance(x, Skipped) else _reason_to_stay(x, include, exclude, min_width)
+                for x in matched
+            }
+            if key != "layers.exclude" and None not in reasons.values():
+                listed = "; ".join(f"{path}: {reason}" for path, reason in list(reasons.items())[:4])
+                raise RecipeError(
+                    f"basis_sharing.{key}: none of the {len(reasons)} layers that {pattern!r} matches can be "
+                    f"factorized ({listed}{' ...' if len(reasons) > 4 else ''}): name others, or leave the pattern out"
+                )
+
+
+def _matches(graph: ModelGraph, pattern: str) -> list[Layer | Skipped]:
+    every: list[Layer | Skipped] = [*graph.layers, *graph.skipped]
+    return [x for x in every if fnmatchcase(x.path, pattern)]
+
+
+def _nothing_matches(pattern: str, graph: ModelGraph) -> str:
+    paths = [x.path for x in _matches(graph, "*")]
+    text = f"the pattern {pattern!r} matches no {KINDS} of the model"
+    if not paths:
+        return f"{text}, which has none: leave the stage out"
+    near = sorted(paths, key=lambda path: -difflib.SequenceMatcher(None, pattern, path).ratio())[:4]
+    return f"{text}; the nearest are {', '.join(map(repr, near))}" + (f" of {len(paths)}" if len(paths) > 4 else "")

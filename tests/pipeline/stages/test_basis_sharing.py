@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from tiny import Block, TinyResidual, tiny_residual, tiny_task, tiny_transformer
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear
 from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.errors import CheckpointError, DataError, StageError
+from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.stage import Edit, StageResult, State
-from edgewright.pipeline.stages.basis_sharing import STAGE, BasisSharingConfig, fit, rebuild
+from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, check, fit, rebuild
 from edgewright.pipeline.task import ImageClassification
 from edgewright.pipeline.training import TrainingConfig, train_model
 
@@ -335,79 +335,52 @@ def test_macs_that_do_not_fall_are_noted(tmp_path: Path) -> None:
     assert run(tiny_transformer(), tmp_path / "b", ratio=0.5, groups="matrix").notes == ()
 
 
-def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
-    class Only(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(144, 4)
+class Only(nn.Module):
+    """One layer, and it gives the logits."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.fc(x.flatten(1))
-            return logits
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(144, 4)
 
-    with pytest.raises(StageError, match=r"no layer of the model can be factorized \(fc: gives the logits\)"):
-        run(Only(), tmp_path)
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits
+
+
+def test_a_model_without_layers_stays_as_it_is_unless_the_recipe_names_some(tmp_path: Path) -> None:
+    result = run(Only(), tmp_path, finetune={"epochs": 1}, max_drop=0.0)
+    assert result.edit.data == {"groups": []} and "finetune" not in result.metrics
+    assert result.notes == ("no layer of the model can be factorized (fc: gives the logits): the model is unchanged",)
+    assert rebuild(Only(), result.edit).state_dict().keys() == result.model.state_dict().keys()
     assert run(Only(), tmp_path / "b", layers={"include": ["fc"]}, rank=2).edit.data["groups"]
+    with pytest.raises(StageError, match=r"can be factorized \(fc: narrower than min_width 8\): name other layers"):
+        run(Only(), tmp_path / "c", layers={"include": ["fc"]}, min_width=8)
 
 
-def test_missing_splits_are_named_before_any_work(tmp_path: Path) -> None:
-    bare = tiny_task(rows={"calibration": 8})
-    for config, split in (({"finetune": SHORT}, "train"), ({"max_drop": 0.1}, "validation")):
-        with pytest.raises(DataError, match=f"no '{split}' split"):
-            fit(tiny_residual(), bare, BasisSharingConfig(**config), FolderContext(tmp_path))
-    assert fit(tiny_residual(), bare, BasisSharingConfig(), FolderContext(tmp_path)).edit.data["groups"]
-
-
-def test_edit_of_another_model_is_refused(tmp_path: Path) -> None:
-    edit = run(tiny_transformer(), tmp_path).edit
-    with pytest.raises(CheckpointError, match="belongs to another model"):
-        rebuild(tiny_residual(), edit)
-    with pytest.raises(CheckpointError, match=r"linear layer 'embed', and the model has a FactorizedLinear"):
-        rebuild(rebuild(tiny_transformer(), edit), edit)
+def test_layers_without_a_plain_weight_are_left_and_named(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Flatten(),
+        parametrizations.weight_norm(nn.Linear(144, 24)),
+        nn.ReLU(),
+        parametrizations.spectral_norm(nn.Linear(24, 4)),
+    )
+    result = run(model, tmp_path)
+    assert result.edit.data["groups"] == [] and "1: its weight is parametrized" in result.notes[0]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ratio": 1.0}, {"ratio": -0.1}, {"rank": 0}, {"groups": "all"}, {"group_size": 0}, {"ration": 0.5}]
+    ("config", "message"),
+    [
+        ({"layers": {"include": ["layer.1.up"]}}, r"layers\.include: the pattern 'layer\.1\.up' .*'layers\.1\.up'"),
+        ({"layers": {"exclude": ["nothing"]}}, r"layers\.exclude: the pattern 'nothing' matches no Linear"),
+        ({"rank": {"layers.*.upp": 4}}, r"rank: the pattern 'layers\.\*\.upp' matches no Linear"),
+        (
+            {"layers": {"include": ["f*"]}},
+            r"layers\.include: none of the 1 layers .*\(fc: gives the logits\)",
+        ),
+    ],
 )
-def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        BasisSharingConfig(**wrong)
-
-
-def test_half_precision_and_frozen_weights_stay_so(tmp_path: Path) -> None:
-    model = tiny_transformer()
-    for parameter in model.layers[0].parameters():  # type: ignore[index,union-attr]
-        parameter.requires_grad_(False)
-    result = run(model, tmp_path, groups="matrix")
-    assert not result.model.layers[0].up.coefficients.requires_grad  # type: ignore[index,union-attr]
-    assert result.model.layers[1].up.coefficients.requires_grad  # type: ignore[index,union-attr]
-    half = rebuild(mlp().to(torch.bfloat16), run(mlp(), tmp_path / "b").edit)
-    assert {value.dtype for value in half.state_dict().values()} == {torch.bfloat16}
-
-
-def test_fused_encoder_layers_of_pytorch_work_factorized(tmp_path: Path) -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            layer = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 3)
-            self.fc = nn.Linear(12, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = self.fc(self.encoder(x[:, 0]).mean(dim=1))
-            return logits
-
-    result = run(Encoder().eval(), tmp_path, ratio=0.4)
-    assert [f"encoder.layers.{i}.linear1" for i in range(3)] in members_of(result)
-    x = inputs()
-    with torch.no_grad():
-        fast = result.model(x)  # PyTorch would take its fused path here
-    assert torch.allclose(fast, result.model(x), atol=1e-6)
-    assert torch.allclose(fast, copy.deepcopy(result.model)(x), atol=1e-6)
-
-
-def test_declaration() -> None:
-    assert STAGE.name == "basis_sharing"
-    assert "early_exit" in STAGE.forbids
-    assert "test" not in STAGE.splits
+def test_patterns_that_mean_nothing_are_refused_before_any_compute(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"basis_sharing\.{message}"):
+        check(tiny_transformer(), tiny_task(), BasisSharingConfig(**config))
+    check(tiny_transformer(), tiny_task(), BasisSharingConfig(layers={"include": ["layers.*"], "exclude": ["fc"]}))

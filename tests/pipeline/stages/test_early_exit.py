@@ -18,7 +18,7 @@ from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import DataError, RecipeError, StageError
 from edgewright.pipeline.exit_analysis import analyse_logits
 from edgewright.pipeline.stage import Edit, StageResult
-from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, collect_logits, fit
+from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, check, collect_logits, fit
 from edgewright.pipeline.stages.early_exit import rebuild as rebuild_stage
 from edgewright.pipeline.stages.exit_search import ExitSearchConfig, search_thresholds
 from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, exit_loss, exit_weights, train_heads
@@ -319,3 +319,19 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             EarlyExitConfig(**wrong)
     assert "early_exit" in STAGE.forbids and "test" not in STAGE.splits
+
+
+def test_a_network_without_a_place_for_an_exit_stays_as_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 4)).eval()
+    result = run(model, tmp_path, tiny_task())
+    assert result.model is model and rebuild_stage(model, result.edit) is model
+    assert len(result.notes) == 1 and "no exit was added and Sequential is unchanged" in result.notes[0]
+
+
+def test_places_that_do_not_exist_are_refused_before_any_compute() -> None:
+    model, task = tiny_residual(), tiny_task()
+    for at, message in (("layer3", "no module 'layer3'"), ("fc", "nothing is left to save.*places near it are")):
+        with pytest.raises(RecipeError, match=rf"early_exit\.at: .*{message}"):
+            check(model, task, EarlyExitConfig(at=(at,)))
+    check(model, task, EarlyExitConfig(at=("blocks.1",)))
+    check(model, task, EarlyExitConfig())

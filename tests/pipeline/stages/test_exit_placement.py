@@ -166,6 +166,10 @@ def test_paths_that_do_not_exist_name_the_nearest() -> None:
         choose_places(tiny_residual(), IMAGE, ["stem", "stem.2"], ())
 
 
-def test_a_model_without_a_place_is_refused() -> None:
-    with pytest.raises(StageError, match="early_exit"):
-        choose_places(nn.Sequential(nn.Flatten(), nn.Linear(144, 4)), IMAGE, (), (0.5,))
+def test_a_model_without_a_place_gets_none() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(144, 4))
+    assert choose_places(flat, IMAGE, (), (0.5,)) == []
+    with pytest.raises(StageError, match=r"early_exit\.at: no exit can sit at '1'"):
+        choose_places(flat, IMAGE, ("1",), ())
+    with pytest.raises(StageError, match="no module of Linear can carry an exit"):
+        choose_places(nn.Linear(4, 4), (torch.zeros(1, 4),), ("1",), ())
