@@ -21,7 +21,9 @@ _PROFILES: dict[str, tuple[int, int]] = {
 class ClassAwarePruningConfig(StageConfig):
     """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
 
-    criterion: Literal["class_count", "class_count_fisher", "fisher", "taylor", "l1", "random"] = "class_count"
+    criterion: Literal[
+        "class_count", "class_count_fisher", "fisher", "taylor", "l1", "l2", "fpgm", "bn_scale", "random"
+    ] = "class_count"
     """Which filters matter; see `criteria`."""
     target_mac_reduction: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
@@ -56,9 +58,9 @@ class ClassAwarePruningConfig(StageConfig):
     """Class count at the position where most classes need the filter, or with each class at its own best position."""
     tau: float = Field(default=0.0, ge=0.0)
     """A filter counts at a position if |activation * gradient| exceeds this."""
-    tau_mode: Literal["absolute", "relative"] = "absolute"
-    """`relative`: `tau` times the sample's mean over the layer; needed for SiLU, GELU and the like, which are never
-    exactly 0 (try 1e-3)."""
+    tau_mode: Literal["auto", "absolute", "relative"] = "auto"
+    """`relative`: `tau` times the sample's mean over the layer. `auto`: relative for layers whose outputs are never
+    exactly without effect, as behind SiLU and GELU (with 0.3 if `tau` is 0), absolute for the others."""
     only_correct: bool = False
     """Count only images that the model classifies correctly."""
     lambda1: float = Field(default=1e-4, ge=0.0)

@@ -6,7 +6,7 @@ the same for all. To add one, write a class and put it into the tuple at the end
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...stage import Context
-from .axes import filters
+from .axes import filters, is_depthwise, is_mixing, sliced_tensors
 from .groups import ChannelGroup
 from .scores import FilterStatistics
 
@@ -28,12 +28,18 @@ class ScoredLayer:
         module: a convolution or linear layer.
         statistics: None unless the criterion asks for them.
         generator: for random choices, its own for every layer and iteration.
+        energy: float64 [F], sum of squares of all weights that go when the filter goes: its own, those of coupled
+            filters, and those of later layers that read it.
+        scale: float64 [F], size of the factor by which the normalisation behind multiplies the filter; where there is
+            none, the norm of its weights, which then is that factor.
     """
 
     path: str
     module: nn.Module
     statistics: FilterStatistics | None
     generator: torch.Generator
+    energy: Tensor
+    scale: Tensor
 
     @property
     def filters(self) -> Tensor:
@@ -102,6 +108,40 @@ class L1(_Scaled):
         return layer.filters.abs().sum(dim=1)
 
 
+class L2(_Scaled):
+    """Norm of all weights that go together, those that read the filter included (arXiv 2301.12900)."""
+
+    name: ClassVar[str] = "l2"
+    needs_statistics: ClassVar[bool] = False
+
+    def filter_scores(self, layer: ScoredLayer) -> Tensor:
+        """See `Criterion.filter_scores`."""
+        return layer.energy.sqrt()
+
+
+class GeometricMedian(_Scaled):
+    """Sum of the distances to the other filters of the layer: what others can replace goes (arXiv 1811.00250)."""
+
+    name: ClassVar[str] = "fpgm"
+    needs_statistics: ClassVar[bool] = False
+
+    def filter_scores(self, layer: ScoredLayer) -> Tensor:
+        """See `Criterion.filter_scores`."""
+        weights = layer.filters.to(torch.float64)
+        return torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
+
+
+class NormalisationScale(_Scaled):
+    """Factor of the normalisation behind the filter (network slimming, arXiv 1708.06519)."""
+
+    name: ClassVar[str] = "bn_scale"
+    needs_statistics: ClassVar[bool] = False
+
+    def filter_scores(self, layer: ScoredLayer) -> Tensor:
+        """See `Criterion.filter_scores`."""
+        return layer.scale
+
+
 class Taylor(_Scaled):
     """First-order loss change of removing the filter's output, ``|sum a g|``, mean over images (arXiv 1611.06440)."""
 
@@ -148,7 +188,18 @@ class Random(_Scaled):
 
 
 CRITERIA: dict[str, Criterion] = {
-    criterion.name: criterion for criterion in (ClassCount(), ClassCountFisher(), Fisher(), Taylor(), L1(), Random())
+    criterion.name: criterion
+    for criterion in (
+        ClassCount(),
+        ClassCountFisher(),
+        Fisher(),
+        Taylor(),
+        L1(),
+        L2(),
+        GeometricMedian(),
+        NormalisationScale(),
+        Random(),
+    )
 }
 """Every criterion by name."""
 
@@ -172,20 +223,51 @@ def filter_scores(
     criterion: Criterion,
     model: nn.Module,
     statistics: Mapping[str, FilterStatistics],
-    layers: list[str],
+    groups: Sequence[ChannelGroup],
     context: Context,
     iteration: int,
 ) -> dict[str, Tensor]:
-    """Scaled scores float64 [F] of every layer in `layers`."""
+    """Scaled scores float64 [F] of every layer that has filters in `groups`."""
     modules = dict(model.named_modules())
     found = {}
-    for path in layers:
+    for path, (energy, scale) in coupled_weights(groups, modules).items():
         generator = context.generator("criterion", criterion.name, iteration, path)
-        layer = ScoredLayer(path, modules[path], statistics.get(path), generator)
+        layer = ScoredLayer(path, modules[path], statistics.get(path), generator, energy, scale)
         score = criterion.filter_scores(layer).detach().cpu().to(torch.float64)
         if criterion.needs_scaling:
             score = score / score.mean().clamp_min(torch.finfo(torch.float64).tiny)
         found[path] = score
+    return found
+
+
+def coupled_weights(
+    groups: Sequence[ChannelGroup], modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Per producer `ScoredLayer.energy` and `ScoredLayer.scale`."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for group in groups:
+        energy = torch.zeros(group.units, dtype=torch.float64)
+        scales = []
+        for (owner, side), channels in group.members.items():
+            module = modules.get(owner)
+            if module is None:
+                continue
+            for name, dim, at in sliced_tensors(module):
+                if name != "weight" or at != side:
+                    continue
+                weight = getattr(module, name).detach().cpu().to(torch.float64).movedim(dim, 0)
+                weight = weight.reshape(len(weight), -1)
+                if is_mixing(module) or is_depthwise(module):
+                    energy += weight.square().sum(dim=1)[channels].sum(dim=1)
+                else:
+                    scales.append(weight.abs().mean(dim=1)[channels].mean(dim=1))
+        for path in group.producers:
+            rows = filters(modules[path]).cpu().to(torch.float64).square().sum(dim=1)
+            of_layer = found.setdefault(path, (rows, rows.sqrt()))
+            channels = group.members[(path, "out")]
+            of_layer[0][channels] = energy[:, None].expand(channels.shape)
+            if scales:
+                of_layer[1][channels] = torch.stack(scales).mean(dim=0)[:, None].expand(channels.shape)
     return found
 
 

@@ -215,23 +215,32 @@ def _choose(work: _Work, progress: _Progress, channels: Channels, number: int) -
     if criterion.needs_statistics or config.needs_loss:
         split = split_of(work.task, config.score_split, NAME)
         statistics = collect(progress.model, layers, split, work.task.labels, config.scoring(), context)
-    scores = filter_scores(criterion, progress.model, statistics, layers, context, number)
+    scores = filter_scores(criterion, progress.model, statistics, channels.groups, context, number)
     units = {g.name: unit_scores(g, scores, statistics, progress.model) for g in channels.groups}
     progress.artifacts = {f"scores.{path}": score.to(torch.float32) for path, score in scores.items()}
-    progress.artifacts.update({f"class_counts.{path}": found.per_class for path, found in statistics.items()})
-    if criterion.name == "class_count" and config.tau == 0.0 and number == 1:
-        _warn_of_saturation(work, progress, statistics)
+    for path, found in statistics.items():
+        progress.artifacts[f"class_count.{path}"] = found.class_count
+        progress.artifacts[f"class_counts.{path}"] = found.per_class
+    if criterion.needs_statistics and number == 1:
+        _note_thresholds(work, progress, statistics)
     full_scale = criterion.full_scale(len(work.task.labels))
     return select(channels, units, work.original, full_scale, work.mac_limit, config)
 
 
-def _warn_of_saturation(work: _Work, progress: _Progress, statistics: Mapping[str, FilterStatistics]) -> None:
+def _note_thresholds(work: _Work, progress: _Progress, statistics: Mapping[str, FilterStatistics]) -> None:
+    """Says where class counts rest on a relative `tau`, and where they say nothing."""
+    relative = [path for path, found in statistics.items() if found.relative_tau is not None]
+    if relative and work.config.tau_mode == "auto":
+        progress.notes.append(
+            f"{len(relative)} of {len(statistics)} layers, {relative[0]!r} first, are never exactly 0 (no ReLU behind "
+            f"them): a filter counts there above {statistics[relative[0]].relative_tau} times the layer's mean"
+        )
     full = sum(int((s.class_count >= len(work.task.labels)).sum()) for s in statistics.values())
     total = sum(len(s.class_count) for s in statistics.values())
     if full > 0.98 * total:
         progress.notes.append(
-            f"{full} of {total} filters count for every class: activations such as SiLU and GELU are never exactly 0, "
-            "so class counts need tau_mode: relative with a tau of about 1e-3"
+            f"{full} of {total} filters count for every class, so class counts say nothing: use tau_mode: relative "
+            "with a larger tau (0.3, 1.0)"
         )
 
 

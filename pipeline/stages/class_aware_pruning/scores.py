@@ -24,8 +24,15 @@ class ScoringSettings:
     batch_size: int = 64
     agg: Literal["sum_then_max", "max_then_sum"] = "sum_then_max"
     tau: float = 0.0
-    tau_mode: Literal["absolute", "relative"] = "absolute"
+    tau_mode: Literal["auto", "absolute", "relative"] = "auto"
     only_correct: bool = False
+
+
+RELATIVE_TAU = 0.3
+"""With `auto` and no `tau`, for layers that are never silent. With it the mean count of SiLU and GELU networks is that
+of ReLU networks; the 1e-3 of METHODS §1.3 still counts every filter for every class (both measured)."""
+_PROBED_ROWS = 4
+_SILENT_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,14 @@ class FilterStatistics:
         per_class: [C, F], share of the class's images in which it matters, at its best position.
         taylor: [C, F], mean over the images of ``|sum over positions of A * G|``.
         fisher: [C, F], mean over the images of ``(sum over positions of A * G) ** 2``.
+        relative_tau: share of the layer's mean that counts as 0; None if `tau` was absolute.
     """
 
     class_count: Tensor
     per_class: Tensor
     taylor: Tensor
     fisher: Tensor
+    relative_tau: float | None = None
 
 
 def logit_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,9 +80,13 @@ def logit_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class _Tally:
     """Sums of one layer over the images of the class at hand, and over finished classes."""
 
-    def __init__(self, classes: int, settings: ScoringSettings) -> None:
+    def __init__(self, settings: ScoringSettings, never_silent: bool) -> None:
         self.settings = settings
-        self.classes = classes
+        self.relative_tau: float | None = None
+        if settings.tau_mode == "relative":
+            self.relative_tau = settings.tau
+        elif settings.tau_mode == "auto" and never_silent:
+            self.relative_tau = settings.tau or RELATIVE_TAU
         self.hits: Tensor | None = None
         self.total: Tensor | None = None
         self.rows: dict[str, list[Tensor]] = {"per_class": [], "taylor": [], "fisher": []}
@@ -82,9 +95,9 @@ class _Tally:
     def add(self, product: Tensor, size: Tensor, counted: Tensor, path: str) -> None:
         """Takes in ``A * G`` [N, positions, F] of one batch; `counted` bool [N] leaves samples out."""
         strength = product.abs()
-        if self.settings.tau_mode == "relative":
+        if self.relative_tau is not None:
             # per sample, so that neither the batch size nor a confident neighbour matters
-            alive = strength > self.settings.tau * strength.mean(dim=(1, 2), keepdim=True)
+            alive = strength > self.relative_tau * strength.mean(dim=(1, 2), keepdim=True)
         elif self.settings.tau > 0:
             alive = strength * torch.where(size > 0, size, 1.0)[:, None, None] > self.settings.tau
         else:
@@ -116,7 +129,7 @@ class _Tally:
         assert self.total is not None
         rows = {name: torch.stack(parts).cpu() for name, parts in self.rows.items()}
         count = self.total.amax(dim=0).cpu() if self.settings.agg == "sum_then_max" else rows["per_class"].sum(dim=0)
-        return FilterStatistics(count, **rows)
+        return FilterStatistics(count, **rows, relative_tau=self.relative_tau)
 
 
 def collect(
@@ -154,12 +167,13 @@ def collect(
         )
     device = context.device
     model.to(device)
-    tallies = {path: _Tally(len(labels), settings) for path in layers}
     outputs: dict[str, list[Tensor]] = {}
     modules = dict(model.named_modules())
     handles = [modules[path].register_forward_hook(_recorder(path, outputs)) for path in layers]
     everything = range(len(labels))
     with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        never = _never_silent(model, split, outputs, modules, device) if settings.tau_mode == "auto" else frozenset()
+        tallies = {path: _Tally(settings, path in never) for path in layers}
         for label in context.progress.track(everything, "scoring classes", len(labels)):
             images = 0
             chosen = _choose(split, label, settings.images_per_class, context)
@@ -188,8 +202,35 @@ def collect(
     return found
 
 
+def _never_silent(
+    model: nn.Module,
+    split: Split,
+    outputs: dict[str, list[Tensor]],
+    modules: Mapping[str, nn.Module],
+    device: torch.device,
+) -> frozenset[str]:
+    """Layers of which no output is without effect on a few rows: no ReLU behind them.
+
+    Looked at before anything is counted and row by row, so that the answer does not depend on the batch size.
+    """
+    silent: dict[str, int] = {}
+    total: dict[str, int] = {}
+    for row in sorted({i * (len(split) - 1) // (_PROBED_ROWS - 1) for i in range(_PROBED_ROWS)}):
+        outputs.clear()
+        batch = split.batch([row]).to(device)
+        for path, product, _ in _products(model(*batch.inputs), batch.targets, outputs, modules):
+            silent[path] = silent.get(path, 0) + int((product == 0).sum())
+            total[path] = total.get(path, 0) + product.numel()
+    return frozenset(path for path, count in total.items() if silent[path] < _SILENT_SHARE * count)
+
+
 def _recorder(path: str, outputs: dict[str, list[Tensor]]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
     def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        if output.dtype not in (torch.float32, torch.float64):
+            raise StageError(
+                f"layer {path!r} computes in {output.dtype}: class counts need float32, because half precision turns "
+                "small gradients into zeros; remove the model's autocast"
+            )
         kept = output if output.requires_grad else output.detach().requires_grad_()
         outputs.setdefault(path, []).append(kept)
         # a copy goes on, because an activation that works in place would overwrite what is scored

@@ -221,9 +221,13 @@ def test_missing_class_is_refused(tmp_path: Path) -> None:
 
 
 def test_saturated_counts_are_pointed_out(tmp_path: Path) -> None:
-    result = fit(tiny_transformer(), tiny_task(), config(target_mac_reduction=None), FolderContext(tmp_path))
-    assert any("tau_mode: relative" in note for note in result.notes)
+    absolute = config(target_mac_reduction=None, tau_mode="absolute")
+    result = fit(tiny_transformer(), tiny_task(), absolute, FolderContext(tmp_path))
+    assert any("class counts say nothing" in note for note in result.notes)
     assert result.metrics["stopped"] == "no candidates" and not result.edit.data["keep"]
+    chosen = fit(tiny_transformer(), tiny_task(), config(max_iterations=1), FolderContext(tmp_path / "auto"))
+    assert any("never exactly 0" in note and "0.3 times" in note for note in chosen.notes)
+    assert not any("say nothing" in note for note in chosen.notes)
 
 
 def test_recipes_can_name_every_criterion() -> None:

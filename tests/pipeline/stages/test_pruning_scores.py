@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stages.class_aware_pruning.axes import filters
-from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer
+from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer, coupled_weights
+from edgewright.pipeline.stages.class_aware_pruning.groups import find_channels
 from edgewright.pipeline.stages.class_aware_pruning.loss import modified_loss, orthogonality, penalty
 from edgewright.pipeline.stages.class_aware_pruning.scores import (
+    RELATIVE_TAU,
     FilterStatistics,
     ScoringSettings,
     collect,
@@ -116,11 +118,38 @@ def test_logit_gradients_are_those_of_the_cross_entropy() -> None:
 def test_relative_tau_grades_networks_without_dead_units(tmp_path: Path) -> None:
     model = pruning_models.MODELS["transformer"]()
     layers = ["layers.0.up", "layers.2.up"]
-    absolute = scored(model, tmp_path, ScoringSettings(), layers)
-    relative = scored(model, tmp_path, ScoringSettings(tau=1.0, tau_mode="relative"), layers)
+    absolute = scored(model, tmp_path, ScoringSettings(tau_mode="absolute"), layers)
+    relative = scored(model, tmp_path, ScoringSettings(tau=RELATIVE_TAU, tau_mode="relative"), layers)
+    chosen = scored(model, tmp_path, ScoringSettings(), layers)
     for path in layers:
         assert bool((absolute[path].class_count == CLASSES).all())
         assert len(relative[path].class_count.unique()) > 4
+        assert torch.equal(chosen[path].class_count, relative[path].class_count)
+        assert chosen[path].relative_tau == RELATIVE_TAU and absolute[path].relative_tau is None
+
+
+def test_tau_stays_absolute_behind_relu(tmp_path: Path) -> None:
+    chosen = scored(tiny_residual(), tmp_path, ScoringSettings())
+    plain = scored(tiny_residual(), tmp_path, ScoringSettings(tau_mode="absolute"))
+    for path in LAYERS:
+        assert chosen[path].relative_tau is None
+        assert torch.equal(chosen[path].class_count, plain[path].class_count)
+
+
+def test_autocast_inside_the_model_is_refused(tmp_path: Path) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 4, 3), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = self.conv(x)
+            logits: Tensor = self.fc(x.float().mean(dim=(2, 3)))
+            return logits
+
+    with pytest.raises(StageError, match=r"layer 'conv' computes in torch.bfloat16"):
+        scored(Inside(), tmp_path, ScoringSettings(), ["conv"])
 
 
 def test_in_place_activation_does_not_change_the_scores(tmp_path: Path) -> None:
@@ -187,11 +216,66 @@ def test_every_criterion_scores_every_kind_of_layer(name: str) -> None:
     for layer in layers:
         statistics = FilterStatistics(torch.rand(5), torch.rand(3, 5), torch.rand(3, 5), torch.rand(3, 5))
         given = statistics if criterion.needs_statistics else None
+        weights = (torch.rand(5).double(), torch.rand(5).double())
         found = [
-            criterion.filter_scores(ScoredLayer("x", layer, given, torch.Generator().manual_seed(1))) for _ in range(2)
+            criterion.filter_scores(ScoredLayer("x", layer, given, torch.Generator().manual_seed(1), *weights))
+            for _ in range(2)
         ]
         assert found[0].shape == (5,) and bool((found[0] >= 0).all())
         assert torch.equal(found[0], found[1])
+
+
+def test_weights_that_go_together_and_the_scale_behind_them() -> None:
+    model = tiny_residual()
+    channels = find_channels(model, (torch.zeros(1, 1, 12, 12),), prune_residual=True)
+    modules = dict(model.named_modules())
+    found = coupled_weights(channels.groups, modules)
+    energy, scale = found["blocks.1.conv1"]
+    own = model.get_submodule("blocks.1.conv1").weight.detach().double().flatten(1).square().sum(1)
+    read = model.get_submodule("blocks.1.conv2").weight.detach().double().transpose(0, 1).flatten(1).square().sum(1)
+    assert torch.allclose(energy, own + read)
+    assert torch.allclose(scale, model.get_submodule("blocks.1.bn1").weight.detach().double().abs())
+    stream = [f"blocks.{i}.conv2" for i in range(3)]
+    assert torch.equal(found[stream[0]][0], found["stem.0"][0]), "members of a stream share their energy"
+    together = sum(
+        model.get_submodule(path).weight.detach().double().flatten(1).square().sum(1) for path in [*stream, "stem.0"]
+    )
+    reads = [*(f"blocks.{i}.conv1" for i in range(3)), "fc"]
+    together = together + sum(
+        model.get_submodule(path).weight.detach().double().transpose(0, 1).flatten(1).square().sum(1) for path in reads
+    )
+    assert torch.allclose(found["stem.0"][0], together)
+
+
+def test_without_a_normalisation_the_scale_is_the_norm_of_the_filter() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 6), nn.ReLU(), nn.Linear(6, CLASSES))
+    channels = find_channels(model, (torch.randn(1, 1, 12, 12),))
+    _, scale = coupled_weights(channels.groups, dict(model.named_modules()))["1"]
+    assert torch.allclose(scale, model[1].weight.detach().double().norm(dim=1))
+
+
+def test_criteria_by_hand() -> None:
+    layer = nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0], [0.0, 0.0], [-6.0, -8.0]]))
+    statistics = FilterStatistics(
+        torch.tensor([2.0, 1.0, 0.5]), torch.zeros(2, 3), torch.tensor([[1.0, 2, 3], [3, 2, 1]]),
+        torch.tensor([[1.0, 4, 9], [9, 4, 1]]),
+    )  # fmt: skip
+    energy, scale = torch.tensor([4.0, 9, 16]).double(), torch.tensor([1.0, 0, 2]).double()
+    given = ScoredLayer("x", layer, statistics, torch.Generator(), energy, scale)
+    expected = {
+        "class_count": [2, 1, 0.5],
+        "class_count_fisher": [10, 4, 2.5],
+        "fisher": [5, 4, 5],
+        "taylor": [2, 2, 2],
+        "l1": [7, 0, 14],
+        "l2": [2, 3, 4],
+        "fpgm": [20, 15, 25],
+        "bn_scale": [1, 0, 2],
+    }
+    for name, values in expected.items():
+        assert CRITERIA[name].filter_scores(given).tolist() == pytest.approx(values), name
 
 
 def test_filters_of_a_grouped_transposed_convolution() -> None:
