@@ -12,18 +12,20 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .errors import InputError
-from .feeds import check_feeds, prepare
+from .feeds import check_feeds, prepare, unusable_rows
 from .golden import read_npz
 from .manifest import GoldenCase, Preprocessing, TensorSpec
 
 Feed = dict[str, NDArray[Any]]
+
+_NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 
 MOST_FEEDS = 512
 """Runs with different inputs before the cycle starts again."""
 
 
 def read_inputs(path: str | os.PathLike[str]) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """Reads a user's .npy or .npz, without pickle.
+    """Reads a user's .npy or .npz, without pickle; told apart by their first bytes, whatever they are called.
 
     Raises:
         InputError: no such file, another format, or an array of Python objects.
@@ -31,12 +33,25 @@ def read_inputs(path: str | os.PathLike[str]) -> NDArray[Any] | dict[str, NDArra
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no input at {path}")
-    if path.suffix == ".npz":
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(len(_NPY))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    if head.startswith(_ZIP):
         return read_npz(path)
+    if head != _NPY:
+        what = "is empty" if not head else "is neither a .npy nor a .npz file"
+        raise InputError(
+            f"{path} {what}: save the input with numpy.save (one array) or numpy.savez (an array per input); "
+            "an image needs its usual ending, such as .png or .jpg"
+        )
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a readable .npy file: {error}") from None
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
+            raise InputError(f"{path} holds pickled Python objects, which are never read: save numbers") from None
+        raise InputError(f"{path} is not a complete .npy file: {error}") from None
     return np.asarray(array)
 
 
@@ -68,9 +83,12 @@ def user_feeds(
     """A user's arrays, preprocessed like in `predict`, checked and cut into runs of `rows` rows.
 
     Raises:
-        InputError: the arrays do not fit the model, or are zeros.
+        InputError: the arrays do not fit the model, hold NaN or infinity, or are zeros.
     """
-    feeds = cut(prepare(given, specs, preprocessing), rows)[:MOST_FEEDS]
+    arrays = prepare(given, specs, preprocessing)
+    for reason in unusable_rows(arrays).values():
+        raise InputError(f"{reason}: nothing real looks like that, measure with inputs that have an answer")
+    feeds = cut(arrays, rows)[:MOST_FEEDS]
     check_feeds(specs, feeds[0])
     return not_zero(feeds)
 

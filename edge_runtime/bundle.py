@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO
 
+from .consistency import check_consistency
 from .errors import BundleError, InputError
 from .golden import read_golden
 from .manifest import (
@@ -133,8 +134,9 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
         The manifest as written.
 
     Raises:
-        BundleError: a symlink in the folder, or model.onnx or golden.npz missing.
+        BundleError: a symlink in the folder, model.onnx or golden.npz missing, or fields that contradict each other.
     """
+    check_consistency(manifest)
     folder = Path(folder)
     names = sorted(_listing(folder) - _OWN_FILES)
     files = {name: FileEntry((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
@@ -310,6 +312,7 @@ def _checked_manifest(text: bytes, hash_text: bytes, source: Path) -> tuple[Mani
         raise _altered(source, MANIFEST_FILE, f"differs from {MANIFEST_HASH_FILE}")
     try:
         manifest = Manifest.from_json(text.decode())
+        check_consistency(manifest)
     except UnicodeDecodeError:
         raise BundleError(f"{source}: {MANIFEST_FILE} is not UTF-8; export it again") from None
     except BundleError as error:

@@ -1,12 +1,15 @@
 """The command line of the device: verify, predict, bench, doctor. Parsing and printing only.
 
-Exit codes: 0 done, 1 failed otherwise, 2 bad input, 3 parity failed, 5 execution provider not available.
+Exit codes: 0 done, 1 failed otherwise, 2 bad input (also if `predict` refused some rows), 3 parity failed, 5
+execution provider not available or, from `doctor`, a problem found, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,6 +21,14 @@ from .errors import EdgewrightError, InputError, ParityError, ProviderError
 if TYPE_CHECKING:
     from .runner import Prediction
 
+COMMANDS = {
+    "verify": "Run every recorded case of a BUNDLE here and compare.",
+    "predict": "Classify an INPUT (.npy, .npz or image) with a BUNDLE.",
+    "bench": "Measure the latency of a BUNDLE here.",
+    "doctor": "Show this machine and what is wrong with it.",
+}
+"""The commands and what they do; `edgewright` offers the same ones."""
+
 _NEEDED = {
     "numpy": "install numpy",
     "onnxruntime": "install onnxruntime, or the build for your accelerator; `doctor` says which",
@@ -25,21 +36,28 @@ _NEEDED = {
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") -> int:
     """Runs one command.
 
     Args:
         arguments: without the program's name; None: ``sys.argv``.
+        program: its name in the usage.
 
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser(program).parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a label that the terminal cannot show ends nothing
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return command(options)
+            _check_outputs(options)
+            code = command(options)
+            sys.stdout.flush()
+            return code
     except EdgewrightError as error:
         if options.debug:
             raise
@@ -53,6 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return ProviderError.exit_code
+    except BrokenPipeError:
+        # whoever read our output has seen enough, as `| head` does; the interpreter must not try to flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EdgewrightError.exit_code
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -70,9 +92,9 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="edge_runtime", description="Load, verify and measure edgewright bundles on this device."
+        prog=program, description="Load, verify and measure edgewright bundles on this device."
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON too")
@@ -94,14 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     exits.add_argument("--operating-point", metavar="NAME", help="a setting of the bundle's manifest")
 
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    verify = commands.add_parser("verify", parents=[common, session], help="run every recorded case and compare")
-    verify.set_defaults(command=_verify)
-    predict = commands.add_parser("predict", parents=[common, session, exits], help="classify a .npy, .npz or image")
-    predict.set_defaults(command=_predict)
-    bench = commands.add_parser("bench", parents=[common, session, exits], help="measure the latency")
-    bench.set_defaults(command=_bench)
-    for command in (verify, predict, bench):
-        command.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
+    parents = {"verify": [common, session], "doctor": [common]}
+    run = {"verify": _verify, "predict": _predict, "bench": _bench, "doctor": _doctor}
+    made = {}
+    for name, what in COMMANDS.items():
+        made[name] = commands.add_parser(
+            name, parents=parents.get(name, [common, session, exits]), help=what, description=what
+        )
+        made[name].set_defaults(command=run[name], bundle=None, samples_file=None)
+        if name != "doctor":
+            made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
+    predict, bench = made["predict"], made["bench"]
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
     bench.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
     bench.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="default 3")
@@ -109,21 +134,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--percentiles", type=_numbers, default=[], metavar="P,P,...", help="run long enough for")
     bench.add_argument("--samples-file", type=Path, metavar="FILE", help=".npy for the samples, int64 ns")
     bench.add_argument("--seed", type=int, default=0, help="of the order of the inputs")
-    doctor = commands.add_parser("doctor", parents=[common], help="show this machine and its problems")
-    doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _session(options: argparse.Namespace) -> dict[str, Any]:
+    """The options that every command passes on to `session.load`."""
+    return {
+        "providers": options.provider,
+        "threads": options.threads,
+        "allow_fallback": options.allow_fallback,
+        "optimization_level": options.optimization_level,
+    }
+
+
+def _exits(options: argparse.Namespace) -> dict[str, Any]:
+    return {"thresholds": options.thresholds, "operating_point": options.operating_point}
 
 
 def _verify(options: argparse.Namespace) -> int:
     from .verification import verify
 
-    report = verify(
-        options.bundle,
-        providers=options.provider,
-        threads=options.threads,
-        optimization_level=options.optimization_level,
-        allow_fallback=options.allow_fallback,
-    )
+    report = verify(options.bundle, **_session(options))
     print(report.text())
     _write_json(options.json, report.to_dict())
     return 0 if report.passed else ParityError.exit_code
@@ -132,21 +163,17 @@ def _verify(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from .session import load
 
-    with load(
-        options.bundle,
-        providers=options.provider,
-        threads=options.threads,
-        thresholds=options.thresholds,
-        operating_point=options.operating_point,
-        allow_fallback=options.allow_fallback,
-        optimization_level=options.optimization_level,
-    ) as runner:
+    with load(options.bundle, **_session(options), **_exits(options)) as runner:
         channels = runner.manifest.preprocessing.channels if runner.manifest is not None else 3
         prediction = runner.predict(_read_input(options.input, channels))
     for line in _prediction_lines(prediction):
         print(line)
     _write_json(options.json, _prediction_dict(prediction))
-    return 0
+    if not prediction.refused:
+        return 0
+    rows = len(prediction.label)
+    print(f"error: {options.input}: {len(prediction.refused)} of {rows} rows were refused, see above", file=sys.stderr)
+    return InputError.exit_code
 
 
 def _bench(options: argparse.Namespace) -> int:
@@ -154,12 +181,8 @@ def _bench(options: argparse.Namespace) -> int:
 
     row = bench(
         options.bundle,
-        providers=options.provider,
-        threads=options.threads,
-        thresholds=options.thresholds,
-        operating_point=options.operating_point,
-        allow_fallback=options.allow_fallback,
-        optimization_level=options.optimization_level,
+        **_session(options),
+        **_exits(options),
         inputs=options.inputs,
         percentiles=options.percentiles,
         min_seconds=options.min_seconds,
@@ -187,10 +210,10 @@ def _read_input(path: Path, channels: int) -> Any:
 
     from .bench_inputs import read_inputs
 
+    if not path.is_file():
+        raise InputError(f"no input at {path}")
     if path.suffix.lower() not in _IMAGES:
         return read_inputs(path)
-    if not path.is_file():
-        raise InputError(f"no image at {path}")
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
@@ -207,17 +230,22 @@ def _read_input(path: Path, channels: int) -> Any:
 
 
 def _prediction_lines(prediction: Prediction) -> list[str]:
-    import numpy as np
-
     if prediction.label.ndim != 1:
         return [f"labels {prediction.label.tolist()}"]
-    best = np.take_along_axis(prediction.scores, prediction.label[:, None], axis=-1)[:, 0]
-    return [
-        f"row {row}: {name}  score {float(score):.4f}  exit {exit_index}"
-        for row, (name, score, exit_index) in enumerate(
-            zip(prediction.label_names, best, prediction.exit_index.tolist(), strict=True)
-        )
-    ]
+    return [f"row {row}: {_row_text(prediction, row, kind)}" for row, kind in enumerate(prediction.score_kinds)]
+
+
+def _row_text(prediction: Prediction, row: int, kind: str) -> str:
+    if kind == "none":
+        return f"refused: {prediction.refused[row]}"
+    index, scores = int(prediction.exit_index[row]), prediction.scores[row]
+    # a bundle may come from anywhere: its texts must not steer the terminal
+    name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in prediction.label_names[row])
+    exit_name = f" ({prediction.exits[index]})" if len(prediction.exits) > 1 else ""
+    if kind == "exclusion":
+        return f"{name}  decided by exclusion of every other class, no probability  exit {index}{exit_name}"
+    remaining = f" among the {int((scores > 0).sum())} classes not excluded" if kind != "probability" else ""
+    return f"{name}  score {float(scores[prediction.label[row]]):.4f}{remaining}  exit {index}{exit_name}"
 
 
 def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
@@ -225,12 +253,16 @@ def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
 
     scores = prediction.scores.astype(object)
     scores[~np.isfinite(prediction.scores)] = None  # JSON has no NaN
+    exits = prediction.exits
     return {
         "schema_version": 1,
         "label": prediction.label.tolist(),
         "label_names": prediction.label_names,
         "scores": scores.tolist(),
+        "score_kinds": prediction.score_kinds,
         "exit_index": prediction.exit_index.tolist(),
+        "exit_names": [exits[i] if 0 <= i < len(exits) else None for i in prediction.exit_index.ravel().tolist()],
+        "refused": {str(row): reason for row, reason in prediction.refused.items()},
     }
 
 
@@ -239,6 +271,20 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,0.9") from None
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuses places for results before anything has run.
+
+    Raises:
+        InputError: a folder that does not exist, or a place inside the bundle, which would be altered by it.
+    """
+    for path in filter(None, (options.json, options.samples_file)):
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {folder}")
+        if options.bundle is not None and options.bundle.is_dir() and folder.is_relative_to(options.bundle.resolve()):
+            raise InputError(f"cannot write {path}: it lies in the bundle, which is immutable; write it beside it")
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:

@@ -13,6 +13,9 @@ from .errors import InputError
 from .manifest import Preprocessing, TensorSpec
 from .preprocess import preprocess_image
 
+_MOST_KNOWN = 256
+"""Signatures that a `FeedChecker` remembers."""
+
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -20,6 +23,8 @@ _DTYPES = {
     "tensor(bool)": "bool",
     **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+KNOWN_DTYPES = frozenset(_DTYPES.values())
+"""numpy names of the dtypes that an input may have."""
 
 
 def specs_of(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
@@ -32,6 +37,34 @@ def specs_of(nodes: Sequence[Any]) -> tuple[TensorSpec, ...]:
         )
         for node in nodes
     )
+
+
+class FeedChecker:
+    """`check_feeds` for one session, quick for shapes and dtypes that have passed before.
+
+    What fits is decided by names, dtypes and shapes alone, so it is remembered by them. Safe to use from several
+    threads.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._specs = tuple(specs)
+        self._names = tuple(spec.name for spec in self._specs)
+        self._known: set[tuple[Any, ...]] = set()
+
+    def __call__(self, feeds: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """As `check_feeds`."""
+        try:
+            arrays = {name: feeds[name] for name in self._names}
+            # np.matrix and other subclasses, lists and numbers take the long way, which converts them
+            key = tuple([(v.shape, v.dtype) if type(v) is np.ndarray else None for v in arrays.values()])
+            if key in self._known and len(feeds) == len(arrays):
+                return arrays
+        except KeyError:
+            key = (None,)
+        arrays = check_feeds(self._specs, feeds)
+        if None not in key and len(self._known) < _MOST_KNOWN:
+            self._known.add(key)
+        return arrays
 
 
 def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -58,6 +91,36 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) 
     return arrays
 
 
+def is_finite(value: NDArray[Any]) -> bool:
+    """Whether an array of any dtype holds neither NaN nor infinity."""
+    if value.dtype.kind not in "fc":
+        return True
+    # for small arrays `all` takes longer than all the rest
+    return b"\0" not in np.isfinite(value).tobytes()
+
+
+def unusable_rows(feeds: Mapping[str, NDArray[Any]]) -> dict[int, str]:
+    """The rows that hold NaN or infinity: row -> which input holds what, and where.
+
+    Raises:
+        InputError: such a value in an input that has no rows, or rows of its own number.
+    """
+    rows: dict[int, str] = {}
+    counts = {value.shape[0] if value.ndim else None for value in feeds.values()}
+    for name, value in feeds.items():
+        if is_finite(value):
+            continue
+        if len(counts) != 1 or None in counts:
+            raise InputError(f"input {name!r} holds NaN or infinity, and no row of it can be left out: clean it")
+        bad = ~np.isfinite(value)
+        for row in np.flatnonzero(bad.reshape(len(value), -1).any(axis=1)).tolist():
+            first = tuple(np.argwhere(bad[row])[0].tolist())
+            more = int(bad[row].sum()) - 1
+            text = f"input {name!r}, row {row}: {value[(row, *first)]} at {list(first)}"
+            rows.setdefault(row, text + (f" and {more} more" if more else ""))
+    return rows
+
+
 def prepare(
     x: ArrayLike | Mapping[str, ArrayLike],
     specs: Sequence[TensorSpec],
@@ -81,16 +144,15 @@ def prepare(
     else:
         names = ", ".join(spec.name for spec in specs)
         raise InputError(f"the model has {len(specs)} inputs: give a mapping (.npz) with {names}")
-    by_name = {spec.name: spec for spec in specs}
-    for name, value in given.items():
-        spec = by_name.get(name)
-        if spec is None:  # `check_feeds` names it
+    is_image = preprocessing is not None and preprocessing.kind == "image"
+    for spec in specs:
+        value = given.get(spec.name)
+        if value is None:  # `check_feeds` names it
             continue
-        is_image = preprocessing is not None and preprocessing.kind == "image"
-        if preprocessing is not None and is_image and value.dtype == np.uint8 != np.dtype(spec.dtype):
-            given[name] = preprocess_image(value, preprocessing)
+        if preprocessing is not None and is_image and value.dtype == np.uint8 and spec.dtype != "uint8":
+            given[spec.name] = preprocess_image(value, preprocessing)
         elif value.ndim == len(spec.shape) - 1:
-            given[name] = value[None]
+            given[spec.name] = value[None]
     return given
 
 

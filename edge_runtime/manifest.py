@@ -99,12 +99,15 @@ class ExitSpec:
 class PolicySpec:
     """The rule that decides who leaves.
 
-    `never` and `always` are the thresholds that switch it off or force it.
+    `never` and `always` are the thresholds that switch it off or force it; every other one lies between them.
     """
 
     name: str
     never: float
     always: float
+    excludes: bool = False
+    """whether it rules classes out: those have a score of exactly 0, and a row that leaves early has 1 for the class
+    that is left, which is no probability."""
 
 
 @dataclass(frozen=True)

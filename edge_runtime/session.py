@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import Bundle, open_bundle
+from .consistency import threshold_out_of_range
 from .errors import BundleError, InputError
 from .feeds import specs_of
 from .manifest import MODEL_FILE, THRESHOLDS, Manifest
@@ -164,7 +165,7 @@ def explicit_thresholds(
 
     Raises:
         InputError: both options, an unknown operating point, thresholds for a model without exits, a wrong
-            number of them, or one that is not finite.
+            number of them, one that is not finite, or one outside the policy's range.
     """
     points = {point.name: point.thresholds for point in manifest.operating_points}
     if thresholds is not None and operating_point is not None:
@@ -184,6 +185,10 @@ def explicit_thresholds(
         raise InputError(f"{manifest.name} has no early exits, so there are no thresholds to set")
     if len(values) != wanted:
         raise InputError(f"{manifest.name} has {wanted} thresholds, got {len(values)}: {list(values)}")
+    assert manifest.policy is not None
+    for exit_, value in zip(manifest.exits, _checked_thresholds(values), strict=False):
+        if reason := threshold_out_of_range(manifest.policy, value):
+            raise InputError(f"the threshold of exit {exit_.index} ({exit_.name}), {reason}")
     return values
 
 

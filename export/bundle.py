@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -247,6 +248,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _excludes(model: MultiExit) -> bool:
+    """Whether the policy rules classes out, which is what it remembers from exit to exit."""
+    logits = torch.zeros(1, model.classes)
+    return model.policy.decide(logits, torch.tensor(model.policy.never), None).excluded is not None
+
+
 def _manifest(
     model: nn.Module,
     source: Source,
@@ -269,7 +276,7 @@ def _manifest(
     exit_names = ["final"]
     if isinstance(model, MultiExit):
         exit_names = [*(spec.at for spec in model.specs), "final"]
-        policy = PolicySpec(model.policy.name, model.policy.never, model.policy.always)
+        policy = PolicySpec(model.policy.name, model.policy.never, model.policy.always, excludes=_excludes(model))
         stored = tuple(float(t) for t in model.thresholds)
         points = tuple(operating_points) or (OperatingPoint("stored", stored),)
         if not np.allclose(points[0].thresholds, stored, atol=1e-6):

@@ -142,30 +142,6 @@ def cuts(
         console.print(f"whole model: {whole.macs:,} MACs, {whole.parameters:,} parameters", highlight=False)
 
 
-@app.command(add_help_option=False, context_settings=_PASSED_ON)
-def doctor(context: typer.Context) -> None:
-    """Show this machine and what is wrong with it."""
-    _on_device("doctor", context)
-
-
-@app.command(add_help_option=False, context_settings=_PASSED_ON)
-def verify(context: typer.Context) -> None:
-    """Run every recorded case of a BUNDLE here and compare."""
-    _on_device("verify", context)
-
-
-@app.command(add_help_option=False, context_settings=_PASSED_ON)
-def predict(context: typer.Context) -> None:
-    """Classify an INPUT (.npy, .npz or image) with a BUNDLE."""
-    _on_device("predict", context)
-
-
-@app.command(add_help_option=False, context_settings=_PASSED_ON)
-def bench(context: typer.Context) -> None:
-    """Measure the latency of a BUNDLE here."""
-    _on_device("bench", context)
-
-
 @app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
@@ -175,11 +151,19 @@ def schema(debug: Debug = False) -> None:
         typer.echo(schema_text(), nl=False)
 
 
-def _on_device(command: str, context: typer.Context) -> None:
-    """Hands over to the runtime's own command line: one definition of its options, here and on the device."""
+def _add_device_commands() -> None:
+    """Offers the commands of the runtime's own command line: their options are defined once, there."""
     # by name, because a plain import would make the checker of this package follow the runtime's command line
     device = importlib.import_module("edgewright.edge_runtime.cli")
-    raise typer.Exit(device.main([command, *context.args]))
+
+    def command(context: typer.Context) -> None:
+        raise typer.Exit(device.main([context.info_name or "", *context.args], program="edgewright"))
+
+    for name, what in device.COMMANDS.items():
+        app.command(name, help=what, add_help_option=False, context_settings=_PASSED_ON)(command)
+
+
+_add_device_commands()
 
 
 @contextlib.contextmanager

@@ -120,8 +120,14 @@ def test_bad_options(bundle: Path, options, message: str) -> None:
 
 def test_pickled_inputs_are_refused(bundle: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "o.npy", np.array([{}], dtype=object))
-    with pytest.raises(InputError, match="not a readable"):
+    with pytest.raises(InputError, match="pickled Python objects"):
         bench(bundle, inputs=tmp_path / "o.npy")
+
+
+def test_inputs_that_have_no_answer_are_not_measured(bundle: Path, rows: np.ndarray) -> None:
+    rows[2, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match="input 'x', row 2: nan"):
+        bench(bundle, inputs=rows)
 
 
 def test_an_error_in_the_child_is_the_same_error_here(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

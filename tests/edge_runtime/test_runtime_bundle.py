@@ -257,6 +257,45 @@ def test_a_manifest_of_another_form_is_refused(bundle: Path, change, message: st
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["labels"].pop(), r"labels has 3 names and the output 'scores' is 4 wide \(shape \[1, 4\]\)"),
+        (lambda data: data["labels"].append("elk"), "labels has 5 names"),
+        (lambda data: data["inputs"][0].update(dtype="flaot32"), "input 'x' has the dtype 'flaot32'"),
+        (lambda data: data["inputs"][0].update(shape=[1, 0]), r"'x' has the shape \[1, 0\]"),
+        (lambda data: data.update(inputs=[]), "inputs is empty"),
+        (lambda data: data["outputs"].append(data["outputs"][0]), "outputs names 'label' twice"),
+        (lambda data: data["outputs"].pop(), "exit policy and no output 'exit_index'"),
+        (lambda data: data["exits"].pop(0), r"numbered \[1, 2\]"),
+        (lambda data: data["exits"].pop(), "has 2 thresholds for 1 early exits"),
+        (lambda data: data.update(exits=data["exits"][:1]), "an exit policy and 1 exits"),
+        (
+            lambda data: data["operating_points"][1].update(thresholds=[0.5, 3]),
+            r"'deep': the threshold of exit 1 \(body1\), 3 lies outside the range",
+        ),
+        (lambda data: data["preprocessing"].update(kind="sound"), "kind 'sound'"),
+        (lambda data: data["preprocessing"].update(size=[0, 6]), "images of"),
+        (lambda data: data["preprocessing"].update(mean=[0.5]), "mean has 1 values for 3"),
+        (lambda data: data["preprocessing"].update(std=[1, 0, 1]), "standard deviation of 0"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(bundle: Path, change, message: str) -> None:
+    _seal(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        open_bundle(bundle)
+    with pytest.raises(BundleError, match=message):
+        write_manifest(bundle, Manifest.from_json((bundle / "manifest.json").read_text()))
+
+
+def test_labels_are_held_to_the_width_of_logits_too(flat_bundle: Path) -> None:
+    _seal(flat_bundle, lambda data: data["labels"].pop())
+    with pytest.raises(BundleError, match="labels has 3 names and the output 'logits' is 4 wide"):
+        open_bundle(flat_bundle)
+    _seal(flat_bundle, lambda data: data.update(labels=[]))
+    open_bundle(flat_bundle)
+
+
 def test_manifest_json_round_trip(make_manifest) -> None:
     manifest = make_manifest()
     assert Manifest.from_json(manifest.to_json()) == manifest

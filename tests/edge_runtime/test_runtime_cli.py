@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -57,7 +58,7 @@ def test_predict(bundle: Path, tmp_path: Path, rows: np.ndarray, capsys: pytest.
     json_path = tmp_path / "p.json"
     assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), "--json", str(json_path)]) == 0
     first = capsys.readouterr().out
-    assert re.match(r"row 0: (ant|bee|cat|dog)  score 0\.\d{4}  exit [012]\n", first)
+    assert re.match(r"row 0: (ant|bee|cat|dog)  score 0\.\d{4}  exit [012] \((body[01]|final)\)\n", first)
     assert cli.main(["predict", str(bundle), str(tmp_path / "x.npz")]) == 0
     assert capsys.readouterr().out == first
     data = json.loads(json_path.read_text())
@@ -68,13 +69,101 @@ def test_predict(bundle: Path, tmp_path: Path, rows: np.ndarray, capsys: pytest.
     assert capsys.readouterr().out.count("exit 2") == 3
 
 
-def test_predict_writes_nan_as_null(flat_bundle: Path, tmp_path: Path, rows: np.ndarray) -> None:
-    rows[0] = np.nan
+def test_predict_reports_the_rows_that_it_refuses(bundle: Path, tmp_path: Path, rows: np.ndarray, capsys) -> None:
+    rows[1, 0, 0, 0] = np.nan
     np.save(tmp_path / "x.npy", rows)
     json_path = tmp_path / "p.json"
-    assert cli.main(["predict", str(flat_bundle), str(tmp_path / "x.npy"), "--json", str(json_path)]) == 0
-    scores = json.loads(json_path.read_text())["scores"]
-    assert scores[0][0] is None and scores[1][0] is not None
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy"), "--json", str(json_path)]) == 2
+    caught = capsys.readouterr()
+    lines = caught.out.splitlines()
+    assert lines[1] == "row 1: refused: input 'x', row 1: nan at [0, 0, 0]"
+    assert "score" in lines[0] and "score" in lines[2]
+    assert f"{tmp_path / 'x.npy'}: 1 of 3 rows were refused" in caught.err
+    data = json.loads(json_path.read_text())
+    assert data["scores"][1] == [None] * 4 and data["scores"][0][0] is not None
+    assert data["label"][1] == -1 and data["score_kinds"][1] == "none" and list(data["refused"]) == ["1"]
+    np.save(tmp_path / "one.npy", rows[1])
+    assert cli.main(["predict", str(bundle), str(tmp_path / "one.npy")]) == 2
+    caught = capsys.readouterr()
+    assert caught.out == "" and "error: input 'x', row 0: nan at [0, 0, 0]" in caught.err
+
+
+def test_an_exit_by_exclusion_prints_no_probability(bundle: Path, tmp_path: Path, rows, capsys) -> None:
+    from edgewright.edge_runtime import Prediction
+
+    scores = np.array([[0, 1, 0, 0], [0.25, 0.75, 0, 0], [0.1, 0.2, 0.3, 0.4]], np.float32)
+    labels, exits = ("ant", "b\x1b[2Jee", "cat", "dog"), ("body0", "final")
+    prediction = Prediction(np.array([1, 1, 3]), scores, np.array([0, 1, 1]), labels, exits, True)
+    assert cli._prediction_lines(prediction) == [
+        "row 0: b\\x1b[2Jee  decided by exclusion of every other class, no probability  exit 0 (body0)",
+        "row 1: b\\x1b[2Jee  score 0.7500 among the 2 classes not excluded  exit 1 (final)",
+        "row 2: dog  score 0.4000  exit 1 (final)",
+    ]
+    data = cli._prediction_dict(prediction)
+    assert data["score_kinds"] == ["exclusion", "probability_of_remaining", "probability"]
+    assert data["exit_names"] == ["body0", "final", "final"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"1 2 3\n", "is neither a .npy nor a .npz file: save the input with numpy.save"),
+        ("x.npy", b"1 2 3\n", "is neither a .npy nor a .npz file"),
+        ("x.npz", b"", "x.npz is empty: save"),
+        ("x.npy", b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'", "is not a complete .npy file"),
+        ("x.bin", b"PK\x03\x04 and nothing more", "is not a readable .npz"),
+    ],
+)
+def test_an_input_of_another_format_is_named(
+    bundle: Path, tmp_path: Path, capsys, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert cli.main(["predict", str(bundle), str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert name in error and message in error and "pickle" not in error
+
+
+def test_an_input_of_python_objects_or_under_another_name(bundle: Path, tmp_path: Path, rows, capsys) -> None:
+    np.save(tmp_path / "x.npy", np.array([{}]), allow_pickle=True)
+    assert cli.main(["predict", str(bundle), str(tmp_path / "x.npy")]) == 2
+    assert "holds pickled Python objects, which are never read" in capsys.readouterr().err
+    np.savez(tmp_path / "x.npz", x=rows)
+    (tmp_path / "x.npz").rename(tmp_path / "X.NPZ")
+    assert cli.main(["predict", str(bundle), str(tmp_path / "X.NPZ")]) == 0
+    assert cli.main(["predict", str(bundle), str(tmp_path)]) == 2
+    assert "no input at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--samples-file"])
+def test_results_are_not_written_into_the_bundle_and_not_lost(bundle: Path, tmp_path: Path, capsys, option) -> None:
+    before = sorted(bundle.iterdir())
+    for path, message in ((bundle / "r", "lies in the bundle"), (tmp_path / "no" / "r", "there is no folder")):
+        assert cli.main(["bench", str(bundle), option, str(path)]) == 2
+        caught = capsys.readouterr()
+        assert message in caught.err and caught.out == ""  # before anything was measured
+    assert sorted(bundle.iterdir()) == before
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(bundle: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((2000, 3, 6, 6), np.float32))
+    command = f"{sys.executable} -m edgewright.edge_runtime predict {bundle} {tmp_path / 'x.npy'} | head -n 1"
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, env=environment)
+    assert done.stdout.startswith("row 0: ") and done.stderr == ""
+
+
+def test_a_label_that_the_terminal_cannot_show(bundle: Path, tmp_path: Path) -> None:
+    from edgewright.edge_runtime import open_bundle
+
+    with open_bundle(bundle) as opened:
+        manifest = opened.manifest
+    write_manifest(bundle, dataclasses.replace(manifest, labels=("größe",) * 4))
+    np.save(tmp_path / "x.npy", np.ones((1, 3, 6, 6), np.float32))
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "edgewright.edge_runtime", "predict", bundle, tmp_path / "x.npy"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("row 0: gr\\xf6\\xdfe  score")
 
 
 def test_predict_an_image(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from edgewright.edge_runtime import (
     BundleError,
     EdgewrightError,
     InputError,
+    Prediction,
     ProviderError,
     ProviderFallbackWarning,
     load,
@@ -75,12 +76,105 @@ def test_logits_become_probabilities(flat_bundle: Path, rows: np.ndarray) -> Non
     assert prediction.exit_index.tolist() == [0, 0, 0] and prediction.scores.dtype == np.float32
 
 
-def test_nan_is_passed_on_and_shows(bundle: Path, flat_bundle: Path, rows: np.ndarray) -> None:
+def test_run_passes_nan_on_and_it_shows(bundle: Path, flat_bundle: Path, rows: np.ndarray) -> None:
     rows[1, 0, 0, 0] = np.nan
     for path in (bundle, flat_bundle):
         with load(path) as runner:
-            scores = runner.predict(rows).scores
-        assert np.isnan(scores[1]).any() and np.isfinite(scores[[0, 2]]).all()
+            scores = runner.run_rows({"x": rows})
+        name = "scores" if "scores" in scores else "logits"
+        assert np.isnan(scores[name][1]).any() and np.isfinite(scores[name][[0, 2]]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("which", ["bundle", "flat_bundle"])
+def test_predict_refuses_one_row_that_is_not_finite(request, rows: np.ndarray, which: str, value: float) -> None:
+    with load(request.getfixturevalue(which)) as runner:
+        runner.predict(rows[:1])  # the second call of a form takes the short way
+        for given in (rows[:1], rows[0], {"x": rows[:1]}):
+            rows[0, 2, 1, 4] = value
+            with pytest.raises(InputError, match=rf"input 'x', row 0: {value} at \[2, 1, 4\]: nothing can be said"):
+                runner.predict(given)
+        rows[0, 2, 1, 4] = 1.0
+        assert runner.predict(rows[:1]).refused == {}
+
+
+@pytest.mark.parametrize("which", ["bundle", "flat_bundle"])
+def test_predict_marks_the_unusable_rows_of_a_batch(request, rows: np.ndarray, which: str) -> None:
+    with load(request.getfixturevalue(which)) as runner:
+        want = runner.predict(rows)
+        spoilt = rows.copy()
+        spoilt[1, 0, 0, 0], spoilt[1, 2, 2, 2] = np.nan, np.inf
+        got = runner.predict(spoilt)
+        assert np.isnan(spoilt[1]).any()  # the caller's array is not touched
+        assert got.refused == {1: "input 'x', row 1: nan at [0, 0, 0] and 1 more"}
+        assert got.label[1] == got.exit_index[1] == -1 and np.isnan(got.scores[1]).all()
+        assert got.label_names[1] == "refused" and got.score_kinds[1] == "none"
+        for name in ("label", "scores", "exit_index"):
+            assert np.array_equal(getattr(got, name)[[0, 2]], getattr(want, name)[[0, 2]])
+        spoilt[:] = np.nan
+        with pytest.raises(InputError, match="row 0: nan"):
+            runner.predict(spoilt)
+
+
+def test_a_batch_of_two_inputs_of_which_one_is_not_finite(tmp_path: Path) -> None:
+    path = _two_input_model(tmp_path / "two.onnx", output="logits")
+    a, b = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
+    b[0, 2] = np.nan
+    prediction = session_on(path).predict({"a": a, "b": b})
+    assert prediction.refused == {0: "input 'b', row 0: nan at [2]"} and prediction.label.tolist() == [-1, 0]
+    with pytest.raises(InputError, match="input 'b' holds NaN or infinity, and no row"):
+        session_on(path).predict({"a": a[:1], "b": b})
+
+
+def test_a_network_that_overflows_is_named(flat_bundle: Path, net, rows: np.ndarray) -> None:
+    rows[1] = np.finfo(np.float32).max * np.sign(net.bodies[0][:, 0]).reshape(rows[1].shape)
+    with load(flat_bundle) as runner:
+        prediction = runner.predict(rows)
+        assert list(prediction.refused) == [1] and "overflows" in prediction.refused[1]
+        assert prediction.label[1] == -1 and (prediction.label[[0, 2]] >= 0).all()
+        with pytest.raises(EdgewrightError, match="not finite for a finite input"):
+            runner.predict(rows[1])
+
+
+def test_a_closed_runner_says_so(bundle: Path, rows: np.ndarray) -> None:
+    runner = load(bundle)
+    runner.close()
+    with pytest.raises(EdgewrightError, match="is closed: load it again"):
+        runner.predict(rows)
+
+
+def test_the_short_way_of_known_forms_gives_the_same_and_checks_the_rest(bundle: Path, rows: np.ndarray) -> None:
+    with load(bundle) as runner:
+        for given in (rows[:1], rows[0], rows):
+            first, second = runner.predict(given), runner.predict(given.copy())
+            assert np.array_equal(first.scores, second.scores) and first.scores.shape == second.scores.shape
+        with pytest.raises(InputError, match="got float64"):
+            runner.predict(rows[:1].astype(np.float64))
+        with pytest.raises(InputError, match=r"got float32 \[1, 3, 6, 5\]"):
+            runner.predict(rows[:1, :, :, :5])
+        # a list, a subclass and another order of bytes or of memory never take it
+        assert np.array_equal(runner.predict(np.asfortranarray(rows[:1])).scores, runner.predict(rows[:1]).scores)
+        with pytest.raises(InputError, match="got >f4"):
+            runner.predict(rows[:1].astype(">f4"))
+        runner.run({"x": rows[:1]})
+        with pytest.raises(InputError, match="unknown input 'y'"):
+            runner.run({"x": rows[:1], "y": rows[:1]})
+        with pytest.raises(InputError, match="input 'x' is missing"):
+            runner.run({})
+
+
+def test_what_a_score_is(bundle: Path) -> None:
+    scores = np.array([[0, 1, 0], [0.2, 0.8, 0], [0.2, 0.3, 0.5], [0, 1, 0], [np.nan] * 3], np.float32)
+    label, exits = np.array([1, 1, 2, 1, -1]), np.array([0, 1, 1, 1, -1])
+    prediction = Prediction(label, scores, exits, (), ("early", "final"), True, {4: "NaN"})
+    assert prediction.score_kinds == [
+        "exclusion",
+        "probability_of_remaining",
+        "probability",
+        "probability_of_remaining",
+        "none",
+    ]
+    assert prediction._replace(excludes=False).score_kinds == ["probability"] * 4 + ["none"]
 
 
 def test_a_batch_in_a_single_row_model_is_looped(bundle: Path, rows: np.ndarray) -> None:
@@ -120,10 +214,10 @@ def test_an_empty_batch_is_refused(bundle: Path, flat_bundle: Path) -> None:
         runner.predict(empty)
 
 
-def _two_input_model(path: Path) -> Path:
-    nodes = [helper.make_node("Add", ["a", "b"], ["sum"], name="add")]
+def _two_input_model(path: Path, output: str = "sum") -> Path:
+    nodes = [helper.make_node("Add", ["a", "b"], [output], name="add")]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", "time"]) for n in "ab"]
-    outputs = [helper.make_tensor_value_info("sum", TensorProto.FLOAT, ["batch", "time"])]
+    outputs = [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", "time"])]
     graph = helper.make_graph(nodes, "two", inputs, outputs)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     return path
@@ -182,6 +276,11 @@ def test_an_operating_point_by_name(bundle: Path, rows: np.ndarray) -> None:
         ({"thresholds": [0.5]}, r"has 2 thresholds, got 1"),
         ({"thresholds": [0.5, float("nan")]}, "must be finite"),
         ({"thresholds": [0.5, 1e300]}, "finite in float32"),
+        (
+            {"thresholds": [0.5, 2.5]},
+            r"threshold of exit 1 \(body1\), 2.5 lies outside the range of max_probability, 2 \(never leaves\) to 0",
+        ),
+        ({"thresholds": [-0.1, 1]}, r"exit 0 \(body0\), -0.1 lies outside"),
         ({"operating_point": "depe"}, "did you mean 'deep'"),
         ({"operating_point": "deep", "thresholds": [1, 1]}, "not both"),
         ({"threads": 0}, "positive number"),

@@ -31,6 +31,7 @@ def test_a_network_with_exits(network, policy, task, tmp_path):
     assert (report.exits_covered, report.exits_total) == (3, 3)
     assert set(report.optimization_levels) == {"disabled", "basic", "extended", "all"}
     assert verify(tmp_path / "bundle").passed
+    assert result.manifest.policy.excludes == (policy == "class_exclusion")
     want = model(*task.splits["test"].batch(range(24)).inputs)
     np.testing.assert_array_equal(result.exit_index, want.exit_index)
     macs = [e.macs for e in result.manifest.exits]

@@ -169,9 +169,9 @@ def test_device_commands_are_the_runtimes_own(
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and "--json FILE" in out
     given: list[list[str]] = []
-    monkeypatch.setattr(device, "main", lambda arguments: given.append(list(arguments)) or 5)
+    monkeypatch.setattr(device, "main", lambda arguments, program: given.append([program, *arguments]) or 5)
     code, _, _ = call(capsys, command, "a bundle", "--threads", "2", "--provider=cuda", "-x")
-    assert code == 5 and given == [[command, "a bundle", "--threads", "2", "--provider=cuda", "-x"]]
+    assert code == 5 and given == [["edgewright", command, "a bundle", "--threads", "2", "--provider=cuda", "-x"]]
 
 
 def test_shipped_recipes_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

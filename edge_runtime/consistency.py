@@ -1,0 +1,106 @@
+"""What a manifest must satisfy beyond the types of its fields, so that nothing later fails in the dark."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from .errors import BundleError
+from .feeds import KNOWN_DTYPES
+from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, Manifest, PolicySpec
+
+
+def check_consistency(manifest: Manifest) -> None:
+    """Holds the fields of a manifest against each other.
+
+    Raises:
+        BundleError: two of them contradict each other, or one has a value that means nothing; both are named.
+    """
+    _check_tensors(manifest)
+    _check_labels(manifest)
+    _check_exits(manifest)
+    _check_preprocessing(manifest)
+
+
+def threshold_out_of_range(policy: PolicySpec, value: float) -> str | None:
+    """Why `value` is no threshold of this policy; None if it is one.
+
+    Compared in float32, as the graph does: the ends of the range may not be float32 numbers themselves.
+    """
+    with np.errstate(over="ignore"):
+        low, high = sorted((np.float32(policy.never), np.float32(policy.always)))
+        if low <= np.float32(value) <= high:
+            return None
+    never, always = f"{policy.never:g} (never leaves)", f"{policy.always:g} (always leaves)"
+    return f"{value:g} lies outside the range of {policy.name}, {never} to {always}"
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    for kind, specs in (("inputs", manifest.inputs), ("outputs", manifest.outputs)):
+        if not specs:
+            raise _contradiction(f"{kind} is empty")
+        twice = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+        if twice:
+            raise _contradiction(f"{kind} names {twice[0]!r} twice")
+        for spec in specs:
+            if any(isinstance(size, int) and size < 1 for size in spec.shape):
+                raise _contradiction(f"{kind}: {spec.name!r} has the shape {list(spec.shape)}")
+    for spec in manifest.inputs:
+        if spec.dtype not in KNOWN_DTYPES:
+            known = ", ".join(sorted(KNOWN_DTYPES))
+            raise _contradiction(f"input {spec.name!r} has the dtype {spec.dtype!r}, and numpy can give {known}")
+
+
+def _check_labels(manifest: Manifest) -> None:
+    for spec in manifest.outputs:
+        if spec.name not in (LOGITS, SCORES) or not manifest.labels or not spec.shape:
+            continue
+        width = spec.shape[-1]
+        if isinstance(width, int) and width != len(manifest.labels):
+            raise _contradiction(
+                f"labels has {len(manifest.labels)} names and the output {spec.name!r} is {width} wide "
+                f"(shape {list(spec.shape)}), so names and classes cannot be matched"
+            )
+
+
+def _check_exits(manifest: Manifest) -> None:
+    indices = [exit_.index for exit_ in manifest.exits]
+    if indices != list(range(len(indices))):
+        raise _contradiction(f"exits are numbered {indices}, not from 0 on")
+    policy = manifest.policy
+    if policy is None:
+        return
+    missing = {LABEL, SCORES, EXIT_INDEX} - {spec.name for spec in manifest.outputs}
+    if missing:
+        raise _contradiction(f"there is an exit policy and no output {sorted(missing)[0]!r}")
+    early = len(indices) - 1
+    if early < 1:
+        raise _contradiction(f"there is an exit policy and {len(indices)} exits")
+    for point in manifest.operating_points:
+        if len(point.thresholds) != early:
+            raise _contradiction(
+                f"the operating point {point.name!r} has {len(point.thresholds)} thresholds for {early} early exits"
+            )
+        for exit_, value in zip(manifest.exits, point.thresholds, strict=False):
+            if reason := threshold_out_of_range(policy, value):
+                raise _contradiction(
+                    f"the operating point {point.name!r}: the threshold of exit {exit_.index} ({exit_.name}), {reason}"
+                )
+
+
+def _check_preprocessing(manifest: Manifest) -> None:
+    given = manifest.preprocessing
+    if given.kind not in ("none", "image"):
+        raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are 'none' and 'image'")
+    if given.channels < 1 or (given.size is not None and min(given.size) < 1):
+        raise _contradiction(f"preprocessing makes images of {given.size} pixels and {given.channels} channels")
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        if values and len(values) != given.channels:
+            raise _contradiction(f"preprocessing.{name} has {len(values)} values for {given.channels} channels")
+    if 0 in given.std:
+        raise _contradiction("preprocessing divides by a standard deviation of 0")
+
+
+def _contradiction(what: str) -> BundleError:
+    return BundleError(f"the manifest contradicts itself: {what}; the bundle is damaged: export it again")
