@@ -11,27 +11,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint, read_checkpoint
     from .context import FolderContext
+    from .image_classification import ImageClassification
+    from .metric import Metric, Score
     from .recipe import Recipe, load_recipe, parse_recipe
     from .runner import RunResult, run
+    from .splits import DatasetSplit, TensorSplit
     from .stage import Context, Edit, Stage, StageConfig, StageResult
-    from .task import Batch, DatasetSplit, ImageClassification, Split, Task, TensorSplit
+    from .task import Batch, Split, Task
     from .training import TrainingConfig
 
 _WHERE = {
     "Batch": "task",
     "Context": "stage",
-    "DatasetSplit": "task",
+    "DatasetSplit": "splits",
     "Edit": "stage",
     "FolderContext": "context",
-    "ImageClassification": "task",
+    "ImageClassification": "image_classification",
+    "Metric": "metric",
     "Recipe": "recipe",
     "RunResult": "runner",
+    "Score": "metric",
     "Split": "task",
     "Stage": "stage",
     "StageConfig": "stage",
     "StageResult": "stage",
     "Task": "task",
-    "TensorSplit": "task",
+    "TensorSplit": "splits",
     "TrainingConfig": "training",
     "load_checkpoint": "checkpoint",
     "load_recipe": "recipe",
@@ -47,8 +52,10 @@ __all__ = [
     "Edit",
     "FolderContext",
     "ImageClassification",
+    "Metric",
     "Recipe",
     "RunResult",
+    "Score",
     "Split",
     "Stage",
     "StageConfig",

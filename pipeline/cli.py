@@ -278,8 +278,8 @@ def _steps_table(result: RunResult) -> Table:
 def _cells(row: StepRow, reference: bool) -> tuple[str, ...]:
     return (
         row.step + (" *" if reference else ""),
-        f"{row.accuracy:.2%}",
-        f"{row.worst_class_accuracy:.2%}",
+        _share(row.accuracy),
+        _share(row.worst_class_accuracy),
         _short_count(row.macs),
         _short_count(row.parameters),
         f"{row.unique_weight_bytes / 1000:,.1f}",
@@ -287,6 +287,10 @@ def _cells(row: StepRow, reference: bool) -> tuple[str, ...]:
         "-" if row.p50_ms is None else f"{row.p50_ms:.3f}",
         "-" if row.p90_ms is None else f"{row.p90_ms:.3f}",
     )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def _short_count(value: float) -> str:

@@ -34,7 +34,7 @@ class FolderContext:
     """A `Context` whose state lies in a folder; what `pipeline.run` uses, and good for tests and notebooks.
 
     Args:
-        folder: where state and scratch files go; made when needed.
+        folder: where state goes; made when needed.
         seed: of every generator.
         device: where to compute.
         progress: default `Quiet`.
@@ -47,13 +47,6 @@ class FolderContext:
         self.seed = seed
         self.device = torch.device(device)
         self.progress: Progress = progress or Quiet()
-
-    @property
-    def scratch(self) -> Path:
-        """A folder for temporary files."""
-        path = self._folder / "scratch"
-        path.mkdir(parents=True, exist_ok=True)
-        return path
 
     def generator(self, *name: str | int) -> torch.Generator:
         """A CPU generator whose seed depends on `seed` and `name` only."""

@@ -275,6 +275,12 @@ def check_order(recipe: Recipe) -> None:
                 f"stages.{position}: {entry.name!r} needs {missing[0]!r} before it; "
                 + (f"move {missing[0]!r} up" if any(e.name == missing[0] for e in recipe.stages) else "add it")
             )
+        late = next((i for i, e in enumerate(recipe.stages[position:], position) if e.name in stage.after), None)
+        if late is not None:
+            name = recipe.stages[late].name
+            raise StageOrderError(
+                f"stages.{late}: {name!r} cannot come after {entry.name!r} (stages.{position}): {stage.after[name]}"
+            )
         for other in before:
             if other in stage.forbids:
                 raise StageOrderError(

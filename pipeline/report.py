@@ -85,13 +85,18 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
 
 def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] | None) -> dict[str, Json]:
     return {
-        "accuracy_change": final.accuracy - reference.accuracy,
-        "worst_class_accuracy_change": final.worst_class_accuracy - reference.worst_class_accuracy,
+        "quality_change": final.quality - reference.quality,
+        "accuracy_change": _change(reference.accuracy, final.accuracy),
+        "worst_class_accuracy_change": _change(reference.worst_class_accuracy, final.worst_class_accuracy),
         "macs_reduction": reference.macs / final.macs if final.macs else None,
         "bytes_reduction": reference.unique_weight_bytes / final.unique_weight_bytes if final.parameters else None,
         "parameters_reduction": reference.parameters / final.parameters if final.parameters else None,
         "latency_ratio": comparison,
     }
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
 
 
 def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None) -> dict[str, Json]:
@@ -129,7 +134,7 @@ def render_html(report: Mapping[str, Json]) -> str:
         final=final,
         plots=_plots(report),
         pct=lambda v: "–" if v is None else f"{100 * v:.2f} %",
-        points=lambda v: f"{100 * v:+.2f} points",
+        points=lambda v: "–" if v is None else f"{100 * v:+.2f} points",
         ratio=lambda v: "–" if v is None else f"{v:.2f}",
         ms=lambda v: "–" if v is None else f"{v:.3g}",
         si=_si,

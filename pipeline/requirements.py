@@ -21,8 +21,10 @@ def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None
     """
     summary = report["summary"]
     missed: list[str] = []
-    if wanted.max_accuracy_drop is not None and -summary["accuracy_change"] > wanted.max_accuracy_drop:
-        missed.append(f"test accuracy fell by {-summary['accuracy_change']:.4f}, allowed {wanted.max_accuracy_drop:g}")
+    change = summary["accuracy_change"]
+    if wanted.max_accuracy_drop is not None and (change is None or -change > wanted.max_accuracy_drop):
+        fell = "the task has no accuracy" if change is None else f"test accuracy fell by {-change:.4f}"
+        missed.append(f"{fell}, allowed {wanted.max_accuracy_drop:g}")
     for name, least in (("macs_reduction", wanted.macs_reduction), ("bytes_reduction", wanted.bytes_reduction)):
         if least is not None and (summary[name] is None or summary[name] < least):
             reached = "not defined" if summary[name] is None else f"{summary[name]:.3f}"

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
@@ -120,11 +119,6 @@ class Context(Protocol):
         """Where to report progress."""
         ...
 
-    @property
-    def scratch(self) -> Path:
-        """A folder for temporary files of this stage, removed when it is done."""
-        ...
-
     def generator(self, *name: str | int) -> torch.Generator:
         """A CPU generator whose seed depends on `seed` and `name` only, e.g. ``generator("shuffle", epoch)``."""
         ...
@@ -151,6 +145,8 @@ class Stage(Generic[C]):
         fit: see the module's text.
         rebuild: see the module's text.
         requires: stages that must have come before.
+        after: stages that, where the recipe has them too, must all have come before; with the reason shown to
+            the user. The later stage of two says it: whoever adds a stage need not touch the others.
         forbids: stages that must not have come before, with the reason shown to the user.
         splits: the data splits `fit` may read; `test` is never among them.
         splits_for: which of them a configuration needs, all if None; checked before any compute.
@@ -164,6 +160,7 @@ class Stage(Generic[C]):
     fit: Callable[[nn.Module, Task, C, Context], StageResult]
     rebuild: Callable[[nn.Module, Edit], nn.Module]
     requires: frozenset[str] = frozenset()
+    after: Mapping[str, str] = field(default_factory=dict)
     forbids: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SplitName, ...] = ()
     splits_for: Callable[[C], tuple[SplitName, ...]] | None = None

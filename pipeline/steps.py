@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.models.layers.multi_exit import ExitOutput, MultiExit
 
 from . import cost
+from .evaluation import answers, evaluate
+from .metric import Answer
 from .stage import Json
-from .task import Split, Task, batches, score, split_of
+from .task import Split, Task, split_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,10 @@ class StepRow:
     Attributes:
         step: the id, unique in a run.
         stage: the stage, ``"base"`` for the model before all stages.
-        accuracy: on the test split, exits taken as the policy decides.
+        metric: name of the task's metric.
+        quality: the metric on the test split, exits taken as the policy decides.
+        validation_quality: None without a validation split.
+        accuracy: on the test split; None for a task whose rows are not right or wrong, as all that follows.
         worst_class_accuracy: on the test split, the lowest accuracy of a class that has samples.
         per_class: accuracy of every class on the test split, None without samples.
         validation_accuracy: None without a validation split.
@@ -45,8 +50,11 @@ class StepRow:
 
     step: str
     stage: str
-    accuracy: float
-    worst_class_accuracy: float
+    metric: str
+    quality: float
+    validation_quality: float | None
+    accuracy: float | None
+    worst_class_accuracy: float | None
     per_class: tuple[float | None, ...]
     validation_accuracy: float | None
     validation_worst_class_accuracy: float | None
@@ -72,9 +80,12 @@ def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any
         device: where to compute.
     """
     test = split_of(task, "test", needed_by="the report")
-    labels, exits = _answers(model, test, device)
-    quality = score(labels, test.targets, len(task.labels))
+    exits: list[Tensor] = []
+    quality = task.metric.score(_noting_exits(answers(model, test, device), exits))
     fields: dict[str, Any] = {
+        "metric": task.metric.name,
+        "quality": quality.value,
+        "validation_quality": None,
         "accuracy": quality.accuracy,
         "worst_class_accuracy": quality.worst_class_accuracy,
         "per_class": quality.per_class,
@@ -82,11 +93,11 @@ def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any
         "validation_worst_class_accuracy": None,
     }
     if "validation" in task.splits:
-        validation = task.splits["validation"]
-        chosen = score(_answers(model, validation, device)[0], validation.targets, len(task.labels))
+        chosen = evaluate(model, task, "validation", device)
+        fields["validation_quality"] = chosen.value
         fields["validation_accuracy"] = chosen.accuracy
         fields["validation_worst_class_accuracy"] = chosen.worst_class_accuracy
-    return fields | _cost(model.to("cpu").eval(), test, exits)
+    return fields | _cost(model.to("cpu").eval(), test, torch.cat(exits) if exits else None)
 
 
 def _cost(model: nn.Module, test: Split, exits: Tensor | None) -> dict[str, Any]:
@@ -103,17 +114,9 @@ def _cost(model: nn.Module, test: Split, exits: Tensor | None) -> dict[str, Any]
     }
 
 
-@torch.no_grad()
-def _answers(model: nn.Module, split: Split, device: torch.device, size: int = 256) -> tuple[Tensor, Tensor | None]:
-    """Class indices int64 [len], and for a network with exits the exit of every row int64 [len]."""
-    model = model.to(device).eval()
-    labels, exits = [], []
-    for batch in batches(split, size):
-        output = model(*batch.to(device).inputs)
-        if isinstance(model, MultiExit):
-            labels.append(output.label.cpu())
-            exits.append(output.exit_index.cpu())
-        else:
-            labels.append(output.argmax(dim=1).cpu())
-    model.to("cpu")
-    return torch.cat(labels), torch.cat(exits) if exits else None
+def _noting_exits(given: Iterable[Answer], exits: list[Tensor]) -> Iterator[Answer]:
+    """Passes `given` on; appends the exit of every row to `exits`, where there are exits."""
+    for answer in given:
+        if isinstance(answer.output, ExitOutput):
+            exits.append(answer.output.exit_index)
+        yield answer

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from edgewright.pipeline.task import ImageClassification, SplitName
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.task import SplitName
 
 CLASSES = 4
 

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear, SharedBasis
 
 from ..errors import CheckpointError, StageError
+from ..evaluation import evaluate
 from ..graph import KINDS, Layer, Skipped, discover, replace_module
+from ..metric import within
 from ..stage import Context, Edit, Json, Stage, StageConfig, StageResult, State
-from ..task import Batch, Split, SplitName, Task, evaluate, split_of
+from ..task import Batch, Split, SplitName, Task, split_of
 from ..training import TrainingConfig, train_model
 from .basis_solver import Budget, Solved, decision_report, group_report, passes, solve, summary
 from .factorization import Metric, Refit, balanced, identity_metric, kept_share, metric_of
@@ -119,7 +121,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     if config.max_drop is not None:
         split_of(task, "validation", needed_by="max_drop of basis_sharing")
         original = copy.deepcopy(model)
-        before = evaluate(model, task, "validation", context.device).accuracy
+        before = evaluate(model, task, "validation", context.device).value
     saved = context.load("factorized")
     if saved is None:
         outcome = _factorize(model, task, config, context)
@@ -134,13 +136,13 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     artifacts = {k: v for k, v in outcome.tensors.items() if k.endswith(".spectrum")}
     groups = outcome.data["groups"]
     if config.max_drop is not None and original is not None:
-        after = evaluate(model, task, "validation", context.device).accuracy
-        metrics |= {"accuracy_before": before, "accuracy_after": after}
-        if before - after > config.max_drop + 1e-9:
+        after = evaluate(model, task, "validation", context.device).value
+        metrics |= {"quality_before": before, "quality_after": after}
+        if not within(task.metric, before, after, config.max_drop):
             model, groups = original, []
             metrics["rolled_back"] = True
             notes = [
-                f"rolled back: validation accuracy fell from {before:.4f} to {after:.4f}, more than "
+                f"rolled back: validation {task.metric.name} fell from {before:.4f} to {after:.4f}, more than "
                 f"max_drop {config.max_drop}; the model is unchanged: lower ratio, or allow (more) finetune epochs"
             ]
     edit = Edit("basis_sharing", {"groups": groups})
@@ -383,9 +385,8 @@ STAGE = Stage(
     config=BasisSharingConfig,
     fit=fit,
     rebuild=rebuild,
-    forbids={
-        "early_exit": "exits are trained, and their thresholds found, on the weights they run with; put "
-        "basis_sharing before early_exit"
+    after={
+        "class_aware_pruning": "a factorized layer has no filters to remove: put `class_aware_pruning` before it",
     },
     splits=("calibration", "train", "validation"),
     splits_for=_splits,

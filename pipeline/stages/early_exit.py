@@ -21,8 +21,9 @@ from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from .. import cost
 from ..errors import RecipeError, StageError
 from ..exit_analysis import analyse_logits
+from ..metric import Answer, Score, within
 from ..stage import Context, Edit, Json, Stage, StageResult
-from ..task import Split, Task, batches, check_classes, score, split_of
+from ..task import Split, Task, batches, check_classes, split_of
 from .exit_placement import choose_places, exit_macs
 from .exit_search import ExitSearchConfig, OperatingPointResult, search_thresholds
 from .exit_training import ExitTrainingConfig, train_heads, train_jointly
@@ -99,7 +100,7 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     tried, seconds = sum(len(point.trials) for point in points), time.perf_counter() - began
     context.progress.say(f"thresholds: {tried} settings tried in {seconds:.1f} s, {tried / seconds:.0f} a second")
     network.thresholds.copy_(torch.tensor(points[0].thresholds, dtype=torch.float32))
-    metrics = _metrics(network, logits, validation.targets, points, macs, before, given_accuracy, log)
+    metrics = _metrics(network, task, logits, validation.targets, points, macs, before, given_accuracy, log)
     notes += _summary(network, points[0], metrics, before, config)
     data = {
         "policy": config.policy,
@@ -184,9 +185,9 @@ def _initialise(model: MultiExit, generator: torch.Generator) -> None:
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
-def _plain_accuracy(model: MultiExit, split: Split, device: torch.device) -> float:
-    last = collect_logits(model, split, device)[-1]
-    return score(last.argmax(dim=1), split.targets, model.classes).accuracy
+def _end(task: Task, logits: Sequence[Tensor], targets: Tensor) -> Score:
+    """Quality of the network's own end, all exits closed."""
+    return task.metric.score([Answer(logits[-1], targets)])
 
 
 def _train(
@@ -194,7 +195,7 @@ def _train(
 ) -> tuple[dict[str, Json], float, tuple[str, ...]]:
     """Trains as configured; returns the log, the accuracy of the network as it was given, and notes."""
     validation = split_of(task, "validation", needed_by="early_exit")
-    given = _plain_accuracy(model, validation, context.device)
+    given = _end(task, collect_logits(model, validation, context.device), validation.targets).value
     log: dict[str, Json] = {}
     if config.freeze_backbone or config.head_epochs:
         log["heads"] = train_heads(model, task, config, context, augment=config.freeze_backbone)
@@ -208,7 +209,7 @@ def _train(
             raise
         damage: str | None = str(error)
     else:
-        damage = _damage(model, validation, given, config, context)
+        damage = _damage(model, task, given, config, context)
     if damage is None or not config.head_epochs:
         return log, given, ()
     model.load_state_dict(kept)
@@ -223,17 +224,18 @@ def _train(
     )
 
 
-def _damage(model: MultiExit, validation: Split, given: float, config: EarlyExitConfig, context: Context) -> str | None:
+def _damage(model: MultiExit, task: Task, given: float, config: EarlyExitConfig, context: Context) -> str | None:
     """What joint training has broken, or None."""
+    validation = split_of(task, "validation", needed_by="early_exit")
     logits = collect_logits(model, validation, context.device)
     if not all(torch.isfinite(x).all() for x in logits):
         return "joint training left logits that are not finite"
-    after = score(logits[-1].argmax(dim=1), validation.targets, model.classes).accuracy
-    if config.max_backbone_drop is None or after >= given - config.max_backbone_drop:
+    after = _end(task, logits, validation.targets).value
+    if config.max_backbone_drop is None or within(task.metric, given, after, config.max_backbone_drop):
         return None
     return (
-        f"joint training took the network's own validation accuracy from {given:.4f} to {after:.4f}, more than "
-        "max_backbone_drop allows"
+        f"joint training took the network's own validation {task.metric.name} from {given:.4f} to {after:.4f}, "
+        "more than max_backbone_drop allows"
     )
 
 
@@ -243,6 +245,7 @@ def _spec_json(spec: HeadSpec, dims: int) -> dict[str, Json]:
 
 def _metrics(
     model: MultiExit,
+    task: Task,
     logits: Sequence[Tensor],
     targets: Tensor,
     points: Sequence[OperatingPointResult],
@@ -251,7 +254,7 @@ def _metrics(
     given_accuracy: float,
     log: dict[str, Json],
 ) -> dict[str, Json]:
-    plain = score(logits[-1].argmax(dim=1), targets, model.classes)
+    plain = _end(task, logits, targets)
     return {
         "operating_points": [point.to_json() for point in points],
         "min_share_met": {point.name: point.min_share_met for point in points},
@@ -301,6 +304,13 @@ STAGE = Stage(
     config=EarlyExitConfig,
     fit=fit,
     rebuild=rebuild,
+    after={
+        "train": "a network with exits answers decisions, not logits to train on; early_exit trains the network and "
+        "its heads itself, so put `train` before it",
+        "class_aware_pruning": "heads read channels that pruning removes: put `class_aware_pruning` before it",
+        "basis_sharing": "exits are trained, and their thresholds found, on the weights they run with; put "
+        "basis_sharing before early_exit",
+    },
     forbids={"early_exit": "the network has exits already; give all places to one early_exit stage"},
     splits=("train", "validation"),
     per_class=True,

@@ -14,8 +14,10 @@ from edgewright.models.layers.exit_policies import ClassExclusion
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
+from ..image_classification import ImageClassification
+from ..splits import TensorSplit
 from ..stage import Context, Json, StageConfig
-from ..task import Batch, ImageClassification, Split, Task, TensorSplit, batches, split_of
+from ..task import Batch, Split, Task, batches, split_of
 from ..training import TrainingConfig, train_model
 
 _CACHE_BYTES = 1 << 30  # of pooled features of the train split

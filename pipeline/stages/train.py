@@ -65,10 +65,5 @@ STAGE = Stage(
     config=TrainConfig,
     fit=fit,
     rebuild=rebuild,
-    forbids={
-        "early_exit": "a network with exits answers decisions, not logits to train on; early_exit trains the "
-        "network "
-        "and its heads itself, so put `train` before it"
-    },
     splits=("train",),
 )

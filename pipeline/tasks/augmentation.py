@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..task import Augmentation
+from ..image_classification import Augmentation
 
 
 def random_affine(rotation: float = 10.0, shift: float = 0.08, scale: float = 0.1) -> Augmentation:

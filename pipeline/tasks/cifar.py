@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from edgewright.edge_runtime.manifest import Preprocessing
 
 from ..errors import DataError
+from ..image_classification import ImageClassification
 from ..sources import sha256_of
 from ..splitting import stratified_split
-from ..task import ImageClassification, SplitName
+from ..task import SplitName
 from .augmentation import flip_and_crop
 from .raw_images import RawImages, image_digests
 

@@ -13,8 +13,10 @@ from edgewright.edge_runtime.manifest import Preprocessing
 from edgewright.edge_runtime.preprocess import preprocess_image
 
 from ..errors import DataError
+from ..image_classification import ImageClassification
+from ..splits import TensorSplit
 from ..splitting import stratified_split
-from ..task import ImageClassification, SplitName, TensorSplit
+from ..task import SplitName
 from .augmentation import random_affine
 
 

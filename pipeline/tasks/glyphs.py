@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.manifest import Preprocessing
 
 from ..errors import DataError
-from ..task import SPLITS, ImageClassification, SplitName
+from ..image_classification import ImageClassification
+from ..task import SPLITS, SplitName
 from .augmentation import random_affine
 from .fonts import Font, deal, draw, find_fonts
 from .raw_images import RawImages, moments

@@ -18,8 +18,9 @@ from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.models.python_source import did_you_mean
 
 from ..errors import DataError
+from ..image_classification import ImageClassification
 from ..splitting import stratified_split
-from ..task import SPLITS, Batch, ImageClassification, SplitName
+from ..task import SPLITS, Batch, SplitName
 from .augmentation import flip_and_crop
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
@@ -43,6 +44,7 @@ def image_folder(
     seed: int = 0,
     flip: bool = False,
     crop_padding: int = 0,
+    metric: str = "accuracy",
     workers: int = 4,
     memory_mb: int = 512,
 ) -> ImageClassification:
@@ -67,6 +69,7 @@ def image_folder(
         seed: of the split.
         flip: mirror half of the training images.
         crop_padding: move training images by up to so many pixels.
+        metric: what tolerances are measured in: ``accuracy`` or ``balanced_accuracy``.
         workers: threads that read files.
         memory_mb: keep the inputs of a split in memory if they take no more than this.
 
@@ -100,6 +103,7 @@ def image_folder(
         names,
         preprocessing=preprocessing,
         augment=flip_and_crop(flip, crop_padding) if flip or crop_padding else None,
+        metric=metric,
         name=folder.name or "image_folder",
     )
 

@@ -26,7 +26,18 @@ from ..sources import module_digests
 from ..task import SPLITS, Task
 
 _PACKAGE = __name__.rpartition(".")[0]
-_TASK = ("name", "labels", "input_names", "dynamic_axes", "preprocessing", "splits", "loss", "augment")
+_TASK = (
+    "name",
+    "labels",
+    "input_names",
+    "dynamic_axes",
+    "preprocessing",
+    "provenance",
+    "splits",
+    "loss",
+    "metric",
+    "augment",
+)
 _SPLIT = ("targets", "sample_digests", "batch", "__len__")
 
 
@@ -130,5 +141,5 @@ def _check_task(task: Any, name: str) -> None:
         if absent:
             raise DataError(
                 f"{name}: the split {key!r} is a {type(split).__name__} without {absent[0]!r}; wrap it in "
-                "TensorSplit or DatasetSplit of edgewright.pipeline.task"
+                "TensorSplit or DatasetSplit of edgewright.pipeline.splits"
             )

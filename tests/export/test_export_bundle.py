@@ -16,7 +16,7 @@ from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.manifest import OperatingPoint
 from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity
 from edgewright.pipeline.cost import count
-from edgewright.pipeline.task import evaluate
+from edgewright.pipeline.evaluation import evaluate
 
 
 @pytest.mark.parametrize("network", NETWORKS)

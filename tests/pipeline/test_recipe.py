@@ -64,6 +64,9 @@ FAKES = {
     "not_after_nested": Stage(
         "not_after_nested", NestedConfig, _never, _same, forbids={"nested": "the basis would break"}
     ),
+    "wants_to_be_last": Stage(
+        "wants_to_be_last", NestedConfig, _never, _same, after={"nested": "it reads what nested leaves"}
+    ),
 }
 
 
@@ -170,6 +173,12 @@ def test_illegal_orders_are_refused_with_the_reason() -> None:
         parse({**SMALL, "stages": ["needs_nested"]})
     with pytest.raises(StageOrderError, match="move 'nested' up"):
         parse({**SMALL, "stages": ["needs_nested", "nested"]})
+    with pytest.raises(
+        StageOrderError,
+        match=r"stages\.1: 'nested' cannot come after 'wants_to_be_last' \(stages\.0\): it reads what nested leaves",
+    ):
+        parse({**SMALL, "stages": ["wants_to_be_last", "nested"]})
+    assert len(parse({**SMALL, "stages": ["nested", "wants_to_be_last"]}).stages) == 2
     assert len(parse({**SMALL, "stages": ["not_after_nested", "nested", "needs_nested"]}).stages) == 3
 
 

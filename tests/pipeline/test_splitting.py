@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgewright.pipeline.errors import DataError
+from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.splitting import stratified_split
-from edgewright.pipeline.task import ImageClassification, data_digests
+from edgewright.pipeline.task import data_digests
 
 
 @settings(deadline=None, max_examples=60)

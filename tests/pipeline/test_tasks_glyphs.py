@@ -13,7 +13,8 @@ import torch
 
 from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.pipeline.errors import DataError
-from edgewright.pipeline.task import ImageClassification, batches, check_classes, data_digests
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.task import batches, check_classes, data_digests
 from edgewright.pipeline.tasks.fonts import Font, UnusableFontError, check_font, deal, draw, find_fonts
 from edgewright.pipeline.tasks.glyphs import CHARACTERS, glyphs
 from edgewright.pipeline.tasks.raw_images import RawImages, moments

@@ -16,7 +16,7 @@ from edgewright.pipeline.tasks import registry as under_test
 
 USER = """
 import torch
-from edgewright.pipeline.task import ImageClassification
+from edgewright.pipeline.image_classification import ImageClassification
 from where import FOLDER
 
 def mine(rows: int = 8, path: str = "", data_path: str = "", url_path: str = "http://x/y"):
@@ -66,7 +66,18 @@ def test_what_cannot_be_made_says_why(root: Path, name: str, args: dict[str, Any
 
 
 def copy_of(task: Any, **changes: Any) -> SimpleNamespace:
-    names = ("name", "labels", "input_names", "dynamic_axes", "preprocessing", "splits", "loss", "augment")
+    names = (
+        "name",
+        "labels",
+        "input_names",
+        "dynamic_axes",
+        "preprocessing",
+        "provenance",
+        "splits",
+        "loss",
+        "metric",
+        "augment",
+    )
     return SimpleNamespace(**{**{name: getattr(task, name) for name in names}, **changes})
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
+from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stages.early_exit import EarlyExitConfig
 from edgewright.pipeline.stages.early_exit import fit as add_exits
 from edgewright.pipeline.stages.train import TrainConfig, fit
-from edgewright.pipeline.task import ImageClassification, evaluate
 from edgewright.pipeline.training import TrainingConfig, train_model
 
 

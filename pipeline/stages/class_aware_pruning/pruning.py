@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from ...cost import Cost, count
 from ...errors import StageError
+from ...evaluation import evaluate
+from ...metric import Score, within
 from ...stage import Context, Edit, Json, Stage, StageResult, State
-from ...task import Score, SplitName, Task, check_classes, evaluate, split_of
+from ...task import SplitName, Task, check_classes, split_of
 from ...training import TrainingConfig, train_model
 from . import surgery
 from .config import ClassAwarePruningConfig
@@ -187,12 +189,12 @@ def _iterate(work: _Work, progress: _Progress) -> None:
     _train(work, candidate, work.config.retrain, f"retrain-{number}")
     quality = evaluate(candidate, work.task, "validation", work.context.device)
     candidate.to("cpu")
-    good = quality.accuracy >= work.baseline.accuracy - work.config.max_drop
+    good = within(work.task.metric, work.baseline.value, quality.value, work.config.max_drop)
     after = channels.narrowed(kept_now)
     progress.log.append(_row(work, number, candidate, quality, selection, after, kept_now, channels, good))
     last = progress.log[-1]
     work.context.progress.say(
-        f"iteration {number}: validation accuracy {quality.accuracy:.4f}, MACs {last['macs']:,}"
+        f"iteration {number}: validation {work.task.metric.name} {quality.value:.4f}, MACs {last['macs']:,}"
         + ("" if good else " (undone: below the floor)")
     )
     if not good:
@@ -296,11 +298,12 @@ def _finetune(work: _Work, progress: _Progress) -> Score:
     train_model(progress.model, work.task, work.config.finetune, work.context, "finetune")
     after = evaluate(progress.model, work.task, "validation", work.context.device)
     progress.model.to("cpu")
-    if after.accuracy >= before.accuracy:
+    if work.task.metric.drop(before.value, after.value) <= 0.0:
         return after
     progress.model.load_state_dict(weights)
     progress.notes.append(
-        f"fine-tuning lowered validation accuracy from {before.accuracy:.4f} to {after.accuracy:.4f} and was undone: "
+        f"fine-tuning took validation {work.task.metric.name} from {before.value:.4f} to {after.value:.4f} and was "
+        "undone: "
         "lower finetune.learning_rate"
     )
     return before
@@ -351,10 +354,6 @@ STAGE = Stage(
     config=ClassAwarePruningConfig,
     fit=fit,
     rebuild=rebuild,
-    forbids={
-        "basis_sharing": "a factorized layer has no filters to remove: put `class_aware_pruning` before it",
-        "early_exit": "heads read channels that pruning removes: put `class_aware_pruning` before it",
-    },
     splits=("train", "calibration", "validation"),
     splits_for=_splits,
     per_class=True,

@@ -16,9 +16,12 @@ from torch import nn
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.cost import count
 from edgewright.pipeline.errors import DataError, StageError
+from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.splits import TensorSplit
 from edgewright.pipeline.stage import Edit, State
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, STAGE, ClassAwarePruningConfig, fit, rebuild
-from edgewright.pipeline.task import Batch, ImageClassification, Task, TensorSplit, evaluate
+from edgewright.pipeline.task import Batch, Task
 from edgewright.pipeline.training import TrainingConfig, train_model
 
 SHORT = {"epochs": 1, "batch_size": 32, "learning_rate": 0.02}

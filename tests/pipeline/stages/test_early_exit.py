@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import DataError, RecipeError, StageError
+from edgewright.pipeline.evaluation import evaluate
 from edgewright.pipeline.exit_analysis import analyse_logits
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.splits import TensorSplit
 from edgewright.pipeline.stage import Edit, StageResult
 from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, check, collect_logits, fit
 from edgewright.pipeline.stages.early_exit import rebuild as rebuild_stage
 from edgewright.pipeline.stages.exit_search import ExitSearchConfig, search_thresholds
 from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, exit_loss, exit_weights, train_heads
-from edgewright.pipeline.task import Batch, ImageClassification, TensorSplit, evaluate
+from edgewright.pipeline.task import Batch
 from edgewright.pipeline.training import TrainingConfig, train_model
 
 SHORT = {"epochs": 3, "batch_size": 32, "learning_rate": 0.005}
