@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ from edgewright.edge_runtime.manifest import (
     Tolerances,
 )
 from edgewright.edge_runtime.session import session_on
+from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
 
 from .capture import capture, logits_name
@@ -238,16 +237,6 @@ def _check_ledger(ledger: Ledger, options: ExportOptions) -> None:
         )
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _VERSIONS:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def _excludes(model: MultiExit) -> bool:
     """Whether the policy rules classes out, which is what it remembers from exit to exit."""
     logits = torch.zeros(1, model.classes)
@@ -308,6 +297,6 @@ def _manifest(
         edits=tuple(edits),
         opset=int(final.graph.opset_imports[""]),
         ir_version=final.ir_version,
-        versions=_versions(),
+        versions=versions(_VERSIONS),
         notes=notes,
     )

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 
 from .atomic import plain, pretty_json, write_text
-from .cache import Key, library_versions
+from .cache import Key
 from .sources import module_digests, sha256_of
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "safetensors")
@@ -22,8 +23,9 @@ def bundle_key(checkpoint: Key, options: ExportOptions, name: str) -> Key:
         "name": name,
         "checkpoint": checkpoint.digest,
         "options": options.model_dump(),
-        "sources": module_digests("edgewright.export"),
-        "versions": library_versions(_LIBRARIES),
+        # the whole device side: it is packed into the bundle
+        "sources": module_digests("edgewright.export", "edgewright.edge_runtime"),
+        "versions": versions(_LIBRARIES),
     }
     return Key(plain(parts))
 

@@ -13,7 +13,6 @@ folder ``NN-<stage>-<first 12 characters of the key>`` that appears by one renam
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgewright.edge_runtime.golden import read_npz, write_npz
+from edgewright.edge_runtime.versions import versions
 
 from .atomic import canonical_json, new_folder, plain, pretty_json, remove_leftovers
 from .checkpoint import BaseSpec, write_checkpoint
@@ -60,24 +60,11 @@ class Key:
 
 def environment(device: torch.device) -> dict[str, Json]:
     """What results depend on beside code, configuration and data."""
-    from platform import python_version
-
     return {
-        "versions": {"python": python_version(), **library_versions(_LIBRARIES)},
+        "versions": versions(_LIBRARIES),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
-
-
-def library_versions(names: Sequence[str]) -> dict[str, str]:
-    """Installed version of each distribution, or ``absent``."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def base_key(

@@ -11,9 +11,7 @@ Its bytes depend on nothing but its content: no times, no paths of this machine.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.versions import versions
 from edgewright.models import registry
 
 from .atomic import new_folder, plain, pretty_json
@@ -34,6 +33,8 @@ from .stage import Edit, Json
 from .stages import stage_named
 
 SCHEMA_VERSION = 1
+LIBRARIES = ("edgewright", "torch", "torchvision", "numpy", "safetensors")
+"""What the values in a checkpoint depend on."""
 CHECKPOINT_FILE = "checkpoint.json"
 WEIGHTS_FILE = "weights.safetensors"
 EDITS_FILE = "edits.safetensors"
@@ -68,17 +69,6 @@ class Checkpoint:
     aliases: Mapping[str, str]
     versions: Mapping[str, str]
     metrics: Mapping[str, Json]
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("edgewright", "torch", "torchvision", "numpy", "safetensors"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def save_checkpoint(
@@ -128,7 +118,7 @@ def write_checkpoint(
             "sources": _base_sources(base, root),
             "edits": written,
             "aliases": aliases,
-            "versions": versions(),
+            "versions": versions(LIBRARIES),
             "metrics": plain(metrics, finite=True),
             "files": {path.name: sha256_of(path) for path in sorted(folder.glob("*.safetensors"))},
         }

@@ -18,6 +18,7 @@ from .checkpoint import BaseSpec
 from .determinism import seeded
 from .errors import ModelError, OutputError, ProviderError
 from .recipe import Recipe, check_order
+from .reproducibility import check_reproducible
 from .sources import file_digests, sha256_of
 from .stage import Json
 from .stages import stage_named
@@ -147,20 +148,26 @@ def build_base(inputs: Inputs) -> nn.Module:
     """The model before all stages, see `build_named`, tried on the task's samples.
 
     Raises:
-        ModelError: see `build_named` and `check_model`.
+        ModelError: see `build_named`, `check_model` and `check_reproducible`.
     """
     model = build_named(inputs.recipe)
     check_model(model, inputs.task, inputs.base.name)
+    other = build_named(inputs.recipe, inputs.recipe.seed + 1)
+    check_reproducible(model, other, first_rows(inputs.task), inputs.base.name)
     return model
 
 
-def build_named(recipe: Recipe) -> nn.Module:
+def build_named(recipe: Recipe, seed: int | None = None) -> nn.Module:
     """The recipe's model, with the user's weights if there are any, on the CPU in eval mode.
+
+    Args:
+        recipe: names it.
+        seed: of the initial weights, default the recipe's.
 
     Raises:
         ModelError: it cannot be built, or the weights do not fit.
     """
-    with seeded(recipe.seed):
+    with seeded(recipe.seed if seed is None else seed):
         try:
             model = registry.build(recipe.model.name, dict(recipe.model.args), recipe.folder)
             if recipe.model.weights is not None:
@@ -179,6 +186,12 @@ def example_inputs(recipe: Recipe, shape: tuple[int, ...] | None) -> tuple[Tenso
     return split_of(task, "test", needed_by="this command").batch([0]).inputs
 
 
+def first_rows(task: Task) -> tuple[Tensor, ...]:
+    """Inputs of the first two test rows, or of the only one."""
+    split = split_of(task, "test", needed_by="the report")
+    return split.batch(list(range(min(2, len(split))))).inputs
+
+
 @torch.no_grad()
 def check_model(model: nn.Module, task: Task, name: str) -> None:
     """Runs two test rows through `model`.
@@ -193,8 +206,7 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
             f"example "
             "in the function that builds it"
         )
-    split = split_of(task, "test", needed_by="the report")
-    inputs = split.batch(list(range(min(2, len(split))))).inputs
+    inputs = first_rows(task)
     shapes = ", ".join(str(list(x.shape)) for x in inputs)
     try:
         output = model(*inputs)

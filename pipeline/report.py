@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgewright.edge_runtime.manifest import MANIFEST_FILE, Manifest
+from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
 
 from .atomic import plain, pretty_json, write_text
-from .checkpoint import load_checkpoint, versions
+from .checkpoint import LIBRARIES, load_checkpoint
 from .exit_analysis import ExitAnalysis, analyse_exits
 from .stage import Json
 from .steps import StepRow
@@ -78,7 +79,7 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
         "ledger": {k: v for k, v in dataclasses.asdict(manifest.ledger).items() if k != "rows"},
         "notes": [f"{row.step}: {note}" for row in result.steps for note in row.notes]
         + [f"export: {note}" for note in manifest.notes],
-        "environment": versions(),
+        "environment": versions(LIBRARIES),
         "bundle": result.bundle.relative_to(result.out).as_posix(),
     }
 

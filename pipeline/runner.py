@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from edgewright.edge_runtime.manifest import MANIFEST_FILE, Manifest, OperatingPoint
+from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 
 from . import bundles
 from .atomic import pretty_json, remove_leftovers, write_text
 from .cache import BASE, Cache, Entry, Key, stage_key
-from .checkpoint import RUN_FILE, load_checkpoint, read_checkpoint, versions
+from .checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkpoint
 from .context import FolderContext, Quiet
 from .control import CONTROL, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
@@ -262,7 +263,7 @@ class _Run:
             "started": self.started,
             "changed": _now(),
             "seconds": self.seconds,
-            "versions": versions(),
+            "versions": versions(LIBRARIES),
             "threads": torch.get_num_threads(),
         }
         write_text(self.out / RUN_FILE, pretty_json(data))
