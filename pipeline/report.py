@@ -19,7 +19,7 @@ from .checkpoint import LIBRARIES, load_checkpoint
 from .exit_analysis import ExitAnalysis, analyse_exits
 from .stage import Json
 from .steps import StepRow
-from .task import Task, provenance_of, split_of
+from .task import Task, split_of
 
 if TYPE_CHECKING:
     from .runner import RunResult
@@ -66,7 +66,7 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
             "name": task.name,
             "labels": list(task.labels),
             "test_rows": len(task.splits["test"]),
-            "provenance": dict(provenance_of(task)),
+            "provenance": dict(task.provenance),
         },
         "reference": result.reference,
         "final": final.step,

@@ -26,7 +26,7 @@ from ..sources import module_digests
 from ..task import SPLITS, Task
 
 _PACKAGE = __name__.rpartition(".")[0]
-_TASK = (
+TASK_ATTRIBUTES = (
     "name",
     "labels",
     "input_names",
@@ -119,10 +119,10 @@ def _placed(key: str, value: Any, root: Path) -> Any:
 
 def _check_task(task: Any, name: str) -> None:
     """Holds what a user's function returned against the `Task` protocol."""
-    missing = [attribute for attribute in _TASK if not hasattr(task, attribute)]
+    missing = [attribute for attribute in TASK_ATTRIBUTES if not hasattr(task, attribute)]
     if missing:
         raise DataError(
-            f"{name} returned a {type(task).__name__} without {missing[0]!r}; a task has {', '.join(_TASK)}: "
+            f"{name} returned a {type(task).__name__} without {missing[0]!r}; a task has {', '.join(TASK_ATTRIBUTES)}: "
             "return an ImageClassification, or see edgewright.pipeline.task.Task"
         )
     if not task.labels:

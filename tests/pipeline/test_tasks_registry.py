@@ -66,19 +66,7 @@ def test_what_cannot_be_made_says_why(root: Path, name: str, args: dict[str, Any
 
 
 def copy_of(task: Any, **changes: Any) -> SimpleNamespace:
-    names = (
-        "name",
-        "labels",
-        "input_names",
-        "dynamic_axes",
-        "preprocessing",
-        "provenance",
-        "splits",
-        "loss",
-        "metric",
-        "augment",
-    )
-    return SimpleNamespace(**{**{name: getattr(task, name) for name in names}, **changes})
+    return SimpleNamespace(**{**{name: getattr(task, name) for name in under_test.TASK_ATTRIBUTES}, **changes})
 
 
 @pytest.mark.parametrize(
