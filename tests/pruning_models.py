@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torchvision.models as tv
 from tiny import CLASSES, tiny_residual, tiny_transformer
 from torch import Tensor, nn
+from torchvision.models.googlenet import BasicConv2d, Inception
+from torchvision.models.inception import InceptionA, InceptionB, InceptionE
 
 
 class Patchwork(nn.Module):
@@ -83,8 +86,66 @@ class TwoInputs(nn.Module):
         return logits
 
 
+def _basic() -> nn.Module:
+    return tv.resnet.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
+
+
+def _resnext() -> nn.Module:
+    return tv.resnet.ResNet(tv.resnet.Bottleneck, [1, 2, 1, 1], CLASSES, groups=4, width_per_group=8)
+
+
+def _efficientnet() -> nn.Module:
+    config = tv.efficientnet.MBConvConfig
+    blocks = [config(1, 3, 1, 16, 12, 1, 1, 1), config(4, 3, 2, 12, 20, 2, 1, 1), config(4, 5, 2, 20, 24, 1, 1, 1)]
+    return tv.EfficientNet(blocks, 0.1, num_classes=CLASSES, last_channel=48)
+
+
+def _regnet() -> nn.Module:
+    params = tv.regnet.BlockParams.from_init_params(4, 16, 16.0, 2.0, 8, se_ratio=0.25)
+    return tv.RegNet(params, CLASSES, stem_width=8)
+
+
+def _convnext() -> nn.Module:
+    config = tv.convnext.CNBlockConfig
+    return tv.ConvNeXt([config(16, 24, 2), config(24, None, 1)], 0.0, 0.1, num_classes=CLASSES)
+
+
+def _inception() -> nn.Module:
+    """The blocks of GoogLeNet and of Inception v3, one of each kind."""
+    parts = [BasicConv2d(3, 12, kernel_size=3, stride=2), Inception(12, 4, 4, 8, 2, 4, 4)]
+    parts += [InceptionA(20, 6), InceptionB(230), InceptionE(710)]
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, CLASSES))
+
+
+def _vit() -> nn.Module:
+    return tv.VisionTransformer(32, 8, 2, 4, 32, 128, num_classes=CLASSES)
+
+
+def _swin() -> nn.Module:
+    return tv.SwinTransformer([4, 4], 16, [2, 2], [2, 4], [4, 4], num_classes=CLASSES)
+
+
+FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "resnet": _basic,
+    "resnext": _resnext,
+    "mobilenet_v2": lambda: tv.mobilenet_v2(num_classes=CLASSES, width_mult=0.25),
+    "mobilenet_v3": lambda: tv.mobilenet_v3_small(num_classes=CLASSES, width_mult=0.35),
+    "efficientnet": _efficientnet,
+    "mnasnet": lambda: tv.MNASNet(0.25, CLASSES),
+    "densenet": lambda: tv.DenseNet(8, (2, 2), 16, 2, num_classes=CLASSES),
+    "regnet": _regnet,
+    "convnext": _convnext,
+    "squeezenet": lambda: tv.SqueezeNet("1_1", CLASSES),
+    "inception": _inception,
+    "shufflenet": lambda: tv.ShuffleNetV2([1, 2, 1], [8, 16, 32, 48, 64], CLASSES),
+    "vit": _vit,
+    "swin": _swin,
+}
+"""Small networks made of torchvision's own blocks; all take [N, 3, 32, 32]."""
+
+
 def lively(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
-    """A model whose normalisations are not the identity, eval mode."""
+    """A model whose normalisations are not the identity and whose heads and scales are not next to nothing."""
     torch.manual_seed(seed)
     model = build()
     for module in model.modules():
@@ -94,6 +155,11 @@ def lively(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_uniform_(module.weight, 1.0)
+    for value in model.parameters():
+        if value.abs().max() < 1e-3:
+            nn.init.uniform_(value, -0.5, 0.5)
     return model.eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -45,6 +46,23 @@ def failures(
             else:
                 wrong[name] = reason
     return wrong
+
+
+@torch.no_grad()
+def probe(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy in which nothing is so small that a wrong cut would go unnoticed.
+
+    Heads that start at zero and layer scales of 1e-6 hide what lies before them; a cut is right or wrong whatever the
+    values are.
+    """
+    lively = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for value in lively.parameters():
+        if value.is_floating_point() and value.numel() and float(value.abs().max()) < 1e-3:
+            fan_in = max(1, value[0].numel()) if value.dim() > 1 else 1
+            noise = torch.randn(value.shape, generator=generator) / fan_in**0.5
+            value.copy_(noise.to(value))
+    return lively
 
 
 @torch.no_grad()

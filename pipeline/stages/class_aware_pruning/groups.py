@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .axes import Side, block, channel_dim, is_convolution, is_depthwise, is_following, is_mixing, sliced_tensors, width
-from .equivalence import failures
+from .equivalence import failures, probe
 from .surgery import Keep
 from .tracing import Axis, Call, Flow, hooked, plain_eval, trace
 
@@ -143,7 +143,7 @@ def find_channels(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: 
             group = ChannelGroup(group.name, group.producers, group.members, True)
         groups.append(group)
     channels = Channels(tuple(groups), refused, flow.widths, flow.calls)
-    wrong = failures(model, inputs, channels.keep, {g.name: _odd_half(g, i) for i, g in enumerate(groups)})
+    wrong = failures(probe(model), inputs, channels.keep, {g.name: _odd_half(g, i) for i, g in enumerate(groups)})
     for group in groups:
         if group.name in wrong:
             refused.update(dict.fromkeys(group.producers, wrong[group.name]))
