@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import zipfile
 from importlib import resources
-from pathlib import Path
+
+from .replacing import replaced
 
 _NAME = "edge_runtime"
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
@@ -26,20 +27,18 @@ def write_runtime_archive(path: str | os.PathLike[str]) -> None:
     Args:
         path: file to write; replaced if it exists.
     """
-    path = Path(path)
     sources = {
         f"{_NAME}/{entry.name}": entry.read_bytes()
         for entry in resources.files(__package__ or _NAME).iterdir()
         if entry.name.endswith(".py")
     }
     sources["__main__.py"] = _MAIN.encode()
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as stream:
-        stream.write(b"#!/usr/bin/env python3\n")
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-            for name, data in sorted(sources.items()):
-                info = zipfile.ZipInfo(name, _FIXED_DATE)
-                info.external_attr = 0o644 << 16
-                archive.writestr(info, data)
-    temporary.chmod(0o755)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        with temporary.open("wb") as stream:
+            stream.write(b"#!/usr/bin/env python3\n")
+            with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+                for name, data in sorted(sources.items()):
+                    info = zipfile.ZipInfo(name, _FIXED_DATE)
+                    info.external_attr = 0o644 << 16
+                    archive.writestr(info, data)
+        temporary.chmod(0o755)

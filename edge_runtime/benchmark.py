@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections import Counter
@@ -81,6 +82,8 @@ def bench(
         if not 0 < percentile < 100:
             raise InputError(f"a percentile lies between 0 and 100, not {percentile}")
         min_samples = max(min_samples, statistics.samples_needed(percentile))
+    if not min_seconds < math.inf or min_samples < 1:
+        raise InputError(f"min_seconds is finite and min_samples positive, not {min_seconds} and {min_samples}")
     if samples_file is not None and not Path(samples_file).resolve().parent.is_dir():
         raise InputError(f"cannot write the samples to {samples_file}: there is no such folder")
     settings: dict[str, Any] = {

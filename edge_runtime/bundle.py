@@ -22,7 +22,7 @@ from typing import IO
 
 from .consistency import check_consistency
 from .errors import BundleError, InputError
-from .golden import read_golden
+from .golden import read_golden, require_plain
 from .manifest import (
     GOLDEN_FILE,
     MANIFEST_FILE,
@@ -32,10 +32,12 @@ from .manifest import (
     GoldenCase,
     Manifest,
 )
+from .replacing import replaced
 
 MANIFEST_LIMIT_BYTES = 64 << 20
 _CHUNK = 1 << 20
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
 _OWN_FILES = frozenset({MANIFEST_FILE, MANIFEST_HASH_FILE})
 
 
@@ -158,9 +160,11 @@ def pack_zip(folder: str | os.PathLike[str], zip_path: str | os.PathLike[str]) -
     Raises:
         BundleError: the folder is no intact bundle.
     """
-    zip_path = Path(zip_path)
-    temporary = zip_path.with_name(zip_path.name + ".part")
-    with open_bundle(folder) as bundle, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        open_bundle(folder) as bundle,
+        replaced(zip_path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+    ):
         for name in sorted(_OWN_FILES) + sorted(bundle.manifest.files):
             source = bundle.path(name)
             info = zipfile.ZipInfo(name, _FIXED_DATE)
@@ -168,10 +172,11 @@ def pack_zip(folder: str | os.PathLike[str], zip_path: str | os.PathLike[str]) -
             info.file_size = source.stat().st_size  # tells zipfile whether the entry needs zip64
             with source.open("rb") as reader, archive.open(info, "w") as writer:
                 shutil.copyfileobj(reader, writer, _CHUNK)
-    temporary.replace(zip_path)
 
 
 def _open_folder(folder: Path) -> Bundle:
+    if not (folder / MANIFEST_FILE).is_file():  # before a walk through what may be somebody's whole disk
+        _require_own([found.relative_to(folder).as_posix() for found in folder.glob(f"*/{MANIFEST_FILE}")], folder)
     names = _listing(folder)
     _require_own(names, folder)
     manifest, sha256 = _checked_manifest(
@@ -191,7 +196,7 @@ def _open_zip(path: Path) -> Bundle:
     try:
         with zipfile.ZipFile(path) as archive:
             return _unpack(archive, path)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is neither a folder nor a readable zip ({error}): copy it again") from None
 
 
@@ -252,7 +257,7 @@ def _next_chunk(reader: IO[bytes], info: zipfile.ZipInfo, source: Path) -> bytes
 def _listing(folder: Path) -> set[str]:
     """Names of all files below `folder`, with forward slashes; links and special files are refused."""
     names: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=False):
+    for root, folders, files in os.walk(folder, followlinks=False, onerror=_reraise):
         for name in folders + files:
             here = Path(root) / name
             relative = here.relative_to(folder).as_posix()
@@ -263,15 +268,32 @@ def _listing(folder: Path) -> set[str]:
                 raise BundleError(f"{folder} holds {relative!r}, which is no plain file")
             if stat.S_ISREG(mode):
                 names.add(relative)
+    _require_distinct(names, folder)
     return names
+
+
+def _reraise(error: OSError) -> None:
+    """A folder that cannot be listed may hold anything; `os.walk` alone would leave it out."""
+    raise error
+
+
+def _require_distinct(names: Iterable[str], source: Path) -> None:
+    """Refuses names that are one file where letters of both cases are the same."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise BundleError(f"{source} holds {other!r} and {name!r}, which are one file on some systems")
 
 
 def _zip_listing(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         _check_name(info.orig_filename.removesuffix("/"), path)
-        if info.flag_bits & 1:
-            raise BundleError(f"{path} holds the encrypted entry {info.filename!r}: pack it without a password")
+        try:
+            require_plain(info, path)
+        except InputError as error:
+            raise BundleError(str(error)) from None
         if stat.S_ISLNK(info.external_attr >> 16):
             raise BundleError(f"{path} holds the symlink {info.filename!r}; a bundle holds plain files only")
         if info.is_dir():
@@ -279,6 +301,7 @@ def _zip_listing(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipI
         if info.filename in entries:
             raise BundleError(f"{path} holds {info.filename!r} twice: it was not written by an export")
         entries[info.filename] = info
+    _require_distinct(entries, path)
     return entries
 
 
@@ -288,6 +311,11 @@ def _check_name(name: str, source: Path) -> None:
     unsafe = not name or pure.is_absolute() or ".." in pure.parts or str(pure) != name
     if unsafe or any(character in name for character in "\\:\0"):
         raise BundleError(f"{source} names {name!r}, which may leave the bundle's folder: do not use this bundle")
+    for part in pure.parts:
+        # Windows opens a device for the first, and another file or none for the others
+        device = part.split(".")[0].rstrip().upper() in _DEVICES
+        if device or part[-1] in ". " or any(c in '*?"<>|' or not c.isprintable() for c in part):
+            raise BundleError(f"{source} names {name!r}, which is no file name on every system: do not use this bundle")
 
 
 def _require_own(names: Iterable[str], source: Path) -> None:

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,13 @@ from numpy.typing import NDArray
 
 from .errors import BundleError, InputError
 from .manifest import GoldenCase
+from .replacing import replaced
 
 GOLDEN_LIMIT_BYTES = 1 << 30
 """Most uncompressed bytes of all arrays of one .npz."""
+
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError)
+"""What numpy's reader of headers raises for headers that are none."""
 
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
 _KEY = re.compile(r"(?P<index>\d{4,})/(?:(?P<group>input|torch|reference)/(?P<name>.+)|(?P<single>thresholds|margin))")
@@ -39,8 +44,7 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) 
     Raises:
         InputError: an array holds Python objects.
     """
-    temporary = Path(os.fspath(path) + ".part")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+    with replaced(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         for key in sorted(arrays):
             value = np.asarray(arrays[key], order="C")
             if value.dtype.hasobject:
@@ -50,7 +54,6 @@ def write_npz(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) 
             info = zipfile.ZipInfo(key + ".npy", _FIXED_DATE)
             info.external_attr = 0o644 << 16
             archive.writestr(info, stream.getvalue())
-    temporary.replace(path)
 
 
 def read_npz(path: str | os.PathLike[str], limit_bytes: int = GOLDEN_LIMIT_BYTES) -> dict[str, NDArray[Any]]:
@@ -70,11 +73,30 @@ def read_npz(path: str | os.PathLike[str], limit_bytes: int = GOLDEN_LIMIT_BYTES
             total = sum(entry.file_size for entry in entries)
             if total > limit_bytes:
                 raise InputError(f"{path.name} unpacks to {total} bytes, more than the {limit_bytes} that are accepted")
-            return {entry.filename.removesuffix(".npy"): _read_entry(archive, entry, path) for entry in entries}
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+            for entry in entries:
+                require_plain(entry, path)
+            arrays = {entry.filename.removesuffix(".npy"): _read_entry(archive, entry, path) for entry in entries}
+            if len(arrays) != len(entries):
+                raise InputError(f"{path.name} holds one array twice: it was not written by numpy or an export")
+            return arrays
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a readable .npz ({error})") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def require_plain(entry: zipfile.ZipInfo, source: Path) -> None:
+    """Refuses a zip entry that is encrypted or packed in another way than numpy and our export pack.
+
+    The other ways (bzip2, LZMA) raise errors of their own and take memory as the entry says.
+
+    Raises:
+        InputError: names the entry.
+    """
+    if entry.flag_bits & 1:
+        raise InputError(f"{source} holds the encrypted entry {entry.filename!r}: pack it without a password")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise InputError(f"{source} packs {entry.filename!r} neither stored nor deflated: pack it again")
 
 
 def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) -> NDArray[Any]:
@@ -88,7 +110,7 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) ->
                 shape, fortran, dtype = np.lib.format.read_array_header_2_0(stream)
             else:
                 raise ValueError(f"version {version} of the .npy format is not supported")
-        except ValueError as error:
+        except _HEADER_ERRORS as error:
             raise InputError(f"{where} is not an array ({error})") from None
         if dtype.hasobject:
             raise InputError(f"{where} holds pickled Python objects, which are never read")
@@ -98,8 +120,10 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path) ->
         data = stream.read(wanted + 1)
     if len(data) != wanted:
         raise InputError(f"{where} is truncated: {len(data)} of {wanted} bytes")
-    array = np.frombuffer(data, dtype=dtype)
-    return array.reshape(shape, order="F" if fortran else "C")
+    try:
+        return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
+    except (ValueError, TypeError) as error:  # a dtype without bytes, more axes than numpy has
+        raise InputError(f"{where} cannot be {dtype} {shape} ({error})") from None
 
 
 def write_golden(path: str | os.PathLike[str], cases: Sequence[GoldenCase]) -> None:
@@ -146,7 +170,7 @@ def read_golden(path: str | os.PathLike[str]) -> list[GoldenCase]:
         raise BundleError(f"{error}: export the bundle again") from None
     for key, value in arrays.items():
         match = _KEY.fullmatch(key)
-        if match is None:
+        if match is None or match["index"] != f"{int(match['index']):04d}":
             raise BundleError(f"{path.name} holds {key!r}, which is no part of a golden case: export it again")
         case = cases.setdefault(int(match["index"]), {"input": {}, "torch": {}, "reference": {}})
         if match["single"]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -265,7 +266,9 @@ class Manifest:
                 wrong type.
         """
         try:
-            data = json.loads(text, parse_constant=_refuse_constant)
+            data = json.loads(
+                text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_doubles
+            )
         except (ValueError, RecursionError) as error:
             raise BundleError(
                 f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again"
@@ -301,6 +304,21 @@ class GoldenCase:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999 is JSON, and would make any tolerance meaningless
+        raise ValueError(f"{text} is no finite number")
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):  # readers differ in which one they take
+        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key {twice!r} stands twice")
+    return data
 
 
 def _typed(kind: Any, value: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,29 @@ def _read(path: Path) -> Any:
             raise ValueError(f"{path} is not a complete safetensors file ({error}): save or copy it again") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a file of tensors only, and Python objects are never unpickled here. "
-            "Where it can be loaded, convert it: "
-            "`safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')` or "
-            f"`torch.save(model.state_dict(), 'weights.pt')`. ({reason})"
-        ) from error
+    except Exception as error:  # RuntimeError, EOFError, UnpicklingError, KeyError, UnicodeDecodeError, ...
+        raise ValueError(f"{path} {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is that `torch.load` does not read; torch's own advice is to unpickle it, which is no advice."""
+    convert = (
+        "Where it can be loaded, convert it: `safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')` "
+        "or `torch.save(model.state_dict(), 'weights.pt')`"
+    )
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    if head[8:] == b"{":
+        return "is a safetensors file by its first bytes: give it the ending .safetensors"
+    if not head.startswith((b"PK", b"\x80")):
+        what = "is empty" if not head else "is no file that torch.save wrote"
+        return f"{what}: save it again with `torch.save(model.state_dict(), 'weights.pt')`"
+    if type(error).__name__ == "UnpicklingError":  # by name, because this package imports no pickle
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f" ({found[1]})" if found else ""
+        return f"holds Python objects{named} and not tensors only, and those are never unpickled here. {convert}"
+    reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+    return f"is damaged or truncated: copy or save it again ({reason})"
 
 
 def _state_dict(data: Any, path: Path) -> dict[str, Tensor]:

@@ -124,6 +124,12 @@ def test_pickled_inputs_are_refused(bundle: Path, tmp_path: Path) -> None:
         bench(bundle, inputs=tmp_path / "o.npy")
 
 
+@pytest.mark.parametrize("options", [{"min_seconds": float("nan")}, {"min_seconds": float("inf")}, {"min_samples": 0}])
+def test_measurements_that_would_never_end_or_begin_are_refused(bundle: Path, options) -> None:
+    with pytest.raises(InputError, match="min_seconds is finite and min_samples positive"):
+        bench(bundle, **options)
+
+
 def test_inputs_that_have_no_answer_are_not_measured(bundle: Path, rows: np.ndarray) -> None:
     rows[2, 0, 0, 0] = np.nan
     with pytest.raises(InputError, match="input 'x', row 2: nan"):

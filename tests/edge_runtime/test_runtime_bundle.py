@@ -24,6 +24,7 @@ from edgewright.edge_runtime import (
 )
 from edgewright.edge_runtime import bundle as bundle_module
 from edgewright.edge_runtime.golden import read_npz, write_npz
+from edgewright.edge_runtime.replacing import replaced
 
 
 def _seal(folder: Path, change) -> None:
@@ -167,6 +168,101 @@ def test_a_manifest_that_leaves_the_folder_is_refused(bundle: Path, name: str) -
         open_bundle(bundle)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["NUL", "aux.txt", "a/COM1.onnx", "con ", "model.onnx.", "model.onnx ", "a./b", "a?b", "x\x1b[2J"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_name_that_is_another_file_elsewhere_is_refused(
+    bundle: Path, tmp_path: Path, name: str, packed: bool
+) -> None:
+    _seal(bundle, lambda data: data["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
+    path = _zip(bundle, tmp_path / "b.zip", lambda archive: archive.writestr(name, "x")) if packed else bundle
+    with pytest.raises(BundleError, match="no file name on every system"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_names_that_differ_in_case_only_are_refused(bundle: Path, tmp_path: Path, packed: bool) -> None:
+    (bundle / "Model.onnx").write_bytes(b"x")
+    path = _zip(bundle, tmp_path / "b.zip") if packed else bundle
+    with pytest.raises(BundleError, match="are one file on some systems"):
+        open_bundle(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_packed_otherwise_are_refused(bundle: Path, tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for file in bundle.iterdir():
+            archive.write(file, file.name, method if file.name == "golden.npz" else zipfile.ZIP_STORED)
+    with pytest.raises(BundleError, match=r"'golden\.npz' neither stored nor deflated"):
+        open_bundle(tmp_path / "b.zip")
+
+
+def test_a_zip_with_a_name_that_is_no_utf8_is_refused(bundle: Path, tmp_path: Path) -> None:
+    path = _zip(bundle, tmp_path / "b.zip", lambda archive: archive.writestr("größe", "x"))
+    path.write_bytes(path.read_bytes().replace("größe".encode(), b"gr\xff\xff\xff\xffe"))
+    with pytest.raises(BundleError, match="readable zip"):
+        open_bundle(path)
+
+
+def test_damage_anywhere_in_a_zip_is_a_bundle_error(bundle: Path, tmp_path: Path) -> None:
+    """Whatever is wrong with the bytes, a stranger sees one of our errors and no temporary folder stays."""
+    path = _zip(bundle, tmp_path / "b.zip")
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    directory = data.index(b"PK\x01\x02")
+    opened = 0
+    for place in [*rng.integers(directory, len(data), 40).tolist(), *rng.integers(0, directory, 20).tolist()]:
+        damaged = bytearray(data)
+        damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            open_bundle(path).close()
+            opened += 1  # dates and the like do not matter
+        except InputError:
+            pass
+    assert opened < 40
+
+
+def test_a_folder_without_a_manifest_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home" / "deep").mkdir(parents=True)
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("walked through a folder that is no bundle"))
+    with pytest.raises(BundleError, match=r"has no manifest\.json: this is no bundle"):
+        open_bundle(tmp_path / "home")
+    (tmp_path / "home" / "deep" / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"it lies in 'deep/manifest\.json', use that folder"):
+        open_bundle(tmp_path / "home")
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bundle / "closed").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BundleError, match=r"cannot read the bundle .*Permission denied"):
+        open_bundle(bundle)
+
+
+def test_a_failed_or_doubled_write_leaves_nothing_behind(bundle: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out" / "b.zip"
+    target.parent.mkdir()
+    pack_zip(bundle, target)
+    before = target.read_bytes()
+    with pytest.raises(RuntimeError), replaced(target) as temporary:
+        temporary.write_bytes(b"half")
+        raise RuntimeError
+    assert target.read_bytes() == before and list(target.parent.iterdir()) == [target]
+    with replaced(target) as first, replaced(target) as second:
+        first.write_bytes(b"1")
+        second.write_bytes(b"2")
+    assert target.read_bytes() == b"1" and list(target.parent.iterdir()) == [target]
+
+
 @pytest.mark.parametrize("name", ["../outside.txt", "/outside.txt", "a/../../outside.txt", "..\\outside.txt"])
 def test_zip_slip_is_refused_and_writes_nothing(bundle: Path, tmp_path: Path, name: str) -> None:
     path = _zip(bundle, tmp_path / "b.zip", lambda archive: archive.writestr(name, "x"))
@@ -301,6 +397,22 @@ def test_manifest_json_round_trip(make_manifest) -> None:
     assert Manifest.from_json(manifest.to_json()) == manifest
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"torch_abs": 0.0001', '"torch_abs": 1e999', "1e999 is no finite number"),
+        ('"batch": "single"', '"batch": "single", "batch": "dynamic"', "the key 'batch' stands twice"),
+    ],
+)
+def test_numbers_and_keys_that_readers_understand_differently_are_refused(
+    make_manifest, old: str, new: str, message: str
+) -> None:
+    text = make_manifest().to_json()
+    assert old in text
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(text.replace(old, new))
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"schema_version": NaN}', "[" * 100_000])
 def test_a_manifest_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(BundleError):
@@ -365,7 +477,37 @@ def test_reading_an_npz_is_bounded_and_unpickles_nothing(tmp_path: Path) -> None
         read_npz(tmp_path / "no.npz")
 
 
-@pytest.mark.parametrize("key", ["x", "0000/other/x", "0001/input/x"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"(" * 9000,
+        b"{'a':\n  'b'\n c",
+        b"\xff\xfe",
+        b"{'descr': '|V0', 'fortran_order': False, 'shape': (1000,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 1" + b"0" * 21 + b"), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (True,), }",
+        b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"1," * 70 + b"), }",
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_headers_that_are_none_are_refused(tmp_path: Path, header: bytes, version: int) -> None:
+    header += b"\n"
+    size = len(header).to_bytes(2 if version == 1 else 4, "little")
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("x.npy", b"\x93NUMPY" + bytes([version, 0]) + size + header + b"\0" * 4)
+    with pytest.raises(InputError, match=r"x\.npz:x\.npy"):
+        read_npz(tmp_path / "x.npz")
+
+
+def test_an_npz_with_one_array_twice_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.ones(1))
+    with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "x.npz", "a") as archive:
+        archive.writestr("x.npy", archive.read("x.npy"))
+    with pytest.raises(InputError, match="one array twice"):
+        read_npz(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("key", ["x", "0000/other/x", "0001/input/x", "00000/input/x"])
 def test_golden_with_a_foreign_key_or_a_gap_is_refused(tmp_path: Path, key: str) -> None:
     write_npz(tmp_path / "g.npz", {key: np.ones(1)})
     with pytest.raises(BundleError, match="export"):

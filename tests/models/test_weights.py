@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as safetensors_bytes
 from safetensors.torch import save_file
 from torch import nn
 
@@ -99,8 +100,39 @@ def test_state_dicts_that_do_not_fit(tmp_path: Path, state: Any, message: str) -
 
 def test_a_whole_pickled_model_is_refused_with_advice(tmp_path: Path) -> None:
     torch.save(net(), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"never unpickled here. Where it can be loaded, convert it"):
+    with pytest.raises(ValueError, match=r"never unpickled here. Where it can be loaded, convert it") as caught:
         load_weights(net(), tmp_path / "w.pt")
+    assert "holds Python objects (torch.nn.modules" in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's own text advises to unpickle it
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"fc.weight": Code()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"w\.pt holds Python objects .* never unpickled here"):
+        load_weights(net(), tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "is damaged or truncated: copy or save it again"),
+        (lambda data: data[:-40], "is damaged or truncated"),
+        (lambda data: b"", "is empty: save it again"),
+        (lambda data: b"hello world", "is no file that torch.save wrote"),
+        (lambda data: safetensors_bytes(net().state_dict()), r"give it the ending \.safetensors"),
+    ],
+)
+def test_a_pt_file_that_is_no_or_half_a_one_is_not_blamed_for_objects(tmp_path: Path, content, message: str) -> None:
+    torch.save(net().state_dict(), tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes(content((tmp_path / "w.pt").read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(net(), tmp_path / "w.pt")
+    assert "Python objects" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
