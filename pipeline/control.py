@@ -20,6 +20,27 @@ CONTROL = "control"
 _HALVINGS = 12
 
 
+def check_control(inputs: Inputs, spec: ControlSpec) -> None:
+    """Builds the control's narrowest and widest network, to learn before any compute whether that works.
+
+    Raises:
+        RecipeError: the model has no such argument, cannot be built with it, or its MACs do not grow with it.
+    """
+    low, high = spec.between
+    try:
+        smallest, largest = (_macs(inputs, spec, value) for value in (low, high))
+    except Exception as error:  # a user's model may fail in any way with a width it was not made for
+        raise RecipeError(
+            f"control.argument: {inputs.recipe.model.name} does not work with {spec.argument} from {low:g} to "
+            f"{high:g}: {error}"
+        ) from error
+    if not smallest < largest:
+        raise RecipeError(
+            f"control: {spec.argument} at {low:g} gives {smallest} MACs and at {high:g} {largest}: it must make the "
+            "model larger; correct control.argument or control.between"
+        )
+
+
 def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
     """The recipe of the control: the base model at the width whose MACs are nearest to `macs`, and one training.
 
@@ -32,7 +53,7 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
         RecipeError: the model's MACs do not grow with the argument, or stay above `macs`.
     """
     low, high = spec.between
-    smallest, largest = (_macs(inputs, spec.argument, value) for value in (low, high))
+    smallest, largest = (_macs(inputs, spec, value) for value in (low, high))
     if not smallest < largest or macs < 0.9 * smallest:
         raise RecipeError(
             f"control: {spec.argument} from {low:g} to {high:g} gives {smallest} to {largest} MACs, "
@@ -40,26 +61,33 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
         )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _macs(inputs, spec.argument, middle) < macs:
+        if _macs(inputs, spec, middle) < macs:
             low = middle
         else:
             high = middle
-    value = min((low, high), key=lambda v: abs(_macs(inputs, spec.argument, v) - macs))
+    value = min((low, high), key=lambda v: abs(_macs(inputs, spec, v) - macs))
     recipe = inputs.recipe
-    model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: round(value, 4)})
+    model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: _argument(spec, value)})
     training = StageEntry(name="train", id=CONTROL, config=spec.training)
     return recipe.model_copy(update={"model": model, "stages": (training,), "control": None})
 
 
-def _macs(inputs: Inputs, argument: str, value: float) -> int:
+def _macs(inputs: Inputs, spec: ControlSpec, value: float) -> int:
     split = inputs.task.splits["test"]
-    return cost.count(_built(inputs.recipe, argument, value), split.batch([0]).inputs).macs
+    return cost.count(_built(inputs.recipe, spec, value), split.batch([0]).inputs).macs
 
 
-def _built(recipe: Recipe, argument: str, value: float) -> nn.Module:
-    args: dict[str, Any] = {**recipe.model.args, argument: round(value, 4)}
+def _argument(spec: ControlSpec, value: float) -> int | float:
+    """What the model is given for `value`."""
+    low, high = spec.between
+    whole = low.is_integer() and high.is_integer() and high - low != 1.0
+    return round(value) if whole else round(value, 4)
+
+
+def _built(recipe: Recipe, spec: ControlSpec, value: float) -> nn.Module:
+    args: dict[str, Any] = {**recipe.model.args, spec.argument: _argument(spec, value)}
     with seeded(recipe.seed):
         try:
             return registry.build(recipe.model.name, args, recipe.folder)
         except ValueError as error:
-            raise ModelError(f"control: {error}") from error
+            raise ModelError(str(error)) from error

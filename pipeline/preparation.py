@@ -7,20 +7,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from edgewright.edge_runtime.manifest import MANIFEST_FILE
+from edgewright.edge_runtime.providers import provider_names
 from edgewright.models import registry
 from edgewright.models.weights import load_weights
 
 from .cache import Key, base_key, environment
 from .checkpoint import BaseSpec
 from .determinism import seeded
-from .errors import ModelError, OutputError, ProviderError
+from .errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
+from .model_check import check_exportable, check_model, first_rows
 from .recipe import Recipe, check_order
 from .reproducibility import check_reproducible
 from .sources import file_digests, sha256_of
-from .stage import Json
+from .stage import Json, Progress
 from .stages import stage_named
 from .task import Task, check_classes, data_digests, split_of
 from .tasks import build_task, task_sources
@@ -59,6 +60,7 @@ def prepare(recipe: Recipe) -> Inputs:
     """
     check_order(recipe)
     device = device_named(recipe.device)
+    _check_later_phases(recipe)
     base = BaseSpec(recipe.model.name, recipe.model.args)
     try:
         base_sources = file_digests(registry.sources(base.name, recipe.folder), recipe.folder)
@@ -68,6 +70,7 @@ def prepare(recipe: Recipe) -> Inputs:
     with seeded(recipe.seed):
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
         check_splits(recipe, task)
+        check_labels(task)
         data = data_digests(task)
     check_stages(recipe, task)
     around = environment(device)
@@ -144,17 +147,94 @@ def check_stages(recipe: Recipe, task: Task) -> None:
             check(model, task, config)
 
 
-def build_base(inputs: Inputs) -> nn.Module:
-    """The model before all stages, see `build_named`, tried on the task's samples.
+def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
+    """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
 
     Raises:
-        ModelError: see `build_named`, `check_model` and `check_reproducible`.
+        ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
+        DataError: a sample that cannot be read; names it.
     """
-    model = build_named(inputs.recipe)
-    check_model(model, inputs.task, inputs.base.name)
-    other = build_named(inputs.recipe, inputs.recipe.seed + 1)
-    check_reproducible(model, other, first_rows(inputs.task), inputs.base.name)
+    model, name, recipe = build_named(inputs.recipe), inputs.base.name, inputs.recipe
+    check_model(model, inputs.task, name)
+    check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
+    alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
+    check_exportable(model, inputs.task, name, dynamic=recipe.export.batch != "single" and alone)
+    for split_name, split in inputs.task.splits.items():
+        read_all = getattr(split, "read_all", None)
+        if read_all is not None:
+            read_all(progress, f"reading every sample of {split_name}")
     return model
+
+
+def check_labels(task: Task) -> None:
+    """Refuses a task with nothing to tell apart.
+
+    Raises:
+        DataError: fewer than two labels.
+    """
+    if len(task.labels) < 2:
+        raise DataError(
+            f"the task {task.name!r} has the one label {task.labels[0]!r}: a classifier needs at least two classes"
+        )
+
+
+def remarks(inputs: Inputs) -> tuple[str, ...]:
+    """What the user should know of data and recipe, although the run can go on."""
+    task, notes = inputs.task, []
+    for name, split in task.splits.items():
+        counts = torch.bincount(split.targets, minlength=len(task.labels))
+        empty = [label for label, count in zip(task.labels, counts.tolist(), strict=True) if count == 0]
+        if empty:
+            listed = ", ".join(map(repr, empty[:5])) + (" ..." if len(empty) > 5 else "")
+            what = {
+                "train": "the network cannot learn them",
+                "calibration": "statistics are taken without them",
+                "validation": "choices and floors do not see them",
+                "test": "the report cannot judge them, and the worst class is the worst of the others",
+            }[name]
+            notes.append(
+                f"no sample in the {name!r} split of {len(empty)} of {len(task.labels)} classes ({listed}): {what}"
+            )
+    if "validation" in task.splits:
+        rows = len(task.splits["validation"])
+        for entry in inputs.recipe.stages:
+            for field in ("max_drop", "tolerance", "worst_class_tolerance", "max_backbone_drop"):
+                allowed = getattr(entry.config, field, None)
+                if isinstance(allowed, float) and 0.0 < allowed < 1.0 / rows:
+                    notes.append(
+                        f"{entry.id or entry.name}.{field} is {allowed:g}, and one of the {rows} validation samples is "
+                        f"worth {1.0 / rows:.2g} of accuracy: no loss that small can be measured, one sample decides; "
+                        "use more validation samples or a larger value"
+                    )
+    return tuple(notes)
+
+
+def _check_later_phases(recipe: Recipe) -> None:
+    """Refuses what would fail in the export or the benchmark only, after all the training.
+
+    Raises:
+        RecipeError: options of the export that do not fit the stages.
+        ProviderError: an execution provider that is not here.
+    """
+    if recipe.export.batch == "dynamic" and any(entry.name == "early_exit" for entry in recipe.stages):
+        raise RecipeError(
+            "export.batch is `dynamic`, and a model with exits runs one row at a time: set it to `single` or `auto`, "
+            "or leave the early_exit stage out"
+        )
+    if recipe.benchmark.enabled:
+        import onnxruntime
+
+        try:
+            requested = provider_names(recipe.benchmark.providers)
+        except InputError as error:
+            raise RecipeError(f"benchmark.providers: {error}") from error
+        missing = [name for name in requested if name not in onnxruntime.get_available_providers()]
+        if missing:
+            raise ProviderError(
+                f"benchmark.providers asks for {missing[0]}, and this ONNX Runtime has "
+                f"{', '.join(onnxruntime.get_available_providers())}: correct it, leave the timing out with "
+                "`benchmark.enabled: false`, or install an ONNX Runtime with that provider"
+            )
 
 
 def build_named(recipe: Recipe, seed: int | None = None) -> nn.Module:
@@ -184,53 +264,6 @@ def example_inputs(recipe: Recipe, shape: tuple[int, ...] | None) -> tuple[Tenso
     with seeded(recipe.seed):
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
     return split_of(task, "test", needed_by="this command").batch([0]).inputs
-
-
-def first_rows(task: Task) -> tuple[Tensor, ...]:
-    """Inputs of the first two test rows, or of the only one."""
-    split = split_of(task, "test", needed_by="the report")
-    return split.batch(list(range(min(2, len(split))))).inputs
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, task: Task, name: str) -> None:
-    """Runs two test rows through `model`.
-
-    Raises:
-        ModelError: it fails, or what it returns is no finite float [N, classes] tensor.
-    """
-    lazy = [key for key, value in model.named_parameters() if is_lazy(value)]
-    if lazy:
-        raise ModelError(
-            f"{name}: the parameter {lazy[0]!r} has no shape yet (a Lazy module); run the model once on an "
-            f"example "
-            "in the function that builds it"
-        )
-    inputs = first_rows(task)
-    shapes = ", ".join(str(list(x.shape)) for x in inputs)
-    try:
-        output = model(*inputs)
-    except Exception as error:  # a user's forward may raise anything, and it is the user who has to know
-        raise ModelError(
-            f"{name} does not run on the inputs of the task {task.name!r} ({shapes}): {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(output, Tensor):
-        raise ModelError(
-            f"{name} returns a {type(output).__name__}; a classifier returns one tensor of logits [N, classes]: wrap it"
-        )
-    wanted = [len(inputs[0]), len(task.labels)]
-    if list(output.shape) != wanted or not output.is_floating_point():
-        raise ModelError(
-            f"{name} returns {str(output.dtype).removeprefix('torch.')} {list(output.shape)} for inputs "
-            f"{shapes}; "
-            f"the task {task.name!r} has {len(task.labels)} labels, so logits {wanted} are needed: set its "
-            f"number of "
-            "classes under model.args, or correct the task's labels"
-        )
-    if not torch.isfinite(output).all():
-        raise ModelError(
-            f"{name} returns NaN or infinity for the first test rows: check its weights and the scale of the data"
-        )
 
 
 def _weights_digest(path: Path) -> str:

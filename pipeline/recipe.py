@@ -112,7 +112,8 @@ class ControlSpec(_Section):
     argument: str
     """Argument of the model's function that scales its width, e.g. ``width_factor``."""
     between: tuple[float, float] = (0.05, 1.0)
-    """Where to look for the value that meets the MACs."""
+    """Where to look for the value that meets the MACs. Two whole numbers that are not neighbours, e.g. [8, 64], stand
+    for an argument that takes whole numbers only."""
     training: TrainingConfig
     """How to train it; give it as many epochs as all stages together."""
 

@@ -25,12 +25,12 @@ from .atomic import pretty_json, remove_leftovers, write_text
 from .cache import BASE, Cache, Entry, Key, stage_key
 from .checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkpoint
 from .context import FolderContext, Quiet
-from .control import CONTROL, control_recipe
+from .control import CONTROL, check_control, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
 from .errors import StageError
 from .measurement import compare_bundles, measure_bundles
 from .output import output_folder
-from .preparation import Inputs, build_base, check_bundle_place, prepare
+from .preparation import Inputs, build_base, check_bundle_place, prepare, remarks
 from .recipe import ControlSpec, Recipe, StageEntry, load_recipe, save_resolved
 from .report import write_report
 from .sources import module_digests
@@ -96,6 +96,8 @@ def run(
     with output_folder(Path(out)) as folder, torch_threads(recipe.threads):
         check_bundle_place(folder / BUNDLE_FOLDER)
         inputs = prepare(recipe)
+        if recipe.control is not None:
+            check_control(inputs, recipe.control)
         with deterministic_torch(inputs.device):
             return _Run(inputs, folder, fresh, progress or Quiet()).go()
 
@@ -170,8 +172,10 @@ class _Run:
         entry = self._finished(0, BASE, BASE, key)
         if entry is None:
             with self.timed(BASE):
-                model = build_base(self.inputs)
+                model = build_base(self.inputs, self.progress)
                 entry = self.cache.store(0, BASE, key, self.inputs.base, self.root, (), model, {})
+        for note in remarks(self.inputs):
+            self.progress.say(f"note: {note}")
         return entry
 
     def _stage(self, position: int, asked: StageEntry, given: Entry) -> Entry:

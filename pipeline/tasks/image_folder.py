@@ -20,6 +20,7 @@ from edgewright.models.python_source import did_you_mean
 from ..errors import DataError
 from ..image_classification import ImageClassification
 from ..splitting import stratified_split
+from ..stage import Progress
 from ..task import SPLITS, Batch, SplitName
 from .augmentation import flip_and_crop
 
@@ -29,6 +30,7 @@ _SPLIT_FOLDERS: dict[str, SplitName] = {
     "val": "validation",
     "valid": "validation",
 }
+_READ_AT_ONCE = 64
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -173,6 +175,20 @@ class ImageFiles:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def read_all(self, progress: Progress, description: str) -> None:
+        """Decodes every file once, and keeps the inputs where they fit into memory.
+
+        Args:
+            progress: shown how far it has come.
+            description: what it shows.
+
+        Raises:
+            DataError: names a file that is no readable image.
+        """
+        starts = range(0, len(self), _READ_AT_ONCE)
+        for start in progress.track(starts, description, len(starts)):
+            self.batch(range(start, min(len(self), start + _READ_AT_ONCE)))
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The samples at `indices`, float32 [N, C, H, W].

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 from recipes_on_disk import without_later_phases, write_recipe
+from tiny import tiny_task
+from torch import nn
 
-from edgewright.pipeline.errors import EdgewrightError, InputError
+from edgewright.pipeline.control import check_control, control_recipe
+from edgewright.pipeline.errors import DataError, EdgewrightError, InputError, ModelError, ProviderError, RecipeError
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.model_check import check_model
+from edgewright.pipeline.preparation import check_labels, prepare, remarks
 from edgewright.pipeline.recipe import load_recipe
 from edgewright.pipeline.runner import run
 
@@ -45,3 +54,143 @@ def test_stages_that_find_nothing_to_do_leave_the_model(tmp_path: Path, monkeypa
     trained, shared, exits = result.steps[-3:]
     assert "it is the whole model" in shared.notes[0] and "no exit was added" in exits.notes[0]
     assert trained.parameters == shared.parameters == exits.parameters and exits.exit_shares == ()
+
+
+def test_an_exit_and_an_open_batch(tmp_path: Path) -> None:
+    stages = [TRAIN, {"name": "early_exit"}]
+    assert "export.batch is `dynamic`" in refused(tmp_path, stages=stages, export={"batch": "dynamic"})
+
+
+def test_providers_that_are_not_here(tmp_path: Path) -> None:
+    lost = {"providers": ["OpenVINOExecutionProvider"]}
+    assert "asks for OpenVINOExecutionProvider, and this ONNX" in refused(tmp_path / "a", ProviderError, benchmark=lost)
+    assert "did you mean 'cuda'" in refused(tmp_path / "b", RecipeError, benchmark={"providers": ["cudaa"]})
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        ({"argument": "widht", "between": [2, 8]}, r"has no argument 'widht' (did you mean 'width'?)"),
+        ({"argument": "width", "between": [2.5, 8]}, "does not work with width from 2.5 to 8"),
+        ({"argument": "width", "between": [6, 6]}, "it must make the model larger"),
+    ],
+)
+def test_a_control_that_cannot_be_built(tmp_path: Path, control: dict[str, Any], message: str) -> None:
+    text = refused(tmp_path, RecipeError, control={**control, "training": {"epochs": 1}})
+    assert text.startswith("control") and message in text
+
+
+def own_model(folder: Path, body: str, **changes: Any) -> str:
+    """The message for a model whose forward is `body`, with `self.layer` a Linear from 5 to 3."""
+    write_recipe(folder)
+    source = (
+        "import torch\nfrom torch import nn\nclass net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.layer = nn.Linear(5, 3)\n    def forward(self, x):\n"
+        + "".join(f"        {line}\n" for line in body.splitlines())
+    )
+    path = write_recipe(folder, **changes)
+    (folder / "net.py").write_text(source)
+    with pytest.raises(ModelError) as caught:
+        run(load_recipe(path), folder / "out")
+    return str(caught.value)
+
+
+def test_a_branch_on_values_is_found_before_training_with_its_line(tmp_path: Path) -> None:
+    text = own_model(tmp_path, "y = self.layer(x)\nif y.mean() > 0:\n    y = 2 * y\nreturn y")
+    assert "could be trained, but not exported in " in text and "net.py, line 9" in text and "torch.where" in text
+
+
+def test_a_fixed_number_of_rows_is_found_before_training(tmp_path: Path) -> None:
+    text = own_model(tmp_path / "a", "return self.layer(x).view(2, 3) if not self.training else self.layer(x)")
+    assert "not exported" in text and "any number of rows" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return {'loss': x.sum(), 'logits': self.layer(x)}", "a dict {'loss': float32 [], 'logits': float32 [2, 3]}"),
+        ("return {'loss': x.sum(), 'logits': self.layer(x)}", "forward is `return self.model(*inputs)['logits']`"),
+        ("return self.layer(x), x", "a tuple of 2 (float32 [2, 3], float32 [2, 5])"),
+        ("return self.layer(x)[:, 0]", "returns float32 [2] for inputs [2, 5]"),
+        ("return self.layer(x[:, :4])", "takes 5 features and gets 4"),
+    ],
+)
+def test_what_a_model_returns_or_takes_is_described(tmp_path: Path, body: str, message: str) -> None:
+    assert message in own_model(tmp_path, body)
+
+
+def test_a_model_with_more_inputs_than_the_task(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass net(nn.Module):\n    def forward(self, x, mask):\n        return x[:, :3] * mask\n"
+    )
+    with pytest.raises(ModelError, match="missing 1 required positional argument: 'mask'"):
+        run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+
+
+def test_grey_images_for_a_model_of_colour_images() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(400, 4))
+    with pytest.raises(ModelError, match=r"failed in '0', Conv2d\(3, 4.*takes 3 channels and the data has 1"):
+        check_model(model, tiny_task(), "net")
+
+
+def test_a_damaged_image_of_any_split(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        for row in range(6):
+            place = tmp_path / "images" / split / f"kind{row % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(0, 256, (8, 8), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(place / f"{row}.png")
+    bad = tmp_path / "images" / "test" / "kind1" / "5.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    args = {"path": "images", "size": 8, "channels": 1, "fractions": {"train": 1.0}}
+    write_recipe(tmp_path)
+    source = "from torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))\n"
+    path = write_recipe(tmp_path, task={"name": "image_folder", "args": args})
+    (tmp_path / "net.py").write_text(source)
+    with pytest.raises(DataError, match=r"images/test/kind1/5\.png cannot be read as an image"):
+        run(load_recipe(path), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
+
+
+def small(rows: dict[str, list[int]], labels: int = 3) -> ImageClassification:
+    generator = torch.Generator().manual_seed(0)
+    splits = {name: (torch.randn(len(y), 5, generator=generator), y) for name, y in rows.items()}
+    return ImageClassification(splits, [f"kind{i}" for i in range(labels)])
+
+
+def remarks_on(task: ImageClassification, folder: Path, **changes: Any) -> tuple[str, ...]:
+    inputs = prepare(load_recipe(write_recipe(folder, **changes)))
+    return remarks(dataclasses.replace(inputs, task=task))
+
+
+def test_classes_without_samples_are_said(tmp_path: Path) -> None:
+    whole = [0, 1, 2] * 4
+    task = small({"train": whole, "validation": [0, 1] * 6, "test": [2, 0]})
+    absent, unjudged = remarks_on(task, tmp_path)
+    assert "no sample in the 'validation' split of 1 of 3 classes ('kind2')" in absent
+    assert "('kind1')" in unjudged and "cannot judge" in unjudged
+    assert remarks_on(small({"train": whole, "test": whole}), tmp_path) == ()
+    with pytest.raises(DataError, match="the one label 'kind0'"):
+        check_labels(small({"train": [0, 0], "test": [0]}, labels=1))
+
+
+def test_a_tolerance_finer_than_one_validation_sample_is_said(tmp_path: Path) -> None:
+    exits = {"name": "early_exit", "tolerance": 0.005}
+    coarse = small({"train": [0, 1, 2] * 4, "validation": [0, 1, 2] * 10, "test": [0, 1, 2]})
+    notes = remarks_on(coarse, tmp_path / "a", stages=[TRAIN, exits])
+    assert any(
+        "early_exit.tolerance is 0.005, and one of the 30 validation samples is worth 0.033" in note for note in notes
+    )
+    fine = remarks_on(coarse, tmp_path / "b", stages=[TRAIN, {**exits, "tolerance": 0.05, "max_backbone_drop": 0.05}])
+    assert fine == ()
+
+
+def test_a_control_of_an_argument_that_takes_whole_numbers(tmp_path: Path) -> None:
+    control = {"argument": "width", "between": [2, 40], "training": {"epochs": 1}}
+    inputs = prepare(load_recipe(write_recipe(tmp_path, control=control)))
+    spec = inputs.recipe.control
+    assert spec is not None
+    check_control(inputs, spec)
+    assert control_recipe(inputs, spec, 8 * 13.2).model.args == {"width": 13}
