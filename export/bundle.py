@@ -40,7 +40,7 @@ from edgewright.models.layers.multi_exit import MultiExit
 from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .ledger import build_ledger, unique_bytes
-from .node_table import exit_specs, flat_costs, node_table
+from .node_table import exit_specs, flat_costs, node_table, uncounted
 from .options import ExportOptions
 from .parity import ParityResult, check_parity
 from .policy_graph import policy_graphs
@@ -50,7 +50,7 @@ from .source import Source
 _FOLDING_LIMIT = 1.001
 """Stored bytes may exceed the PyTorch model's by this factor: shape constants, folded biases."""
 
-_VERSIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+_DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -297,6 +297,6 @@ def _manifest(
         edits=tuple(edits),
         opset=int(final.graph.opset_imports[""]),
         ir_version=final.ir_version,
-        versions=versions(_VERSIONS),
-        notes=notes,
+        versions=versions(_DISTRIBUTIONS),
+        notes=(*notes, *uncounted(flat)),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import onnx
@@ -15,11 +14,13 @@ from edgewright.edge_runtime.session import session_on
 
 from .capture import module_of
 from .ledger import graphs
+from .operator_costs import Factor, Macs, factors_of, macs_of, may_multiply_unknown
 from .simplify import Feeds
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_OF_SHAPES = ("Shape", "Size")
+"""Their result is the same for every row."""
 
 
 def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
@@ -34,8 +35,8 @@ def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shape
     return {name: outputs[name].shape for name in names}
 
 
-def flat_costs(model: ir.Model, row: Feeds) -> dict[str, tuple[int, int]]:
-    """MACs and attention MACs (products of two activations) of every node of a flat graph, by node name.
+def flat_costs(model: ir.Model, row: Feeds) -> dict[str, Macs]:
+    """What every node of a flat graph costs, by node name.
 
     Args:
         model: the flat graph.
@@ -47,46 +48,44 @@ def flat_costs(model: ir.Model, row: Feeds) -> dict[str, tuple[int, int]]:
         if value.const_value is not None
     }
     shapes.update({name: array.shape for name, array in row.items()})
-    needed = [
+    products = {node: factors for node in model.graph if (factors := factors_of(node)) is not None}
+    outputs = {node: next(v for v in node.outputs if v.name) for node in products}
+    needed = dict.fromkeys(
         value.name
-        for node in model.graph
-        if node.op_type in _PRODUCTS
-        for value in (*node.inputs[:2], node.outputs[0])
+        for node, factors in products.items()
+        for value in (*factors, outputs[node])
         if value is not None and value.name and value.name not in shapes
-    ]
+    )
     if needed:
-        shapes.update(_measured_shapes(model, list(dict.fromkeys(needed)), row))
-    constant: set[ir.Value] = set(model.graph.initializers.values())
-    costs: dict[str, tuple[int, int]] = {}
-    for node in model.graph:
-        if all(v is None or v in constant for v in node.inputs):
-            constant.update(node.outputs)
-        macs = attention = 0
-        if node.op_type in _PRODUCTS:
-            left, right = node.inputs[0], node.inputs[1]
-            output = node.outputs[0]
-            assert left is not None and right is not None
-            amount = _macs(node, *(shapes[v.name or ""] for v in (left, right, output)))
-            if left in constant or right in constant:
-                macs = 0 if left in constant and right in constant else amount
-            else:
-                attention = amount
-        costs[node.name or ""] = (macs, attention)
+        shapes.update(_measured_shapes(model, list(needed), row))
+    constant = _constants(model)
+    costs: dict[str, Macs] = {}
+    for node, factors in products.items():
+        given = [None if v is None else Factor(shapes[v.name or ""], v in constant) for v in factors]
+        costs[node.name or ""] = macs_of(node, given, shapes[outputs[node].name or ""])
     return costs
 
 
-def _macs(node: ir.Node, left: Sequence[int], right: Sequence[int], output: Sequence[int]) -> int:
-    if node.op_type == "Conv":
-        return prod(output) * prod(right[1:])
-    if node.op_type == "ConvTranspose":
-        return prod(left) * prod(right[1:])
-    transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int() == 1
-    return prod(output) * (left[0] if transposed else left[-1])
+def _constants(model: ir.Model) -> set[ir.Value]:
+    """Values that no input reaches."""
+    constant: set[ir.Value] = set(model.graph.initializers.values())
+    for node in model.graph:
+        if node.op_type in _OF_SHAPES or all(v is None or v in constant for v in node.inputs):
+            constant.update(node.outputs)
+    return constant
 
 
-def node_table(
-    model: ir.Model, costs: Mapping[str, tuple[int, int]], exit_of: Mapping[str, int]
-) -> tuple[NodeRow, ...]:
+def uncounted(model: ir.Model) -> tuple[str, ...]:
+    """A note if nodes of the flat graph may hold products that no formula is known for: a 0 would be a claim."""
+    nodes = [node for node in model.graph if may_multiply_unknown(node)]
+    if not nodes:
+        return ()
+    named = ", ".join(f"{node.name} ({node.domain or 'ai.onnx'}:{node.op_type})" for node in nodes[:5])
+    more = f" and {len(nodes) - 5} more" if len(nodes) > 5 else ""
+    return (f"MACs are a lower bound: {named}{more} may hold products that the node table cannot count",)
+
+
+def node_table(model: ir.Model, costs: Mapping[str, Macs], exit_of: Mapping[str, int]) -> tuple[NodeRow, ...]:
     """One row per node of the final graph, nested graphs included.
 
     Args:
@@ -98,7 +97,7 @@ def node_table(
     for path, graph in graphs(model.graph):
         depth = path.count(".else")
         for node in graph:
-            macs, attention = costs.get(node.name or "", (0, 0))
+            cost = costs.get(node.name or "", Macs())
             weights = {v.name: v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None}
             rows.append(
                 NodeRow(
@@ -107,8 +106,8 @@ def node_table(
                     outputs=tuple(v.name or "" for v in node.outputs),
                     module=module_of(node),
                     exit=exit_of.get(node.name or "", depth),
-                    macs=macs,
-                    attention_macs=attention,
+                    macs=cost.weight,
+                    attention_macs=cost.attention,
                     weight_bytes=sum(weights.values()),
                 )
             )

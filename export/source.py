@@ -1,4 +1,4 @@
-"""What the export asks of a task; `edgewright.pipeline.task.Task` has all of it."""
+"""What the export asks of a task; `edgewright.pipeline.task.Task` extends it by what training and reports ask."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ class SourceBatch(Protocol):
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The model's inputs, batch first."""
-        ...
-
-    @property
-    def targets(self) -> Tensor:
-        """int64 [N]."""
+        """The model's inputs in the order it takes them, batch first."""
         ...
 
 
@@ -30,7 +25,11 @@ class SourceSplit(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int] | Tensor) -> SourceBatch:
-        """The rows at `indices`."""
+        """The rows at `indices`.
+
+        Raises:
+            InputError: a row cannot be read or is not finite; names it.
+        """
         ...
 
 
@@ -39,27 +38,27 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name."""
+        """A short name for reports."""
         ...
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names."""
+        """Class names; their number is the number of logits."""
         ...
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """Names of the inputs, in order."""
+        """Names of the model's inputs, in order; they become the ONNX input names."""
         ...
 
     @property
     def dynamic_axes(self) -> tuple[Mapping[int, str], ...]:
-        """Per input: axis -> name."""
+        """Per input: axis -> name, for the axes that may vary. Axis 0 is ``"batch"``."""
         ...
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How a raw image becomes the input."""
+        """How a raw image becomes the input on the device."""
         ...
 
     @property

@@ -1,17 +1,20 @@
-"""Which finished bundles need not be exported again."""
+"""Bundles of a run: which need not be exported again, and what the exported graph adds to a step's row."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from edgewright.edge_runtime.manifest import MANIFEST_FILE, Manifest
 from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 
 from .atomic import plain, pretty_json, write_text
 from .cache import Key
 from .sources import module_digests, sha256_of
+from .steps import StepRow
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "safetensors")
 
@@ -46,6 +49,34 @@ def record(bundle: Path, key: Key, options: ExportOptions) -> None:
 def model_bytes(bundle: Path) -> int:
     """Bytes of model.onnx and its external data."""
     return sum(path.stat().st_size for path in bundle.glob("model.onnx*"))
+
+
+def with_bundle(row: StepRow, bundle: Path) -> StepRow:
+    """Adds what the exported graph knows: the file's size, and the mean MACs where rows leave at exits.
+
+    The graph's cost of the deepest path is held to the one that PyTorch's operators gave; a difference becomes a note.
+
+    Args:
+        row: as measured, before it was exported.
+        bundle: of this step.
+    """
+    exits = Manifest.from_json((bundle / MANIFEST_FILE).read_text(encoding="utf-8")).exits
+    end = exits[-1]
+    row = dataclasses.replace(row, file_bytes=model_bytes(bundle))
+    if (end.macs, end.attention_macs) != (row.macs, row.attention_macs):
+        note = (
+            f"the exported graph costs {end.macs} MACs and {end.attention_macs} of attention to its end, PyTorch's "
+            f"operators {row.macs:.0f} and {row.attention_macs:.0f}: one of them does not count, or does not run, "
+            "what the other does; the manifest's node table tells where"
+        )
+        row = dataclasses.replace(row, notes=(*row.notes, note))
+    if not row.exit_shares:
+        return row
+    return dataclasses.replace(
+        row,
+        macs=sum(share * way.macs for share, way in zip(row.exit_shares, exits, strict=True)),
+        attention_macs=sum(share * way.attention_macs for share, way in zip(row.exit_shares, exits, strict=True)),
+    )
 
 
 def _recorded(bundle: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgewright.edge_runtime.manifest import MANIFEST_FILE, Manifest, OperatingPoint
+from edgewright.edge_runtime.manifest import OperatingPoint
 from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 
@@ -127,7 +127,7 @@ class _Run:
         ]
         made = export_bundles(self, steps, entries)
         bundle = made[steps[-1].step]
-        steps = [_with_bundle(row, made[row.step]) if row.step in made else row for row in steps]
+        steps = [bundles.with_bundle(row, made[row.step]) if row.step in made else row for row in steps]
         controls: tuple[str, ...] = ()
         if self.recipe.control is not None:
             steps.append(self._control(self.recipe.control, steps[-1].macs, made))
@@ -152,7 +152,7 @@ class _Run:
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
             made[CONTROL] = export_step(beside, row, entry, target, recipe.export.model_copy(update={"zip": False}))
-            row = _with_bundle(row, made[CONTROL])
+            row = bundles.with_bundle(row, made[CONTROL])
         return row
 
     def _measure(self, made: Mapping[str, Path]) -> list[dict[str, Json]]:
@@ -335,20 +335,6 @@ def _operating_points(entry: Entry) -> list[OperatingPoint]:
         )
         for point in entry.metrics.get("operating_points", ())
     ]
-
-
-def _with_bundle(row: StepRow, bundle: Path) -> StepRow:
-    """Adds the file's size, and the mean MACs where rows leave at exits: the exported graph knows what each
-    needs."""
-    row = dataclasses.replace(row, file_bytes=bundles.model_bytes(bundle))
-    if not row.exit_shares:
-        return row
-    exits = Manifest.from_json((bundle / MANIFEST_FILE).read_text(encoding="utf-8")).exits
-    return dataclasses.replace(
-        row,
-        macs=sum(share * way.macs for share, way in zip(row.exit_shares, exits, strict=True)),
-        attention_macs=sum(share * way.attention_macs for share, way in zip(row.exit_shares, exits, strict=True)),
-    )
 
 
 def _with_latency(row: StepRow, measured: Sequence[Mapping[str, Json]]) -> StepRow:

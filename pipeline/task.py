@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from edgewright.edge_runtime.manifest import Preprocessing
+from edgewright.export.source import Source, SourceSplit
 
 from .errors import DataError
 from .metric import Metric
@@ -37,7 +37,7 @@ class Batch:
         return Batch(tuple(x.to(device) for x in self.inputs), self.targets.to(device))
 
 
-class Split(Protocol):
+class Split(SourceSplit, Protocol):
     """One part of a data set; random access, so that epochs can be shuffled and classes picked."""
 
     @property
@@ -50,8 +50,6 @@ class Split(Protocol):
         """A hash of every sample's content; equal content has equal hashes."""
         ...
 
-    def __len__(self) -> int: ...
-
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The samples at `indices`.
 
@@ -61,36 +59,11 @@ class Split(Protocol):
         ...
 
 
-class Task(Protocol):
-    """What the pipeline, the export and the report ask of a task.
+class Task(Source, Protocol):
+    """What the pipeline and the report ask of a task beside what the export asks (see `Source`: names, labels, axes).
 
     `ImageClassification` is one; write your own freely.
     """
-
-    @property
-    def name(self) -> str:
-        """A short name for reports."""
-        ...
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names; their number is the number of logits."""
-        ...
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """Names of the model's inputs, in order; they become the ONNX input names."""
-        ...
-
-    @property
-    def dynamic_axes(self) -> tuple[Mapping[int, str], ...]:
-        """Per input: axis -> name, for the axes that may vary. Axis 0 is ``"batch"``."""
-        ...
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How a raw image becomes the input on the device."""
-        ...
 
     @property
     def provenance(self) -> Mapping[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,6 @@ class StageCase:
         model: a function of tests/tiny.py.
         task: makes the task.
         prior: stages to run before, with their fields.
-        edits_structure: False for a stage that changes values only.
     """
 
     id: str
@@ -125,13 +125,36 @@ class _Context(FolderContext):
             raise Interrupted
 
 
-class _Declared:
-    """A task whose other splits do not exist: a stage reads what it declares, and never `test`."""
+class _Splits(Mapping[Any, Split]):
+    """All splits of a task are there, as in a run; those that are not `readable` cannot be read."""
 
-    def __init__(self, task: Task, stage: Stage[Any]) -> None:
+    def __init__(self, splits: Mapping[Any, Split], readable: Collection[str]) -> None:
+        self._splits, self._readable = splits, readable
+
+    def __getitem__(self, name: Any) -> Split:
+        split = self._splits[name]
+        assert name in self._readable, f"the stage reads the split {name!r} and declares {sorted(self._readable)}"
+        return split
+
+    def __contains__(self, name: Any) -> bool:
+        return name in self._splits
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._splits)
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+
+class _Declared:
+    """A task of which a stage reads what its configuration needs, and never `test`."""
+
+    def __init__(self, task: Task, stage: Stage[Any], config: StageConfig) -> None:
+        needed = stage.needed_splits(config)
+        assert set(needed) <= set(stage.splits), "needed_splits names a split that the stage does not declare"
         assert "test" not in stage.splits
         self._task = task
-        self.splits: Mapping[Any, Split] = {name: task.splits[name] for name in stage.splits}
+        self.splits = _Splits(task.splits, needed)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._task, name)
@@ -142,7 +165,7 @@ def _fit(
 ) -> tuple[StageResult, int]:
     context = _Context(folder, seed=7)
     torch.manual_seed(torch_seed)  # whatever a stage draws comes from its context
-    result = stage.fit(copy.deepcopy(given), _Declared(task, stage), config, context)
+    result = stage.fit(copy.deepcopy(given), _Declared(task, stage, config), config, context)
     return result, context.saves
 
 
@@ -152,7 +175,7 @@ def _interrupted(
     dying = _Context(folder, seed=7)
     dying.stop = stop
     try:
-        stage.fit(copy.deepcopy(given), _Declared(task, stage), config, dying)
+        stage.fit(copy.deepcopy(given), _Declared(task, stage, config), config, dying)
     except Interrupted:
         return _fit(stage, config, given, task, folder, torch_seed=3)[0]
     raise AssertionError(f"the stage never came to save {stop}")
@@ -250,6 +273,11 @@ def _check_fresh_process(
 
 
 def _check_cost(given: nn.Module, result: StageResult, inputs: tuple[Tensor, ...]) -> None:
+    """MACs and parameters fall, or a note names the one that does not: a note about something else says nothing."""
     before, after = count(given, inputs), count(result.model, inputs)
-    if after.macs >= before.macs or after.parameters >= before.parameters:
-        assert result.notes, "neither cheaper nor a note that says why"
+    for figure, old, new in (
+        ("MACs", before.macs, after.macs),
+        ("parameters", before.parameters, after.parameters),
+    ):
+        named = [note for note in result.notes if re.search(rf"\b{figure}\b", note)]
+        assert new < old or named, f"{figure} go from {old} to {new}, and no note of {list(result.notes)} names them"

@@ -317,7 +317,7 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
     target = work.config.target_mac_reduction
     reduction = 1.0 - cost.macs / work.dense.macs
     if not keep:
-        notes.append(f"nothing was removed: {progress.stopped}")
+        notes.append(f"nothing was removed, so MACs and parameters stay: {progress.stopped}")
     elif target is not None and progress.stopped != "target reached":
         notes.append(f"target_mac_reduction {target} was not reached ({reduction:.3f}): {progress.stopped}")
     elif target is not None and reduction > target + 0.005:
