@@ -199,11 +199,15 @@ class Flip:
 
     split: str
     row: int
+    """index in the split."""
     kind: str
     """``"label"``, ``"exit"``, or ``"excluded"``: only the set of excluded classes differs."""
     torch: int
     onnx: int
     margin: float
+    case: str = ""
+    """how the row was run, e.g. ``"exit 1 forced"`` or ``"batch of 7"``; empty for the plain split, at ONNX Runtime's
+    default optimization level."""
 
 
 @dataclass(frozen=True)
@@ -289,10 +293,10 @@ class GoldenCase:
     """One recorded run. In golden.npz its arrays are ``<index:04d>/<group>/<name>``.
 
     Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, ``margin`` (float32
-    [N]: every logit of the row may move by less than this and its exit, label and excluded classes stay), and
-    for models with exits ``thresholds`` (float32 [K], the values this case ran with). `inputs` hold what the
-    graph takes,
-    already preprocessed.
+    [N]: every logit of the row may move by less than this and its exit, label and excluded classes stay; a logit
+    of a head whose measured error is a part of the largest one, by less than that part of it), and for models with
+    exits ``thresholds`` (float32 [K], the values this case ran with). `inputs` hold what the graph takes, already
+    preprocessed.
     """
 
     inputs: Mapping[str, Any]

@@ -1,41 +1,28 @@
-"""PyTorch against the exported file: every row of the split, every exit forced, every optimization level.
-
-Float tolerance is one thing, a flipped label or exit another: both are counted. A flip is excused only where its
-margin (see `ExitPolicy.margin`) is within what the measured logit error can move; it is listed (DESIGN §4 rule 8).
-"""
+"""PyTorch against the exported file: every row of the split, every exit forced, every optimization level."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.comparison import compare, exclusion_differs
-from edgewright.edge_runtime.errors import ParityError
-from edgewright.edge_runtime.manifest import (
-    EXIT_INDEX,
-    LABEL,
-    LOGITS,
-    SCORES,
-    Flip,
-    GoldenCase,
-    ParityReport,
-)
-from edgewright.edge_runtime.runner import Runner
+from edgewright.edge_runtime.errors import ExportError, ParityError
+from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, GoldenCase, ParityReport
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.models.layers.multi_exit import MultiExit
 
+from .agreement import Agreement, Arrays, label_of, possible_shifts
 from .capture import logits_name
-from .source import Source, SourceSplit
+from .source import Source
 
-Arrays = dict[str, NDArray[Any]]
-
+_ERROR_ROWS = 256
+_LEVEL_ERROR_ROWS = 16
+_LEVEL_ROWS = 2
 _FORCED_ROWS = 32
 _GOLDEN_ROWS = 16
 _GOLDEN_FORCED_ROWS = 2
@@ -49,7 +36,7 @@ class ParityResult:
     Attributes:
         report: for the manifest.
         golden: for golden.npz.
-        flip_margin: twice the largest logit error that was measured.
+        flip_margin: twice the largest logit error that was measured; in the units of the cases' margins.
         label: int64 [rows], from the exported file.
         exit_index: int64 [rows], from the exported file.
         failures: why parity does not hold; empty if it does.
@@ -89,9 +76,9 @@ class _Torch:
 
     @torch.no_grad()
     def answer(
-        self, logits: Sequence[Tensor], thresholds: Sequence[float] | None
+        self, logits: Sequence[Tensor], thresholds: Sequence[float] | None, shifts: Sequence[float]
     ) -> tuple[Arrays, NDArray[np.float32]]:
-        """Outputs as the exported graph names them, and the margin of every row."""
+        """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
         if not isinstance(self.model, MultiExit):
             # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
             top = logits[0].double().topk(min(2, logits[0].shape[1]), dim=1).values
@@ -99,7 +86,12 @@ class _Torch:
         values = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float32)
         output = self.model.decide(logits, values)
         arrays = {LABEL: output.label.numpy(), SCORES: output.scores.numpy(), EXIT_INDEX: output.exit_index.numpy()}
-        return arrays, self.model.margins(logits, values).numpy()
+        return arrays, self.model.margins(logits, values, shifts).numpy()
+
+    @property
+    def thresholds(self) -> list[float] | None:
+        """Those the model holds; None without exits."""
+        return [float(t) for t in self.model.thresholds] if isinstance(self.model, MultiExit) else None
 
     def forced(self) -> list[list[float]]:
         """Thresholds that send every row to exit 0, 1, ... K."""
@@ -110,70 +102,25 @@ class _Torch:
         ]
 
 
-class _Check:
-    """Compares batches and collects what differs."""
+@dataclass(frozen=True)
+class _Subject:
+    """What is compared, and on which rows."""
 
-    def __init__(self, abs_tol: float, rel_tol: float, flip_margin: float = 0.0) -> None:
-        self.abs_tol, self.rel_tol, self.flip_margin = abs_tol, rel_tol, flip_margin
-        self.max_abs = 0.0
-        self.elements = self.outside = 0
-        self.rows = self.label_flips = self.exit_flips = 0
-        self.flips: list[Flip] = []
-        self.failures: list[str] = []
+    torch: _Torch
+    flat_path: Path
+    model_path: Path
+    source: Source
+    split: str
+    rows: Sequence[int]
 
-    def numbers(self, what: str, got: NDArray[Any], want: NDArray[Any]) -> float:
-        if not got.size and got.shape == want.shape:
-            return 0.0
-        result = compare(got, want, abs_tol=self.abs_tol, rel_tol=self.rel_tol)
-        self.elements, self.outside = self.elements + result.elements, self.outside + result.outside
-        self.max_abs = max(self.max_abs, result.max_abs)
-        if not result.passed:
-            self.failures.append(f"{what}: {result.text()}")
-        return result.max_abs
+    def inputs(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        return self.source.splits[self.split].batch(rows).inputs
 
-    def answers(
-        self, what: str, split: str, first: int, got: Arrays, want: Arrays, margin: NDArray[np.float32]
-    ) -> None:
-        """Labels and exits exactly, numbers on the rows where both are equal."""
-        label_got, label_want = label_of(got), label_of(want)
-        exits_got = got.get(EXIT_INDEX, np.zeros_like(label_got))
-        exits_want = want.get(EXIT_INDEX, np.zeros_like(label_want))
-        self.rows += len(label_want)
-        same = np.ones(len(label_want), dtype=bool)
-        for kind, a, b in (("label", label_want, label_got), ("exit", exits_want, exits_got)):
-            for row in np.flatnonzero(a != b).tolist():
-                same[row] = False
-                self.label_flips += kind == "label"
-                self.exit_flips += kind == "exit"
-                if margin[row] <= self.flip_margin:
-                    self.flips.append(Flip(split, first + row, kind, int(a[row]), int(b[row]), float(margin[row])))
-                else:
-                    self.failures.append(
-                        f"{what}, row {first + row}: {kind} {int(a[row])} in PyTorch, {int(b[row])} in ONNX, "
-                        f"margin {margin[row]:.3g} against a possible numeric shift of {self.flip_margin:.3g}"
-                    )
-        if LOGITS in want:
-            self.numbers(f"{what}, {LOGITS}", got[LOGITS], want[LOGITS])
-            return
-        # a class may be excluded on one side only without a change of label or exit: the same closeness excuses it
-        other = exclusion_differs(got[SCORES], want[SCORES]) & same & (margin <= self.flip_margin)
-        self.flips += [
-            Flip(split, first + r, "excluded", -1, -1, float(margin[r])) for r in np.flatnonzero(other).tolist()
-        ]
-        same &= ~other
-        self.numbers(f"{what}, {SCORES}", got[SCORES][same], want[SCORES][same])
+    def feeds(self, inputs: Sequence[Tensor]) -> Arrays:
+        return {name: x.numpy() for name, x in zip(self.source.input_names, inputs, strict=True)}
 
-    def beside(self, what: str, split: str, got: Arrays, want: Arrays, margin: NDArray[np.float32]) -> None:
-        """`answers` for rows that do not count in the agreement over the split."""
-        counts = self.rows, self.label_flips, self.exit_flips
-        self.answers(what, split, 0, got, want, margin)
-        self.rows, self.label_flips, self.exit_flips = counts
-
-
-def label_of(outputs: Arrays) -> NDArray[np.int64]:
-    """Class of every row, from either kind of output."""
-    label: NDArray[np.int64] = outputs[LABEL] if LABEL in outputs else outputs[LOGITS].argmax(axis=1)
-    return label
+    def spread(self, count: int) -> list[int]:
+        return [self.rows[i] for i in _spread(len(self.rows), count)]
 
 
 def check_parity(
@@ -198,22 +145,22 @@ def check_parity(
         abs_tol: see `Tolerances`.
         rel_tol: see `Tolerances`.
         rows: at most so many rows of the split, spread evenly; None: all.
+
+    Raises:
+        ExportError: an exit that no row can take in PyTorch either, so that its branch cannot be proven.
     """
-    reference = _Torch(model)
     data = source.splits[split]
-    chosen = _spread(len(data), rows)
-    check = _Check(abs_tol, rel_tol)
-    _logits(reference, flat_path, source, data, chosen, check)
-    # one thread: what is recorded as reference must be the same bytes each time
-    runner = session_on(model_path, threads=1)
-    outputs = _natural(reference, runner, source, data, split, chosen, check)
-    golden = _golden_natural(reference, source, data, outputs, chosen)
-    covered = 1
-    if reference.exits:
-        covered = _forced(reference, model_path, source, data, split, chosen, check, golden)
-    levels = _levels(reference, model_path, source, data, split, chosen, check)
+    subject = _Subject(_Torch(model), flat_path, model_path, source, split, _spread(len(data), rows))
+    reference = subject.torch
+    forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
+    check = Agreement(abs_tol, rel_tol)
+    shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, "all", check))
+    outputs = _natural(subject, shifts, check)
+    golden = _golden_natural(subject, outputs, shifts)
+    covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
+    levels = _levels(subject, forced_rows, check)
     if not reference.exits:
-        _batch_sizes(reference, runner, source, data, split, check)
+        _batch_sizes(subject, shifts, check)
     report = ParityReport(
         max_abs_diff=check.max_abs,
         fraction_outside=check.outside / max(1, check.elements),
@@ -227,7 +174,7 @@ def check_parity(
     )
     label = label_of(outputs)
     exit_index = outputs.get(EXIT_INDEX, np.zeros_like(label))
-    return ParityResult(report, golden, check.flip_margin, label, exit_index, check.failures)
+    return ParityResult(report, golden, max(shifts), label, exit_index, check.failures)
 
 
 def _spread(total: int, rows: int | None) -> list[int]:
@@ -236,146 +183,168 @@ def _spread(total: int, rows: int | None) -> list[int]:
     return sorted({round(i * (total - 1) / max(1, rows - 1)) for i in range(rows)})
 
 
-def _feeds(source: Source, inputs: Sequence[Tensor]) -> Arrays:
-    return {name: x.numpy() for name, x in zip(source.input_names, inputs, strict=True)}
-
-
-def _thresholds(model: nn.Module) -> list[float] | None:
-    return [float(t) for t in model.thresholds] if isinstance(model, MultiExit) else None
-
-
-def _logits(
-    reference: _Torch, flat_path: Path, source: Source, data: SourceSplit, chosen: Sequence[int], check: _Check
-) -> None:
-    """Holds the logits of every head to the tolerance, on up to 256 rows; their largest error says what may flip."""
-    runner = session_on(flat_path, threads=1)
-    rows = [chosen[i] for i in _spread(len(chosen), 256)]
-    largest = 0.0
+def _logit_errors(subject: _Subject, count: int, level: str, check: Agreement) -> list[float]:
+    """Holds the logits of every head to the tolerance; their largest error, per head, says what may flip."""
+    runner = session_on(subject.flat_path, threads=1, optimization_level=level)
+    rows = subject.spread(count)
+    largest = [0.0] * (subject.torch.exits + 1)
     for start in range(0, len(rows), _BATCH):
-        inputs = data.batch(rows[start : start + _BATCH]).inputs
-        got = runner.run_rows(_feeds(source, inputs))
-        for head, want in enumerate(reference.logits(inputs)):
-            error = check.numbers(
-                f"logits of head {head}, rows from {rows[start]}", got[logits_name(head)], want.numpy()
-            )
-            largest = max(largest, error)
-    # below 1e-6 float32 itself decides, see `MultiExit.margins`
-    check.flip_margin = max(2.0 * largest, 1e-6)
+        inputs = subject.inputs(rows[start : start + _BATCH])
+        got = runner.run_rows(subject.feeds(inputs))
+        for head, want in enumerate(subject.torch.logits(inputs)):
+            what = f"logits of head {head}, rows from {rows[start]}, optimization level {level}"
+            largest[head] = max(largest[head], check.numbers(what, got[logits_name(head)], want.numpy()))
+    return largest
 
 
-def _natural(
-    reference: _Torch,
-    runner: Runner,
-    source: Source,
-    data: SourceSplit,
-    split: str,
-    chosen: Sequence[int],
-    check: _Check,
-) -> Arrays:
+def _natural(subject: _Subject, shifts: Sequence[float], check: Agreement) -> Arrays:
     """Every chosen row with the thresholds that are stored; returns what the file answered."""
+    # one thread: what is recorded as reference must be the same bytes each time
+    runner = session_on(subject.model_path, threads=1)
+    reference = subject.torch
     parts: list[Arrays] = []
-    for start in range(0, len(chosen), _BATCH):
-        indices = chosen[start : start + _BATCH]
-        inputs = data.batch(indices).inputs
-        got = runner.run_rows(_feeds(source, inputs))
-        want, margin = reference.answer(reference.logits(inputs), _thresholds(reference.model))
-        check.answers(f"split {split}", split, indices[0], got, want, margin)
+    for start in range(0, len(subject.rows), _BATCH):
+        indices = subject.rows[start : start + _BATCH]
+        inputs = subject.inputs(indices)
+        got = runner.run_rows(subject.feeds(inputs))
+        want, margin = reference.answer(reference.logits(inputs), reference.thresholds, shifts)
+        check.answers("", subject.split, indices, got, want, margin, max(shifts))
         parts.append(got)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _case(
-    reference: _Torch, source: Source, inputs: Sequence[Tensor], got: Arrays, thresholds: list[float] | None
+    subject: _Subject,
+    inputs: Sequence[Tensor],
+    got: Arrays,
+    thresholds: list[float] | None,
+    shifts: Sequence[float],
 ) -> GoldenCase:
-    want, margin = reference.answer(reference.logits(inputs), thresholds)
-    with_exits = thresholds is not None
+    want, margin = subject.torch.answer(subject.torch.logits(inputs), thresholds, shifts)
     return GoldenCase(
-        inputs=_feeds(source, inputs),
+        inputs=subject.feeds(inputs),
         torch=want,
         reference=got,
-        thresholds=np.asarray(thresholds, np.float32) if with_exits else None,
+        thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
         margin=margin,
     )
 
 
-def _golden_natural(
-    reference: _Torch, source: Source, data: SourceSplit, outputs: Arrays, chosen: Sequence[int]
-) -> list[GoldenCase]:
+def _golden_natural(subject: _Subject, outputs: Arrays, shifts: Sequence[float]) -> list[GoldenCase]:
     """Up to 16 rows spread evenly, so that their mix of exits is the split's; the forced cases cover every exit."""
-    picked = _spread(len(chosen), _GOLDEN_ROWS)
+    picked = _spread(len(subject.rows), _GOLDEN_ROWS)
     got = {name: value[picked] for name, value in outputs.items()}
-    inputs = data.batch([chosen[i] for i in picked]).inputs
-    return [_case(reference, source, inputs, got, _thresholds(reference.model))]
+    inputs = subject.inputs([subject.rows[i] for i in picked])
+    return [_case(subject, inputs, got, subject.torch.thresholds, shifts)]
+
+
+def _rows_reaching(subject: _Subject, exit_index: int) -> list[int]:
+    """Up to 32 rows to force to an exit: spread evenly if one of them gets there, else looked for in the whole split.
+
+    Raises:
+        ExportError: no row of the split gets there.
+    """
+    model = subject.torch.model
+    assert isinstance(model, MultiExit)
+    thresholds = torch.tensor(subject.torch.forced()[exit_index], dtype=torch.float32)
+
+    def reached(rows: Sequence[int]) -> list[int]:
+        logits = subject.torch.logits(subject.inputs(rows))
+        there = model.decide(logits, thresholds).exit_index == exit_index
+        return [row for row, yes in zip(rows, there.tolist(), strict=True) if yes]
+
+    spread = subject.spread(_FORCED_ROWS)
+    if reached(spread):
+        return spread
+    total = len(subject.source.splits[subject.split])
+    for start in range(0, total, _BATCH):
+        found = reached(list(range(start, min(start + _BATCH, total))))
+        if found:
+            return found[:_FORCED_ROWS]
+    raise ExportError(_out_of_reach(subject, model, exit_index, total, spread))
+
+
+def _out_of_reach(subject: _Subject, model: MultiExit, exit_index: int, total: int, rows: Sequence[int]) -> str:
+    logits = subject.torch.logits(subject.inputs(rows))[exit_index]
+    place = [spec.at for spec in model.specs][exit_index : exit_index + 1] or ["the network's own end"]
+    return (
+        f"exit {exit_index} at {place[0]!r} can be taken by none of the {total} rows of the split "
+        f"{subject.split!r}, whatever its threshold, in PyTorch either: the best classes of its head tie exactly in "
+        f"float32 (logits from {float(logits.min()):.4g} to {float(logits.max()):.4g}), so the branch behind it cannot "
+        "be proven and would never save anything. A head that ties is constant or saturated: train it with a lower "
+        "learning rate, normalise the inputs, leave this exit out or place it deeper, or choose policy: "
+        "max_probability, which ties do not hold back"
+    )
 
 
 def _forced(
-    reference: _Torch,
-    model_path: Path,
-    source: Source,
-    data: SourceSplit,
-    split: str,
-    chosen: Sequence[int],
-    check: _Check,
+    subject: _Subject,
+    forced_rows: Sequence[Sequence[int]],
+    shifts: Sequence[float],
+    check: Agreement,
     golden: list[GoldenCase],
 ) -> int:
     """Sends rows to every exit by moving the thresholds; returns how many exits were reached."""
-    rows = [chosen[i] for i in _spread(len(chosen), _FORCED_ROWS)]
-    inputs = data.batch(rows).inputs
-    logits = reference.logits(inputs)
+    reference = subject.torch
     covered = 0
-    for k, thresholds in enumerate(reference.forced()):
-        got = session_on(model_path, threads=1, thresholds=thresholds).run_rows(_feeds(source, inputs))
-        want, margin = reference.answer(logits, thresholds)
-        check.beside(f"exit {k} forced", split, got, want, margin)
-        reached = np.flatnonzero(got[EXIT_INDEX] == k)
-        if len(reached) == 0:
+    for k, (thresholds, rows) in enumerate(zip(reference.forced(), forced_rows, strict=True)):
+        inputs = subject.inputs(rows)
+        got = session_on(subject.model_path, threads=1, thresholds=thresholds).run_rows(subject.feeds(inputs))
+        want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
+        own = check.fresh()
+        own.answers(f"exit {k} forced", subject.split, rows, got, want, margin, max(shifts))
+        check.beside(own)
+        there = np.flatnonzero(got[EXIT_INDEX] == k)
+        if len(there) == 0:
             check.failures.append(
-                f"exit {k} was not reached by any of {len(rows)} rows although it was forced"
-                + (": its best classes tie exactly in PyTorch too, so its head is saturated or constant; train it "
-                   "with a lower learning rate, normalise the inputs, or place it deeper"
-                   if not (want[EXIT_INDEX] == k).any() else "")
-            )  # fmt: skip
+                f"exit {k} was not reached by any of {len(rows)} rows although it was forced and PyTorch reaches it"
+            )
             continue
         covered += 1
-        few = reached[:_GOLDEN_FORCED_ROWS].tolist()
-        case_inputs = [x[few] for x in inputs]
-        golden.append(_case(reference, source, case_inputs, {n: v[few] for n, v in got.items()}, thresholds))
+        few = there[:_GOLDEN_FORCED_ROWS].tolist()
+        golden.append(_case(subject, [x[few] for x in inputs], {n: v[few] for n, v in got.items()}, thresholds, shifts))
     return covered
 
 
-def _levels(
-    reference: _Torch,
-    model_path: Path,
-    source: Source,
-    data: SourceSplit,
-    split: str,
-    chosen: Sequence[int],
-    check: _Check,
-) -> dict[str, float]:
-    """Largest difference of the numbers at every graph optimization level, every exit forced."""
-    inputs = data.batch([chosen[i] for i in _spread(len(chosen), 2)]).inputs
-    logits = reference.logits(inputs)
-    settings: list[list[float] | None] = list(reference.forced()) if reference.exits else [None]
+def _levels(subject: _Subject, forced_rows: Sequence[Sequence[int]], check: Agreement) -> dict[str, float]:
+    """Largest difference of the numbers at every graph optimization level, every exit forced.
+
+    What may flip at a level is what the logits are off by at that level.
+    """
+    reference = subject.torch
+    settings: list[tuple[str, list[float] | None, list[int]]] = [
+        ("", None, subject.spread(_LEVEL_ROWS)),
+        *(
+            (f", exit {k} forced", thresholds, [forced_rows[k][i] for i in _spread(len(forced_rows[k]), _LEVEL_ROWS)])
+            for k, thresholds in enumerate(reference.forced() if reference.exits else ())
+        ),
+    ]
     found: dict[str, float] = {}
     for level in OPTIMIZATION_LEVELS:
-        own = _Check(check.abs_tol, check.rel_tol, check.flip_margin)
-        for thresholds in settings:
-            runner = session_on(model_path, threads=1, thresholds=thresholds, optimization_level=level)
-            want, margin = reference.answer(logits, thresholds)
-            own.answers(f"optimization level {level}", split, 0, runner.run_rows(_feeds(source, inputs)), want, margin)
+        own = check.fresh()
+        shifts = possible_shifts(_logit_errors(subject, _LEVEL_ERROR_ROWS, level, own))
+        for what, thresholds, rows in settings:
+            inputs = subject.inputs(rows)
+            runner = session_on(subject.model_path, threads=1, thresholds=thresholds, optimization_level=level)
+            want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
+            got = runner.run_rows(subject.feeds(inputs))
+            own.answers(f"optimization level {level}{what}", subject.split, rows, got, want, margin, max(shifts))
         found[level] = own.max_abs
-        check.max_abs = max(check.max_abs, own.max_abs)
-        check.failures += own.failures
+        check.beside(own)
     return found
 
 
-def _batch_sizes(
-    reference: _Torch, runner: Runner, source: Source, data: SourceSplit, split: str, check: _Check
-) -> None:
+def _batch_sizes(subject: _Subject, shifts: Sequence[float], check: Agreement) -> None:
     """A batch axis that is declared dynamic must take several sizes, one row included."""
+    runner = session_on(subject.model_path, threads=1)
     if runner.takes_single_rows:
         return
+    total = len(subject.source.splits[subject.split])
     for size in (1, 2, 7):
-        inputs = data.batch([i % len(data) for i in range(size)]).inputs
-        want, margin = reference.answer(reference.logits(inputs), None)
-        check.beside(f"batch of {size}", split, runner.run(_feeds(source, inputs)), want, margin)
+        rows = [i % total for i in range(size)]
+        inputs = subject.inputs(rows)
+        want, margin = subject.torch.answer(subject.torch.logits(inputs), None, shifts)
+        own = check.fresh()
+        got = runner.run(subject.feeds(inputs))
+        own.answers(f"batch of {size}", subject.split, rows, got, want, margin, max(shifts))
+        check.beside(own)

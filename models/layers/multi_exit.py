@@ -189,7 +189,9 @@ class MultiExit(nn.Module):
         scores = torch.stack(chosen)[exit_index, rows]
         return ExitOutput(scores.argmax(dim=1), scores, exit_index)
 
-    def margins(self, logits: Sequence[Tensor], thresholds: Tensor | None = None) -> Tensor:
+    def margins(
+        self, logits: Sequence[Tensor], thresholds: Tensor | None = None, shifts: Sequence[float] | None = None
+    ) -> Tensor:
         """How far each row is from another answer, float32 [N], in units of a logit.
 
         While every logit of a row moves by less than this, neither its exit nor its label changes. So a
@@ -197,14 +199,23 @@ class MultiExit(nn.Module):
         difference of a logit is at least the margin. (Where float32 sigmoids or probabilities are
         themselves only a few bits apart the margin is of their relative precision, 1e-7: an allowance below
         1e-6 means nothing.) Rows with NaN have margin 0, rows that cannot flip the largest float.
+
+        Args:
+            logits: as for `decide`.
+            thresholds: as for `decide`.
+            shifts: K + 1 positive numbers, what the logits of each head may be off by. A distance at a head then
+                counts as ``max(shifts) / shift`` times itself, so that a row is explained by numeric error where
+                its margin is at most ``max(shifts)``, each decision on its way judged by the error of its own head.
         """
         thresholds = self.thresholds if thresholds is None else thresholds
+        errors = torch.tensor([1.0] * len(logits) if shifts is None else list(shifts), dtype=torch.float64)
+        weight = errors.max() / errors
         output = self.decide(logits, thresholds)
         top = output.scores.to(torch.float64).topk(min(2, output.scores.shape[1]), dim=1).values
-        margin = (top[:, 0].log() - top[:, -1].log()) / 2
+        margin = (top[:, 0].log() - top[:, -1].log()) / 2 * weight[output.exit_index]
         excluded: Tensor | None = None
         for i, head_logits in enumerate(logits[:-1]):
-            here = self.policy.margin(head_logits, thresholds[i], excluded)
+            here = self.policy.margin(head_logits, thresholds[i], excluded) * weight[i]
             margin = torch.where(output.exit_index >= i, torch.minimum(margin, here), margin)
             excluded = self.policy.decide(head_logits, thresholds[i], excluded).excluded
         largest = torch.finfo(torch.float32).max
