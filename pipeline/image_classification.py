@@ -14,7 +14,7 @@ from edgewright.edge_runtime.manifest import Preprocessing
 
 from .errors import DataError
 from .metric import Metric, metric_named
-from .splits import TensorSplit, as_split
+from .splits import TensorSplit, as_split, class_indices
 from .splitting import stratified_split
 from .task import SPLITS, Batch, Split, SplitName
 
@@ -68,7 +68,8 @@ class ImageClassification:
                 row = int(split.targets.argmax())
                 raise DataError(
                     f"sample {row} of split {key!r} has class {int(split.targets[row])}, "
-                    f"and there are {len(self._labels)} labels"
+                    f"and there are {len(self._labels)} labels, for classes 0 to {len(self._labels) - 1}: number the "
+                    "classes without gaps, or give all labels"
                 )
 
     @classmethod
@@ -92,7 +93,7 @@ class ImageClassification:
             seed: of the shuffle.
             options: as for the class.
         """
-        x, y = torch.as_tensor(inputs), torch.as_tensor(targets).to(torch.int64).reshape(-1)
+        x, y = torch.as_tensor(inputs), class_indices(targets)
         chosen = stratified_split(TensorSplit([x], y).sample_digests, y, labels, fractions, seed)
         parts: dict[SplitName, Any] = {}
         for name, indices in chosen.items():

@@ -26,6 +26,9 @@ from .stages import stage_named
 from .task import Task, check_classes, data_digests, split_of
 from .tasks import build_task, task_sources
 
+_TOLERANCES = ("max_drop", "tolerance", "max_backbone_drop")
+"""Fields of stages that hold a loss of validation accuracy."""
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -197,15 +200,17 @@ def remarks(inputs: Inputs) -> tuple[str, ...]:
             )
     if "validation" in task.splits:
         rows = len(task.splits["validation"])
-        for entry in inputs.recipe.stages:
-            for field in ("max_drop", "tolerance", "worst_class_tolerance", "max_backbone_drop"):
-                allowed = getattr(entry.config, field, None)
-                if isinstance(allowed, float) and 0.0 < allowed < 1.0 / rows:
-                    notes.append(
-                        f"{entry.id or entry.name}.{field} is {allowed:g}, and one of the {rows} validation samples is "
-                        f"worth {1.0 / rows:.2g} of accuracy: no loss that small can be measured, one sample decides; "
-                        "use more validation samples or a larger value"
-                    )
+        fine = [
+            f"{entry.id or entry.name}.{field} ({getattr(entry.config, field):g})"
+            for entry in inputs.recipe.stages
+            for field in _TOLERANCES
+            if 0.0 < (getattr(entry.config, field, None) or 0.0) < 1.0 / rows
+        ]
+        if fine:
+            notes.append(
+                f"{', '.join(fine)}: one of the {rows} validation samples is worth {1.0 / rows:.2g} of accuracy, so no "
+                "loss that small can be measured and one sample decides; use more validation samples or larger values"
+            )
     return tuple(notes)
 
 

@@ -239,7 +239,8 @@ class _Run:
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
         place = entry.folder.relative_to(self.out).as_posix()
-        return StepRow(step=step, stage=stage, checkpoint=place, metrics=entry.metrics, notes=entry.notes, **values)
+        notes = entry.notes if position else (*remarks(self.inputs), *entry.notes)
+        return StepRow(step=step, stage=stage, checkpoint=place, metrics=entry.metrics, notes=notes, **values)
 
     def _reference(self) -> str:
         reference = "dense"

@@ -16,6 +16,30 @@ from .errors import DataError
 from .task import Batch, Split
 
 
+def class_indices(targets: Tensor | NDArray[Any] | Sequence[int]) -> Tensor:
+    """Targets as class indices int64 [len].
+
+    Raises:
+        DataError: numbers with fractions (regression), or several numbers per sample (one-hot, many labels).
+    """
+    given = torch.as_tensor(targets)
+    if given.dim() > 1 and given.numel() != len(given):
+        raise DataError(
+            f"the targets have shape {list(given.shape)}; one class index per sample is needed: turn one-hot targets "
+            "into indices with .argmax(axis=1); several labels per sample are not supported"
+        )
+    flat = given.reshape(-1)
+    if flat.is_floating_point():
+        fractions = (flat != flat.round()) | ~torch.isfinite(flat)
+        if fractions.any():
+            row = int(fractions.nonzero()[0])
+            raise DataError(
+                f"the target of sample {row} is {float(flat[row]):g}, which is no class index: edgewright compresses "
+                "classifiers; for regression, write a task of your own whose classes are ranges of the value"
+            )
+    return flat.to(torch.int64)
+
+
 class TensorSplit:
     """A split that lies in memory."""
 
@@ -30,7 +54,7 @@ class TensorSplit:
             DataError: lengths differ, targets are no class indices, or a value is NaN or infinite.
         """
         self._inputs = tuple(torch.as_tensor(x) for x in inputs)
-        self._targets = torch.as_tensor(targets).to(torch.int64).reshape(-1)
+        self._targets = class_indices(targets)
         for i, x in enumerate(self._inputs):
             if len(x) != len(self._targets):
                 raise DataError(f"input {i} has {len(x)} samples and there are {len(self._targets)} targets")
@@ -80,7 +104,7 @@ class DatasetSplit:
         """
         self._dataset: Any = dataset
         self._digests: list[bytes] | None = None
-        self._targets = None if targets is None else torch.as_tensor(targets, dtype=torch.int64)
+        self._targets = None if targets is None else class_indices(targets)
 
     def _read(self, index: int) -> tuple[tuple[Tensor, ...], int]:
         try:
@@ -91,7 +115,7 @@ class DatasetSplit:
         for x in tensors:
             if x.is_floating_point() and not torch.isfinite(x).all():
                 raise DataError(f"sample {index} holds NaN or infinity; repair or remove it")
-        return tensors, int(target)
+        return tensors, int(class_indices(target))
 
     def _scan(self) -> None:
         digests, targets = [], []

@@ -180,9 +180,8 @@ def test_a_tolerance_finer_than_one_validation_sample_is_said(tmp_path: Path) ->
     exits = {"name": "early_exit", "tolerance": 0.005}
     coarse = small({"train": [0, 1, 2] * 4, "validation": [0, 1, 2] * 10, "test": [0, 1, 2]})
     notes = remarks_on(coarse, tmp_path / "a", stages=[TRAIN, exits])
-    assert any(
-        "early_exit.tolerance is 0.005, and one of the 30 validation samples is worth 0.033" in note for note in notes
-    )
+    assert len(notes) == 1 and "early_exit.tolerance (0.005), early_exit.max_backbone_drop (0.02): one" in notes[0]
+    assert "30 validation samples is worth 0.033" in notes[0]
     fine = remarks_on(coarse, tmp_path / "b", stages=[TRAIN, {**exits, "tolerance": 0.05, "max_backbone_drop": 0.05}])
     assert fine == ()
 
@@ -194,3 +193,23 @@ def test_a_control_of_an_argument_that_takes_whole_numbers(tmp_path: Path) -> No
     assert spec is not None
     check_control(inputs, spec)
     assert control_recipe(inputs, spec, 8 * 13.2).model.args == {"width": 13}
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ([0.5, 1.0, 2.25, 0.0], "target of sample 0 is 0.5, which is no class index"),
+        (torch.eye(4), r"shape \[4, 4\]; one class index per sample .*argmax"),
+        ([0, 1, 7, 1], r"sample 2 .* has class 7, and there are 3 labels, for classes 0 to 2: number"),
+    ],
+)
+def test_targets_that_are_no_classes(targets: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ImageClassification({"train": (torch.zeros(4, 2), targets)}, list("abc"))
+
+
+def test_targets_of_a_dataset_that_are_no_classes() -> None:
+    with pytest.raises(DataError, match=r"the target of sample 0 is 0\.25"):
+        ImageClassification({"train": [(torch.zeros(2), 0.25)]}, list("abc"))
+    whole = ImageClassification({"train": (torch.zeros(3, 2), torch.tensor([[0.0], [2.0], [1.0]]))}, list("abc"))
+    assert whole.splits["train"].targets.tolist() == [0, 2, 1]
