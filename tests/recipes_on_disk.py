@@ -64,4 +64,4 @@ def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measure_bundles", lambda *_: [])
     monkeypatch.setattr(runner, "compare_bundles", lambda *_: None)
     monkeypatch.setattr(runner, "write_report", lambda *_: None)
-    monkeypatch.setattr(runner, "_with_bundle", lambda row, bundle: row)
+    monkeypatch.setattr(runner.bundles, "with_bundle", lambda row, bundle: row)
