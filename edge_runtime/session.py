@@ -226,6 +226,8 @@ def _session_options(threads: int | None, optimization_level: str, strict: bool)
     if threads is not None and threads < 1:
         raise InputError(f"threads is a positive number, not {threads}")
     options = onnxruntime.SessionOptions()
+    # errors only: ONNX Runtime warns about every initializer that a caller may replace, and `thresholds` is one
+    options.log_severity_level = 3
     options.graph_optimization_level = getattr(
         onnxruntime.GraphOptimizationLevel, OPTIMIZATION_LEVELS[optimization_level]
     )

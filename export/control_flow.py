@@ -4,10 +4,11 @@ The flat graph computes the logits of every head. Every node belongs to the smal
 stays in the main graph; the policy decides; level k goes into the else-branch of exit k-1::
 
     main:  level 0 -> head 0 -> policy -> If decided
-           then: label, scores, exit_index of exit 0
+           then: scores, exit_index of exit 0
            else: level 1 -> head 1 -> policy -> If decided
                  then: ...
                  else: level 2 -> ... -> the network's own end
+           label = ArgMax scores
 
 Values of outer levels are captured by name, as ONNX allows. Weights go where `weight_placement` puts them.
 """
@@ -19,11 +20,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, SCORES, THRESHOLDS
 
+from .branch_layout import block_captured_maps
 from .capture import MODULE_KEY, logits_name
-from .policy_graph import PolicyGraphs
+from .policy_graph import PolicyGraphs, splice
 from .weight_placement import Placement, place_initializers
 
 
@@ -98,137 +99,110 @@ class _Builder:
         self.exits = len(logits) - 1
 
     def main(self, inputs: Sequence[ir.Value], thresholds: Sequence[float]) -> ir.Graph:
-        values = np.asarray(thresholds, dtype=np.float32)
-        self.thresholds = ir.Value(
-            name=THRESHOLDS,
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape([len(values)]),
-            const_value=ir.tensor(values, name=THRESHOLDS),
-        )
+        stored, split = threshold_values(thresholds)
+        self.thresholds = list(split.outputs)
         graph = self._level(0, None)
-        graph.initializers[THRESHOLDS] = self.thresholds
-        graph.inputs.extend(inputs)
+        nodes = list(graph)
+        graph.insert_before(nodes[0], split)
+        scores, exit_index = graph.outputs
+        label = _label(scores)
+        graph.append(label)
+        graph.outputs.clear()
+        graph.outputs.extend([label.outputs[0], scores, exit_index])
+        graph.initializers[THRESHOLDS] = stored
+        graph.inputs.extend([*inputs, stored])
         graph.name = "main"
         graph.opset_imports[""] = self.opset
         return graph
 
     def _level(self, k: int, excluded: ir.Value | None) -> ir.Graph:
-        """The graph of level k with everything nested below it."""
+        """The graph of level k with everything nested below it; outputs scores [1, C] and exit_index [1]."""
+        nodes = list(self.by_level[k])
+        memory = [excluded] if excluded is not None else []
         if k == self.exits:
-            nodes = list(self.by_level[k])
-            inputs = [self.logits[k], *([excluded] if excluded is not None else [])]
-            scores, label = self._splice(self.policy.finish, inputs, nodes, "exits.final")
-            graph = ir.Graph([], self._answer(k, label, scores, nodes), nodes=nodes, name="final")
+            (scores,) = splice(self.policy.finish, [self.logits[k], *memory], nodes, "exits.final")
+            graph = ir.Graph([], _answer(k, scores, nodes), nodes=nodes, name="final")
         else:
-            nodes = list(self.by_level[k])
-            source = self.policy.first if excluded is None else self.policy.next
-            inputs = [self.logits[k], self.thresholds, *([excluded] if excluded is not None else [])]
+            source = self.policy.next if memory else self.policy.first
             policy_nodes: list[ir.Node] = []
-            decided, scores, label, *memory = self._splice(source, inputs, policy_nodes, f"exits.{k}", k)
+            inputs = [self.logits[k], self.thresholds[k], *memory]
+            decided, scores, *memory = splice(source, inputs, policy_nodes, f"exits.{k}")
             needed = _ancestors([decided, *memory], policy_nodes)
             nodes += [n for n in policy_nodes if n in needed]
             leaving = [n for n in policy_nodes if n not in needed]
-            then = ir.Graph([], self._answer(k, label, scores, leaving), nodes=leaving, name=f"exit{k}_leave")
+            then = ir.Graph([], _answer(k, scores, leaving), nodes=leaving, name=f"exit{k}_leave")
             deeper = self._level(k + 1, memory[0] if memory else None)
             branch = ir.node(
                 "If",
                 [decided],
                 {"then_branch": then, "else_branch": deeper},
-                num_outputs=3,
+                num_outputs=2,
                 name=f"exit{k}/If",
                 metadata_props={MODULE_KEY: ""},
             )
             nodes.append(branch)
-            for value, name, like in zip(branch.outputs, (LABEL, SCORES, EXIT_INDEX), deeper.outputs, strict=True):
+            for value, name, like in zip(branch.outputs, (SCORES, EXIT_INDEX), deeper.outputs, strict=True):
                 value.name = name if k == 0 else f"exit{k}/{name}"
                 value.type, value.shape = like.type, like.shape
             graph = ir.Graph([], list(branch.outputs), nodes=nodes, name="main" if k == 0 else f"level{k}")
         self.level_graphs[k] = graph
+        if k > 0:
+            block_captured_maps(graph, self.by_level[k])
         return graph
 
-    def _answer(self, k: int, label: ir.Value, scores: ir.Value, nodes: list[ir.Node]) -> list[ir.Value]:
-        """The three outputs of a branch; every branch's have the same types and shapes."""
-        own = {v for node in nodes for v in node.outputs}
-        if scores not in own:
-            # a branch must own its outputs: the scores were computed outside, to decide
-            identity = ir.node("Identity", [scores], name=f"exits.{k}/Identity")
-            identity.outputs[0].name, identity.outputs[0].type = f"exits.{k}/Identity", scores.type
-            identity.outputs[0].shape = scores.shape
-            nodes.append(identity)
-            scores = identity.outputs[0]
-        value = ir.tensor(np.asarray([k], dtype=np.int64))
-        constant = ir.node("Constant", [], {"value": value}, name=f"exits.{k}/exit_index")
-        constant.outputs[0].name = f"exits.{k}/exit_index"
-        constant.outputs[0].type, constant.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
-        nodes.append(constant)
-        return [label, scores, constant.outputs[0]]
 
-    def _splice(
-        self, source: ir.Model, inputs: Sequence[ir.Value], nodes: list[ir.Node], prefix: str, k: int | None = None
-    ) -> list[ir.Value]:
-        """Copies the nodes of a policy graph behind `nodes`, reading `inputs`; returns its outputs.
+def threshold_values(thresholds: Sequence[float]) -> tuple[ir.Value, ir.Node]:
+    """The initializer `thresholds` [K], and the node that splits it into K values [1].
 
-        With `k`, the second input is `thresholds` of which the graph is to see element k.
-        """
-        copy = source.clone().graph
-        if k is not None:
-            _pick_threshold(copy, k)
-        values = dict(zip(copy.inputs, inputs, strict=True))
-        outputs = list(copy.outputs)
-        copy.outputs.clear()
-        counts: dict[str, int] = {}
-        for name, value in list(copy.initializers.items()):
-            constant = ir.node("Constant", [], {"value": value.const_value}, name=f"{prefix}/{name}")
-            constant.outputs[0].name = f"{prefix}/{name}"
-            constant.outputs[0].type, constant.outputs[0].shape = value.type, value.shape
-            constant.metadata_props[MODULE_KEY] = ""
-            values[value] = constant.outputs[0]
-            nodes.append(constant)
-        for node in list(copy):
-            copy.remove(node)
-            for i, read in enumerate(node.inputs):
-                if read is not None and read in values:
-                    node.replace_input_with(i, values[read])
-            stem = f"{prefix}/{node.op_type}"
-            counts[stem] = counts.get(stem, 0) + 1
-            node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem] - 1}"
-            node.metadata_props.clear()
-            node.metadata_props[MODULE_KEY] = ""
-            for i, value in enumerate(node.outputs):
-                value.name = node.name if i == 0 else f"{node.name}.{i}"
-                value.metadata_props.clear()
-            nodes.append(node)
-        return outputs
-
-
-def _pick_threshold(graph: ir.Graph, k: int) -> None:
-    """Lets a policy graph take the whole `thresholds` [K] and use element k, behind the first operation on it.
-
-    A Gather on the initializer itself would be folded when the session is made, and ONNX Runtime folds the stored
-    values even where `SessionOptions.add_initializer` overrides them: the override would be lost without a word.
+    The caller makes the initializer a graph input as well: that is how ONNX says that a caller may set it, and
+    what keeps a runtime from folding the stored values into what reads them. Without it ONNX Runtime folds them at
+    every level but `disabled`, even where `SessionOptions.add_initializer` overrides them, without a word.
     """
-    uses = list(graph.inputs[1].uses())
-    node = uses[0][0]
-    if len(uses) != 1 or len(node.inputs) != 2 or node.op_type not in ("Add", "Div", "Greater", "Less", "Mul", "Sub"):
-        raise ExportError(
-            "an exit policy must use its threshold in exactly one sum, product or comparison with a value of the row: "
-            f"it is read by {[n.op_type for n, _ in uses]}"
-        )
-    every = node.outputs[0]
-    index = ir.node("Constant", [], {"value": ir.tensor(np.asarray([k], dtype=np.int64))}, name="index")
-    index.outputs[0].name = "index"
-    index.outputs[0].type, index.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
-    pick = ir.node("Gather", [every, index.outputs[0]], {"axis": -1}, name="pick")
-    picked = pick.outputs[0]
-    picked.name, picked.type, picked.shape = "picked", every.type, every.shape
-    every.shape = None
-    for user, where in list(every.uses()):
-        if user is not pick:
-            user.replace_input_with(where, picked)
-    for i, value in enumerate(graph.outputs):
-        if value is every:
-            graph.outputs[i] = picked
-    graph.insert_after(node, [index, pick])
+    values = np.asarray(thresholds, dtype=np.float32)
+    stored = ir.Value(
+        name=THRESHOLDS,
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([len(values)]),
+        const_value=ir.tensor(values, name=THRESHOLDS),
+    )
+    split = ir.node(
+        "Split",
+        [stored],
+        {"axis": 0, "num_outputs": len(values)},
+        num_outputs=len(values),
+        name="exits/Split",
+        metadata_props={MODULE_KEY: ""},
+    )
+    for k, value in enumerate(split.outputs):
+        value.name, value.type, value.shape = f"exits.{k}/threshold", stored.type, ir.Shape([1])
+    return stored, split
+
+
+def _label(scores: ir.Value) -> ir.Node:
+    """The class of the largest score: one node behind all branches."""
+    node = ir.node("ArgMax", [scores], {"axis": 1, "keepdims": 0}, name="exits/ArgMax", metadata_props={MODULE_KEY: ""})
+    assert scores.shape is not None
+    node.outputs[0].name, node.outputs[0].type = LABEL, ir.TensorType(ir.DataType.INT64)
+    node.outputs[0].shape = ir.Shape([scores.shape[0]])
+    return node
+
+
+def _answer(k: int, scores: ir.Value, nodes: list[ir.Node]) -> list[ir.Value]:
+    """The two outputs of a branch; every branch's have the same types and shapes."""
+    own = {v for node in nodes for v in node.outputs}
+    if scores not in own:
+        # a branch must own its outputs: the scores were computed outside, to decide
+        identity = ir.node("Identity", [scores], name=f"exits.{k}/Identity")
+        identity.outputs[0].name, identity.outputs[0].type = f"exits.{k}/Identity", scores.type
+        identity.outputs[0].shape = scores.shape
+        nodes.append(identity)
+        scores = identity.outputs[0]
+    value = ir.tensor(np.asarray([k], dtype=np.int64))
+    constant = ir.node("Constant", [], {"value": value}, name=f"exits.{k}/exit_index")
+    constant.outputs[0].name = f"exits.{k}/exit_index"
+    constant.outputs[0].type, constant.outputs[0].shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
+    nodes.append(constant)
+    return [scores, constant.outputs[0]]
 
 
 def _ancestors(values: Sequence[ir.Value], among: Sequence[ir.Node]) -> set[ir.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from edgewright.models.layers.exit_policies import ExitPolicy, policy_named
 
-from .capture import quietly
+from .capture import MODULE_KEY, quietly
 
 
 class _Policy(nn.Module):
@@ -26,10 +27,9 @@ class _Policy(nn.Module):
         first = self.policy.decide(logits, threshold, None)
         memory = None if first.excluded is None else excluded
         following = self.policy.decide(logits, threshold, memory)
-        scores = self.policy.finish(logits, memory)
-        decisions = [(d.decided, d.scores, d.scores.argmax(dim=1), d.excluded) for d in (first, following)]
+        decisions = [(d.decided, d.scores, d.excluded) for d in (first, following)]
         flat = [value for decision in decisions for value in decision if value is not None]
-        return (*flat, scores, scores.argmax(dim=1))
+        return (*flat, self.policy.finish(logits, memory))
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class PolicyGraphs:
     """Graphs for one row: inputs and outputs in the order of `ExitPolicy.decide` and `finish`.
 
     Attributes:
-        first: (logits, threshold) -> (decided, scores, label[, excluded]).
+        first: (logits, threshold) -> (decided, scores[, excluded]).
         next: (logits, threshold[, excluded]) -> the same; equal to `first` for a policy without memory.
-        finish: (logits[, excluded]) -> (scores, label).
+        finish: (logits[, excluded]) -> (scores,).
         stateful: whether `excluded` exists.
     """
 
@@ -55,8 +55,8 @@ def policy_graphs(name: str, classes: int, opset: int) -> PolicyGraphs:
     policy = policy_named(name)
     logits, threshold, excluded = torch.randn(1, classes), torch.tensor(0.5), torch.zeros(1, classes, dtype=torch.bool)
     stateful = policy.decide(logits, threshold, None).excluded is not None
-    answer = ["decided", "scores", "label", *(["excluded"] if stateful else [])]
-    parts = {"first": answer, "next": answer, "finish": ["scores", "label"]}
+    answer = ["decided", "scores", *(["excluded"] if stateful else [])]
+    parts = {"first": answer, "next": answer, "finish": ["scores"]}
     with quietly(), torch.no_grad():
         program = torch.onnx.export(
             _Policy(policy).eval(),
@@ -91,3 +91,80 @@ def _part(model: ir.Model, inputs: list[str], name: str) -> ir.Model:
     graph.inputs.clear()
     graph.inputs.extend(values[i] for i in inputs)
     return part
+
+
+def splice(source: ir.Model, inputs: Sequence[ir.Value], nodes: list[ir.Node], prefix: str) -> list[ir.Value]:
+    """Copies the nodes of a policy graph behind `nodes`.
+
+    Two nodes of a policy are saved where the surroundings do their work already: a `Neg` of logits that a `Gemm`
+    can produce with the other sign, and a `Cast` that an outer level has made of the same value.
+
+    Args:
+        source: one of `PolicyGraphs`.
+        inputs: values of the graph that is being built, in the order of the policy graph's inputs.
+        nodes: of that graph; the copies are appended.
+        prefix: of the copies' names.
+
+    Returns:
+        The policy graph's outputs, as values of the graph that is being built.
+    """
+    copy = source.clone().graph
+    values = dict(zip(copy.inputs, inputs, strict=True))
+    outputs = list(copy.outputs)
+    copy.outputs.clear()
+    counts: dict[str, int] = {}
+    for name, value in list(copy.initializers.items()):
+        constant = ir.node("Constant", [], {"value": value.const_value}, name=f"{prefix}/{name}")
+        constant.outputs[0].name = f"{prefix}/{name}"
+        constant.outputs[0].type, constant.outputs[0].shape = value.type, value.shape
+        constant.metadata_props[MODULE_KEY] = ""
+        values[value] = constant.outputs[0]
+        nodes.append(constant)
+    for node in list(copy):
+        copy.remove(node)
+        for i, read in enumerate(node.inputs):
+            if read is not None and read in values:
+                node.replace_input_with(i, values[read])
+        known = _negated(node) or _converted(node)
+        if known is not None:
+            values[node.outputs[0]] = known
+            node.replace_input_with(0, None)
+            continue
+        stem = f"{prefix}/{node.op_type}"
+        counts[stem] = counts.get(stem, 0) + 1
+        node.name = stem if counts[stem] == 1 else f"{stem}_{counts[stem] - 1}"
+        node.metadata_props.clear()
+        node.metadata_props[MODULE_KEY] = ""
+        for i, value in enumerate(node.outputs):
+            value.name = node.name if i == 0 else f"{node.name}.{i}"
+            value.metadata_props.clear()
+        nodes.append(node)
+    return [values.get(v, v) for v in outputs]
+
+
+def _negated(node: ir.Node) -> ir.Value | None:
+    """What `node` computes, if it is the only reader of a `Gemm` and negates it: the Gemm is changed."""
+    if node.op_type != "Neg":
+        return None
+    value = node.inputs[0]
+    assert value is not None
+    product = value.producer()
+    if product is None or product.op_type != "Gemm" or len(value.uses()) > 1:
+        return None
+    for name in ("alpha", "beta"):
+        old = product.attributes[name].as_float() if name in product.attributes else 1.0
+        product.attributes[name] = ir.AttrFloat32(name, -old)
+    value.name = f"{value.name}.negated"
+    return value
+
+
+def _converted(node: ir.Node) -> ir.Value | None:
+    """The result of another `Cast` of the same value to the same type, which an outer level has made."""
+    if node.op_type != "Cast":
+        return None
+    value = node.inputs[0]
+    assert value is not None
+    for other, _ in value.uses():
+        if other is not node and other.op_type == "Cast" and other.attributes["to"] == node.attributes["to"]:
+            return other.outputs[0]
+    return None

@@ -17,6 +17,9 @@ Placement: TypeAlias = Literal["bytes", "latency"]
 """What to pay for a convolution weight that several levels read: one outer copy and a slower convolution in the inner
 levels (``bytes``), or one copy in each level (``latency``)."""
 
+_SHAPE_BYTES = 64
+"""Largest axes or shape that is copied into every level that reads it."""
+
 
 def place_initializers(
     main: ir.Graph,
@@ -46,24 +49,42 @@ def place_initializers(
         convolution = any(node.op_type == "Conv" and index == 1 for node, index in users)
         owner = main if used[0] == 0 else level_graphs[used[0]]
         owner.initializers[value.name or ""] = value
-        if len(used) == 1 or not convolution:
+        if len(used) == 1:
             continue
-        if placement == "bytes":
+        if _is_shape(value):
+            _copy(value, used[1:], users, level_graphs, level)
+        elif convolution and placement == "bytes":
             notes.append(
                 f"convolution weight {value.name} is read by levels {used} and stored once: "
                 "ONNX Runtime runs the inner ones without its blocked layout"
             )
-            continue
-        for k in used[1:]:
-            copy = ir.Value(
-                name=f"{value.name}@level{k}", type=value.type, shape=value.shape, const_value=value.const_value
+        elif convolution:
+            _copy(value, used[1:], users, level_graphs, level)
+            notes.append(
+                f"convolution weight {value.name} is read by levels {used} and stored {len(used)} times "
+                "(shared_across_exits: latency); `bytes` would store it once"
             )
-            level_graphs[k].initializers[copy.name or ""] = copy
-            for node, index in users:
-                if level[node] == k:
-                    node.replace_input_with(index, copy)
-        notes.append(
-            f"convolution weight {value.name} is read by levels {used} and stored {len(used)} times "
-            "(shared_across_exits: latency); `bytes` would store it once"
-        )
     return tuple(notes)
+
+
+def _is_shape(value: ir.Value) -> bool:
+    """Axes and shapes: a branch that captures them pays more than the few bytes of a copy."""
+    tensor = value.const_value
+    return tensor is not None and tensor.dtype == ir.DataType.INT64 and tensor.nbytes <= _SHAPE_BYTES
+
+
+def _copy(
+    value: ir.Value,
+    into: Sequence[int],
+    users: Sequence[tuple[ir.Node, int]],
+    level_graphs: Mapping[int, ir.Graph],
+    level: Mapping[ir.Node, int],
+) -> None:
+    for k in into:
+        copy = ir.Value(
+            name=f"{value.name}@level{k}", type=value.type, shape=value.shape, const_value=value.const_value
+        )
+        level_graphs[k].initializers[copy.name or ""] = copy
+        for node, index in users:
+            if level[node] == k:
+                node.replace_input_with(index, copy)

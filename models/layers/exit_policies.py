@@ -82,26 +82,25 @@ class ClassExclusion:
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """See `ExitPolicy.decide`; scores are 1 for the survivor.
 
-        One line for memory, exclusion and readmission: a class that is out must reach the favourite itself,
-        any other one must reach ``beta`` times the favourite. Compared are the reciprocals ``1 / q``: runtimes
-        compute a sigmoid with an absolute error only (ONNX Runtime's is off by 3e-3 of its value at a logit of
-        -10, and 0 at -17), which a small ``beta`` would turn into wrong exclusions.
+        A class is out if ``share / q_c > 1 / max(q)``, where ``share`` is 1 for a class that is out already, which
+        has to reach the favourite itself, and beta for any other: one line for memory, exclusion and readmission.
+        Compared are the reciprocals ``1 / q = 1 + exp(-z)``: runtimes compute a sigmoid with an absolute error only
+        (ONNX Runtime's is off by 3e-3 of its value at a logit of -10, and 0 at -17), which a small ``beta`` would
+        turn into wrong exclusions. Every operation here is one small node of the exported graph, so they are chosen
+        by what those cost: a `where` is three times a maximum, hence the arithmetic on 0 and 1.
         """
         distance = 1.0 + torch.exp(-logits.to(torch.float32))
-        favourite = distance.amin(dim=1, keepdim=True)
-        line = favourite / threshold
-        if excluded is not None:
-            line = torch.where(excluded, favourite, line)
-        weak = distance > line
-        alive = torch.where(weak, 0.0, 1.0)
-        return Decision(weak, alive.sum(dim=1) == 1.0, alive)
+        share = threshold if excluded is None else torch.maximum(excluded.to(torch.float32), threshold)
+        weak = distance * share > distance.amin(dim=1, keepdim=True)
+        out = weak.to(torch.float32)
+        return Decision(weak, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
 
     def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:
         """Softmax over the classes that survived."""
         logits = logits.to(torch.float32)
         if excluded is not None:
-            # the finite minimum: infinity would make NaN of a fully excluded row under some runtimes
-            logits = torch.where(excluded, torch.finfo(torch.float32).min, logits)
+            # the finite minimum: infinity would make NaN of every class that is not excluded
+            logits = logits + excluded.to(torch.float32) * torch.finfo(torch.float32).min
         return torch.softmax(logits, dim=1)
 
     def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:

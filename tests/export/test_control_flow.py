@@ -9,19 +9,24 @@ import onnxruntime
 import pytest
 import torch
 from exported import NETWORKS, THRESHOLDS, share_conv_bases, share_linear_bases, with_exits
+from tiny import CLASSES
 
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.export.capture import capture
 from edgewright.export.control_flow import levels, sink
 from edgewright.export.ledger import graphs, stored_bytes, torch_unique_bytes
-from edgewright.export.policy_graph import policy_graphs
+from edgewright.export.policy_graph import policy_graphs, splice
+from edgewright.export.simplify import simplify
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.models.residual import resnet_small
 
 CASES = [(network, policy) for network in NETWORKS for policy in THRESHOLDS]
 IDS = [f"{n}-{p}" for n, p in CASES]
 
 
-def sunk(model, placement="bytes"):
-    flat = capture(model, (torch.randn(1, 1, 12, 12),), ["image"])
+def sunk(model, placement="bytes", method="none"):
+    x = torch.randn(1, 1, 12, 12)
+    flat, _ = simplify(capture(model, (x,), ["image"]), method, {"image": x.numpy()})
     graph_policy = policy_graphs(model.policy.name, model.classes, flat.graph.opset_imports[""])
     return flat, *sink(flat, graph_policy, model.thresholds.tolist(), placement)
 
@@ -123,3 +128,62 @@ def test_thresholds_can_be_overridden_by_add_initializer(level, tmp_path):
             str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"]
         )
         assert session.run(["exit_index"], {"image": x})[0] == [k]
+
+
+@pytest.mark.parametrize(("policy", "most"), [("class_exclusion", 9), ("max_probability", 4)])
+def test_an_exit_costs_few_nodes(policy, most, tmp_path):
+    # every node is about a microsecond on a processor; see docs/early_exit.md
+    _, final, _ = sunk(with_exits("residual", policy))
+    for path, graph in graphs(final.graph):
+        own = [n for n in graph if n.name.startswith("exits.") and n.op_type != "Constant"]
+        assert len(own) <= (2 if path.endswith(".then") else most), [n.name for n in own]
+        assert all(len(n.outputs) == 2 for n in graph if n.op_type == "If")
+    kinds = [n.op_type for n in final.graph.all_nodes()]
+    assert kinds.count("ArgMax") == kinds.count("Split") == 1
+    assert "Neg" not in kinds, "the head's product gives the negated logits"
+
+
+def test_a_negation_is_folded_only_where_nobody_else_reads_the_logits():
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1, 4]))
+    for readers in (0, 1):
+        product = ir.node("Gemm", [x, x], {"alpha": 0.5, "transB": 1}, name="head")
+        logits = product.outputs[0]
+        logits.name = "logits.0"
+        others = [ir.node("Relu", [logits]) for _ in range(readers)]
+        threshold = ir.Value(name="t", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([1]))
+        nodes: list[ir.Node] = []
+        splice(policy_graphs("class_exclusion", 4, 20).first, [logits, threshold], nodes, "exits.0")
+        assert [n.op_type for n in nodes].count("Neg") == len(others)
+        assert product.attributes["alpha"].as_float() == (0.5 if others else -0.5)
+        assert ("beta" in product.attributes) == (not others)
+
+
+def test_additions_of_a_residual_stream_stay_inside_convolutions(tmp_path):
+    torch.manual_seed(1)
+    base = resnet_small(classes=CLASSES, widths=(16,), blocks=3)
+    heads = [HeadSpec("stem", 16), HeadSpec("stages.stage0.block0", 16)]
+    model = MultiExit(base, heads, [4, 4], CLASSES, "class_exclusion").eval()
+    flat, final, _ = sunk(model, method="onnxscript")
+    pools = [n for n in final.graph.all_nodes() if n.op_type == "AveragePool"]
+    assert [n.inputs[0].name for n in pools] == ["base.stem.2/Relu", "base.stages.stage0.block0/Relu_1"]
+    alone = {}
+    for name, kept in (("flat", flat), ("sunk", final)):
+        ir.save(kept, tmp_path / f"{name}.onnx")
+        session_on(tmp_path / f"{name}.onnx", optimized_path=tmp_path / f"{name}.optimized.onnx")
+        optimized = list(ir.load(tmp_path / f"{name}.optimized.onnx").graph.all_nodes())
+        if not any(n.domain == "com.microsoft.nchwc" for n in optimized):
+            pytest.skip("ONNX Runtime has no blocked layout on this processor")
+        alone[name] = [n.name for n in optimized if n.op_type == "Add" and n.name.startswith("base.")]
+    assert alone == {"flat": [], "sunk": []}
+
+
+def test_a_caller_may_set_thresholds_per_run(tmp_path):
+    model = with_exits("residual")
+    _, final, _ = sunk(model)
+    ir.save(final, tmp_path / "model.onnx")
+    session = session_on(tmp_path / "model.onnx").session
+    assert [v.name for v in session.get_inputs()] == ["image"], "thresholds have a default and need not be given"
+    x = torch.randn(1, 1, 12, 12).numpy()
+    for k, thresholds in enumerate([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]):
+        feeds = {"image": x, "thresholds": np.asarray(thresholds, np.float32)}
+        assert session.run(["exit_index"], feeds)[0] == [k]
