@@ -197,7 +197,9 @@ def _open_zip(path: Path) -> Bundle:
         with zipfile.ZipFile(path) as archive:
             return _unpack(archive, path)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise BundleError(f"{path} is neither a folder nor a readable zip ({error}): copy it again") from None
+        part = path.name in (*_OWN_FILES, MODEL_FILE, GOLDEN_FILE) and (path.parent / MANIFEST_FILE).is_file()
+        advice = f"it is a part of the bundle {path.parent}, give that folder" if part else "copy it again"
+        raise BundleError(f"{path} is neither a folder nor a readable zip ({error}): {advice}") from None
 
 
 def _unpack(archive: zipfile.ZipFile, path: Path) -> Bundle:

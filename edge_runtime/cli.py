@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
 
 if TYPE_CHECKING:
+    from .manifest import Manifest
     from .runner import Prediction
 
 COMMANDS = {
@@ -164,8 +165,8 @@ def _predict(options: argparse.Namespace) -> int:
     from .session import load
 
     with load(options.bundle, **_session(options), **_exits(options)) as runner:
-        channels = runner.manifest.preprocessing.channels if runner.manifest is not None else 3
-        prediction = runner.predict(_read_input(options.input, channels))
+        assert runner.manifest is not None  # it comes from a bundle
+        prediction = runner.predict(_read_input(options.input, runner.manifest))
     for line in _prediction_lines(prediction):
         print(line)
     _write_json(options.json, _prediction_dict(prediction))
@@ -204,7 +205,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if report.ok else ProviderError.exit_code
 
 
-def _read_input(path: Path, channels: int) -> Any:
+def _read_input(path: Path, manifest: Manifest) -> Any:
     """Reads .npy, .npz or, where Pillow is installed, an image as uint8 [H, W, C]."""
     import numpy as np
 
@@ -214,6 +215,12 @@ def _read_input(path: Path, channels: int) -> Any:
         raise InputError(f"no input at {path}")
     if path.suffix.lower() not in _IMAGES:
         return read_inputs(path)
+    preprocessing = manifest.preprocessing
+    if preprocessing.kind != "image" and all(spec.dtype != "uint8" for spec in manifest.inputs):
+        raise InputError(
+            f"{path} is an image, and the bundle {manifest.name} does not say how images become its input: give what "
+            "the model takes as a .npy"
+        )
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
@@ -223,7 +230,7 @@ def _read_input(path: Path, channels: int) -> Any:
         ) from None
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.uint8)
+            pixels = np.asarray(image.convert("L" if preprocessing.channels == 1 else "RGB"), np.uint8)
     except (UnidentifiedImageError, OSError) as error:
         raise InputError(f"{path} is not a readable image: {error}") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -159,11 +159,12 @@ def prepare(
 def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int, str]]) -> None:
     wanted = f"wanted {spec.dtype} {_shape_text(spec.shape)}"
     got = f"got {value.dtype} {list(value.shape)}"
-    if value.dtype != np.dtype(spec.dtype):
-        raise InputError(f"input {spec.name!r}: {wanted}, {got}: convert it with .astype({spec.dtype!r})")
     fits = len(value.shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have for want, have in zip(spec.shape, value.shape, strict=True)
     )
+    if value.dtype != np.dtype(spec.dtype):
+        hint = f": convert it with .astype({spec.dtype!r})" if fits else ""
+        raise InputError(f"input {spec.name!r}: {wanted}, {got}{hint}")
     if not fits:
         single = spec.shape[:1] == (1,) and value.shape[1:] == tuple(spec.shape[1:])
         hint = ": the model takes one row a run, use predict() or run_rows()" if single else ""

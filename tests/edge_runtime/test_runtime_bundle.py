@@ -224,6 +224,11 @@ def test_damage_anywhere_in_a_zip_is_a_bundle_error(bundle: Path, tmp_path: Path
     assert opened < 40
 
 
+def test_a_file_of_a_bundle_is_not_the_bundle(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"it is a part of the bundle .*, give that folder"):
+        open_bundle(bundle / "model.onnx")
+
+
 def test_a_folder_without_a_manifest_is_not_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "home" / "deep").mkdir(parents=True)
     monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("walked through a folder that is no bundle"))

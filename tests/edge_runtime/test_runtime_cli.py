@@ -180,6 +180,14 @@ def test_predict_an_image(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["predict", str(bundle), str(tmp_path / "none.png")]) == 2
 
 
+def test_an_image_for_a_bundle_without_preprocessing(flat_bundle: Path, tmp_path: Path, capsys) -> None:
+    images = pytest.importorskip("PIL.Image")
+    images.new("RGB", (6, 6)).save(tmp_path / "x.png")
+    assert cli.main(["predict", str(flat_bundle), str(tmp_path / "x.png")]) == 2
+    error = capsys.readouterr().err
+    assert "does not say how images become its input" in error and "astype" not in error
+
+
 def test_an_image_without_pillow(bundle: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "PIL", None)

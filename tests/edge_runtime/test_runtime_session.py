@@ -223,6 +223,7 @@ def test_a_batch_in_a_single_row_model_is_looped(bundle: Path, rows: np.ndarray)
         ({"x": np.zeros((3, 6, 6), np.float32)}, r"got float32 \[3, 6, 6\]"),
         ({"x": np.zeros((2, 3, 6, 6), np.float32)}, "one row a run, use predict"),
         ({"x": np.zeros((1, 3, 6, 6), ">f4")}, "got >f4"),
+        ({"x": np.zeros((1, 6, 6, 3), np.uint8)}, r"got uint8 \[1, 6, 6, 3\]$"),  # another dtype would not help
     ],
 )
 def test_feeds_that_do_not_fit_are_named(bundle: Path, feeds, message: str) -> None:
