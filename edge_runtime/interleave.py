@@ -35,8 +35,8 @@ class Contender:
 
     Attributes:
         path: a bundle (folder or zip), or a bare .onnx file.
-        inputs: .npz with an array per graph input, rows in axis 0; for a bundle with one input also a .npy. A bare
-            .onnx needs it, a bundle has its golden inputs.
+        inputs: .npz with an array per graph input, rows in axis 0, or a .npy; needed by a bare .onnx, and
+            instead of the golden inputs for a bundle.
         thresholds: for its exits; None: those stored in the graph.
         operating_point: of a bundle, instead of `thresholds`.
     """
@@ -125,7 +125,7 @@ def interleaved(
 
     Args:
         contenders: name -> bundle, .onnx file or `Contender`.
-        inputs: for every contender that has none of its own, as `Contender.inputs`.
+        inputs: .npz or .npy for every contender that has none of its own.
         baseline: the name that ratios refer to; None: the first.
         providers: as in `session.load`, for all.
         threads: as in `session.load`, for all.

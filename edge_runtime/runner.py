@@ -286,12 +286,8 @@ def _overflown(scores: NDArray[Any], path: Path) -> dict[int, str]:
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
     """Probabilities along the last axis, float32; NaN stays NaN."""
+    # the ufuncs themselves: for a row of classes numpy's methods take longer than the arithmetic
     values = logits.astype(np.float32, copy=False)
-    # the ufuncs themselves, and numbers in place of columns for one row: numpy's overhead is most of the time there
-    if values.shape[:-1] == (1,):
-        exponentials = np.exp(values - values.item(values.argmax()))
-        exponentials /= np.add.reduce(exponentials, axis=None)
-    else:
-        exponentials = np.exp(values - np.maximum.reduce(values, axis=-1, keepdims=True))
-        exponentials /= np.add.reduce(exponentials, axis=-1, keepdims=True)
+    exponentials = np.exp(values - np.maximum.reduce(values, axis=-1, keepdims=True))
+    exponentials /= np.add.reduce(exponentials, axis=-1, keepdims=True)
     return np.asarray(exponentials, np.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .bundle import Bundle, open_bundle
 from .consistency import threshold_out_of_range
 from .errors import BundleError, InputError
 from .feeds import specs_of
-from .manifest import MODEL_FILE, THRESHOLDS, Manifest, TensorSpec
+from .manifest import MODEL_FILE, THRESHOLDS, Manifest
 from .onnx_file import with_vector
 from .providers import (
     CPU,
@@ -111,7 +111,7 @@ def session_on(
         thresholds: values for the initializer `THRESHOLDS`, as many as it has.
         allow_fallback: as in `load`.
         optimization_level: as in `load`.
-        manifest: if given, the session must have its inputs and outputs: names, dtypes and fixed sizes.
+        manifest: if given, the session must have its inputs and outputs.
         optimized_path: where ONNX Runtime writes the graph as it optimized it.
 
     Raises:
@@ -258,25 +258,7 @@ def _check_interface(session: Any, manifest: Manifest, path: Path) -> None:
         ("inputs", manifest.inputs, session.get_inputs()),
         ("outputs", manifest.outputs, session.get_outputs()),
     ):
-        actual = {spec.name: spec for spec in specs_of(nodes)}
-        wanted = {spec.name: spec for spec in declared}
-        if set(actual) != set(wanted) or not all(_alike(actual[name], wanted[name]) for name in wanted):
-            found, said = (
-                ", ".join(f"{s.name} {s.dtype} {list(s.shape)}" for s in x.values()) for x in (actual, wanted)
-            )
-            raise BundleError(f"{path}: the graph's {kind} are {found}, the manifest says {said}: export it again")
-
-
-def _alike(actual: TensorSpec, wanted: TensorSpec) -> bool:
-    """Whether two specs can be one; names of dynamic axes, and sizes that only one side knows, do not matter."""
-    return (
-        actual.dtype == wanted.dtype
-        and len(actual.shape) == len(wanted.shape)
-        and all(
-            a == b or isinstance(a, str) or isinstance(b, str) for a, b in zip(actual.shape, wanted.shape, strict=True)
-        )
-    )
-
-
-def _specs_text(specs: Iterable[TensorSpec]) -> str:
-    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs)
+        actual = {spec.name: spec.dtype for spec in specs_of(nodes)}
+        wanted = {spec.name: spec.dtype for spec in declared}
+        if actual != wanted:
+            raise BundleError(f"{path}: the graph's {kind} are {actual}, the manifest says {wanted}: export it again")

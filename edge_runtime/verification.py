@@ -132,7 +132,7 @@ class VerifyReport:
             lines.append(f"  against {against}: max |diff| {largest:.3g}, {share:.2%} of values outside")
         if agreement:
             lines.append("  equal to every reference: " + ", ".join(agreement))
-        lines += _shortened([f"  excused: {_excuse_text(flip)}" for flip in self.excused], "excused flips")
+        lines += _shortened([f"  excused: {_excuse(flip)}" for flip in self.excused], "excused flips")
         lines += _shortened([f"  FAILED: {finding.text()}" for finding in self.findings], "failures")
         if self.findings:
             lines.append("  Do not use it here: try another provider or optimization level, or export again.")
@@ -206,21 +206,6 @@ def verify(
     )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One case, one of its references, and what the model gave."""
-
-    index: int
-    against: str
-    case: GoldenCase
-    expected: Mapping[str, NDArray[Any]]
-    got: Mapping[str, NDArray[Any]]
-
-    def margin(self, row: int) -> float | None:
-        margin = None if self.case.margin is None else np.asarray(self.case.margin).ravel()
-        return float(margin[row]) if margin is not None and row < margin.size else None
-
-
 class _Check:
     """Collects what the cases show."""
 
@@ -252,9 +237,8 @@ class _Check:
             for name in sorted(set(got) ^ set(expected)) if expected else ():
                 what = "is not among the recorded ones" if name in got else "is missing from the model"
                 self._find(index, against, name, None, f"the output {what}")
-            pair = _Pair(index, against, case, expected, got)
-            apart = self._decisions(pair)
-            apart |= self._exclusions(pair, apart)
+            apart = self._decisions(index, against, case, expected, got)
+            apart |= self._exclusions(index, against, case, expected, got, apart)
             for name in sorted(set(got) & set(expected) - {LABEL, EXIT_INDEX}):
                 self._numbers(index, against, name, got[name], expected[name], apart, abs_tol, rel_tol)
 
@@ -269,47 +253,59 @@ class _Check:
         """Share of compared rows that were equal; None if there was none."""
         return self._equal[output] / self._compared[output] if self._compared[output] else None
 
-    def _decisions(self, pair: _Pair) -> set[int]:
+    def _decisions(
+        self,
+        index: int,
+        against: str,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+    ) -> set[int]:
         """Compares label and exit; returns the rows that were decided otherwise and so have other scores."""
         apart: set[int] = set()
         for output in (EXIT_INDEX, LABEL):
-            if output not in pair.got or output not in pair.expected:
+            if output not in got or output not in expected:
                 continue
-            a, b = pair.got[output], pair.expected[output]
+            a, b = got[output], expected[output]
             shape_error = compare(a, b).error
             if shape_error is not None:
-                self._find(pair.index, pair.against, output, None, shape_error)
+                self._find(index, against, output, None, shape_error)
                 continue
             a, b = a.ravel(), b.ravel()
             self._compared[output] += a.size
             self._equal[output] += int((a == b).sum())
             for row in np.flatnonzero(a != b).tolist():
-                margin = pair.margin(row)
+                margin = _margin(case, row)
                 if margin is not None and margin <= self.tolerances.flip_margin:
-                    self._excuse(pair, output, row, int(b[row]), int(a[row]), margin)
+                    flip = ExcusedFlip(index, against, output, row, int(b[row]), int(a[row]), margin)
+                    self.excused.append(flip)
                 else:
-                    message = _flip_text(b[row], a[row], margin, self.tolerances)
-                    self._find(pair.index, pair.against, output, row, message)
+                    self._find(index, against, output, row, _flip_text(b[row], a[row], margin, self.tolerances))
                 apart.add(row)
         return apart
 
-    def _exclusions(self, pair: _Pair, apart: set[int]) -> set[int]:
+    def _exclusions(
+        self,
+        index: int,
+        against: str,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+        apart: set[int],
+    ) -> set[int]:
         """Rows in which only the set of excluded classes differs, as closely decided as an excused flip."""
-        if not {LABEL, EXIT_INDEX, SCORES} <= set(pair.got) & set(pair.expected):
+        if SCORES not in got or SCORES not in expected or not {LABEL, EXIT_INDEX} <= set(got) & set(expected):
             return set()
-        a, b = pair.got[SCORES], pair.expected[SCORES]
+        a, b = got[SCORES], expected[SCORES]
         if a.ndim != 2 or compare(a, b).error is not None:
             return set()
         excused = set()
         for row in np.flatnonzero(exclusion_differs(a, b)).tolist():
-            margin = pair.margin(row)
+            margin = _margin(case, row)
             if row not in apart and margin is not None and margin <= self.tolerances.flip_margin:
-                self._excuse(pair, EXCLUDED, row, -1, -1, margin)
+                self.excused.append(ExcusedFlip(index, against, EXCLUDED, row, -1, -1, margin))
                 excused.add(row)
         return excused
-
-    def _excuse(self, pair: _Pair, output: str, row: int, expected: int, got: int, margin: float) -> None:
-        self.excused.append(ExcusedFlip(pair.index, pair.against, output, row, expected, got, margin))
 
     def _numbers(
         self,
@@ -353,12 +349,17 @@ def _by_thresholds(cases: Sequence[GoldenCase]) -> Iterator[tuple[list[float] | 
         yield (None if key is None else list(key)), indices
 
 
+def _margin(case: GoldenCase, row: int) -> float | None:
+    margin = None if case.margin is None else np.asarray(case.margin).ravel()
+    return float(margin[row]) if margin is not None and row < margin.size else None
+
+
 def _flip_text(expected: int, got: int, margin: float | None, tolerances: Tolerances) -> str:
     known = "no margin was recorded" if margin is None else f"margin {margin:.3g}"
     return f"{got}, wanted {expected} ({known}, flips are excused up to {tolerances.flip_margin:.3g})"
 
 
-def _excuse_text(flip: ExcusedFlip) -> str:
+def _excuse(flip: ExcusedFlip) -> str:
     if flip.output == EXCLUDED:
         what = f"row {flip.row} excludes other classes, label and exit are equal"
         return f"case {flip.case:04d}, against {flip.against}, {what}, margin {flip.margin:.3g}"

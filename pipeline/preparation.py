@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from edgewright.models.weights import load_weights
 
 from .cache import Key, base_key, environment
 from .checkpoint import BaseSpec
+from .class_subset import restricted
 from .determinism import seeded
 from .errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
 from .model_check import check_exportable, check_model, first_rows
@@ -38,6 +40,7 @@ class Inputs:
         recipe: checked.
         device: where stages compute.
         task: data, loss and metric.
+        tasks: the task before all stages, and after each: with fewer classes behind a stage that keeps only some.
         base: the model before all stages.
         base_key: its key.
         environment: versions and the like, part of every key.
@@ -46,6 +49,7 @@ class Inputs:
     recipe: Recipe
     device: torch.device
     task: Task
+    tasks: tuple[Task, ...]
     base: BaseSpec
     base_key: Key
     environment: dict[str, Json]
@@ -72,7 +76,8 @@ def prepare(recipe: Recipe) -> Inputs:
     weights = None if recipe.model.weights is None else _weights_digest(recipe.resolve(recipe.model.weights))
     with seeded(recipe.seed):
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
-        check_splits(recipe, task)
+        tasks = tasks_of(recipe, task)
+        check_splits(recipe, tasks)
         check_labels(task)
         data = data_digests(task)
     check_stages(recipe, task)
@@ -87,7 +92,7 @@ def prepare(recipe: Recipe) -> Inputs:
         recipe.seed,
         around,
     )
-    return Inputs(recipe, device, task, base, key, around)
+    return Inputs(recipe, device, task, tasks, base, key, around)
 
 
 def check_bundle_place(bundle: Path) -> None:
@@ -118,14 +123,32 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_splits(recipe: Recipe, task: Task) -> None:
+def tasks_of(recipe: Recipe, task: Task) -> tuple[Task, ...]:
+    """`task` as the first stage sees it, and as it is after every stage.
+
+    Raises:
+        DataError: a stage keeps classes that there are not.
+    """
+    tasks = [task]
+    for entry in recipe.stages:
+        classes = stage_named(entry.name).classes
+        wanted = () if classes is None else classes(entry.config)
+        tasks.append(restricted(tasks[-1], wanted, asked_by=f"stage {entry.name!r}"))
+    return tuple(tasks)
+
+
+def check_splits(recipe: Recipe, tasks: Sequence[Task]) -> None:
     """Refuses a task that lacks what the report or a stage reads.
+
+    Args:
+        recipe: with at most one task per stage and one more.
+        tasks: see `tasks_of`; a stage reads of its classes what the task after it has.
 
     Raises:
         DataError: names the split or class, and who needs it.
     """
-    split_of(task, "test", needed_by="the report")
-    for entry in recipe.stages:
+    split_of(tasks[0], "test", needed_by="the report")
+    for entry, task in zip(recipe.stages, tasks[1:], strict=True):
         stage = stage_named(entry.name)
         for split in stage.needed_splits(entry.config):
             split_of(task, split, needed_by=f"stage {entry.name!r}")

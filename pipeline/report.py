@@ -85,10 +85,14 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
 
 
 def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] | None) -> dict[str, Json]:
+    # a network that knows fewer classes is judged on their samples only: no difference to draw
+    alike = len(reference.per_class) == len(final.per_class)
     return {
-        "quality_change": final.quality - reference.quality,
-        "accuracy_change": _change(reference.accuracy, final.accuracy),
-        "worst_class_accuracy_change": _change(reference.worst_class_accuracy, final.worst_class_accuracy),
+        "quality_change": final.quality - reference.quality if alike else None,
+        "accuracy_change": _change(reference.accuracy, final.accuracy) if alike else None,
+        "worst_class_accuracy_change": _change(reference.worst_class_accuracy, final.worst_class_accuracy)
+        if alike
+        else None,
         "macs_reduction": reference.macs / final.macs if final.macs else None,
         "bytes_reduction": reference.unique_weight_bytes / final.unique_weight_bytes if final.parameters else None,
         "parameters_reduction": reference.parameters / final.parameters if final.parameters else None,

@@ -37,6 +37,7 @@ from .sources import module_digests
 from .stage import Json, Progress, StageResult
 from .stages import stage_named
 from .steps import StepRow, measure
+from .task import Task
 
 RESOLVED_FILE = "recipe.resolved.yaml"
 BUNDLE_FOLDER = "bundle"
@@ -138,7 +139,7 @@ class _Run:
         result = RunResult(
             self.out, self.recipe, tuple(steps), reference, bundle, made, tuple(measured), None, controls, comparison
         )
-        result = dataclasses.replace(result, report=write_report(result, self.inputs.task, self.root))
+        result = dataclasses.replace(result, report=write_report(result, self.inputs.tasks[-1], self.root))
         self._record("finished")
         return result
 
@@ -151,7 +152,9 @@ class _Run:
         self.seconds.update(beside.seconds)
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
-            made[CONTROL] = export_step(beside, row, entry, target, recipe.export.model_copy(update={"zip": False}))
+            made[CONTROL] = export_step(
+                beside, row, entry, target, recipe.export.model_copy(update={"zip": False}), beside.inputs.task
+            )
             row = bundles.with_bundle(row, made[CONTROL])
         return row
 
@@ -159,13 +162,13 @@ class _Run:
         options = self.recipe.benchmark
         if not options.enabled:
             return []
-        return measure_bundles(made, self.inputs.task, options, self.recipe.seed, self.progress)
+        return measure_bundles(made, self.inputs.tasks[-1], options, self.recipe.seed, self.progress)
 
     def _compare(self, made: Mapping[str, Path], reference: str, bundle: Path) -> dict[str, Json] | None:
         if not self.recipe.benchmark.enabled or made.get(reference, bundle) == bundle:
             return None
         self.progress.say(f"{reference} and the result: latency side by side")
-        return compare_bundles(made[reference], bundle, self.inputs.task, self.recipe.benchmark, self.recipe.seed)
+        return compare_bundles(made[reference], bundle, self.inputs.tasks[-1], self.recipe.benchmark, self.recipe.seed)
 
     def _base(self) -> Entry:
         key = self.inputs.base_key
@@ -191,7 +194,7 @@ class _Run:
         seed = mixed_seed(self.recipe.seed, position)
         context = FolderContext(self.cache.state(key), seed, self.inputs.device, self.progress)
         with self.timed(step), seeded(seed):
-            result = stage.fit(model, self.inputs.task, asked.config, context)
+            result = stage.fit(model, self.inputs.tasks[position - 1], asked.config, context)
         compressed = _checked(result, asked.name)
         return self.cache.store(
             position,
@@ -233,7 +236,7 @@ class _Run:
         fields = None if self.fresh else _recorded_fields(path, key)
         if fields is None:
             self.progress.say(f"{step}: quality and cost")
-            fields = measure(load_checkpoint(entry.folder, self.root), self.inputs.task, self.inputs.device)
+            fields = measure(load_checkpoint(entry.folder, self.root), self.inputs.tasks[position], self.inputs.device)
             write_text(path, pretty_json({"key": key.digest, "fields": fields}))
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
@@ -283,11 +286,11 @@ def export_bundles(run: _Run, steps: list[StepRow], entries: list[Entry]) -> dic
             continue
         target = run.out / (BUNDLE_FOLDER if last else f"bundles/{position:02d}-{row.step}")
         options = run.recipe.export if last else run.recipe.export.model_copy(update={"zip": False})
-        made[row.step] = export_step(run, row, entry, target, options)
+        made[row.step] = export_step(run, row, entry, target, options, run.inputs.tasks[position])
     return made
 
 
-def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: ExportOptions) -> Path:
+def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: ExportOptions, task: Task) -> Path:
     """Exports one checkpoint to `target`, unless that very bundle is there already."""
     from edgewright.export import export_bundle
 
@@ -304,7 +307,7 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
     with run.timed(f"{row.step}.export"):
         export_bundle(
             model,
-            run.inputs.task,
+            task,
             target,
             options,
             operating_points=_operating_points(entry),

@@ -14,7 +14,7 @@ stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -153,6 +153,8 @@ class Stage(Generic[C]):
         per_class: True if every class needs samples in `train` and `calibration`, where they are needed.
         check: judges a configuration by the base model (eval mode, unchanged) before any compute, e.g. names that
             it does not have; raises an `InputError`.
+        classes: the classes (names or indices) that a model made under a configuration still knows, () for all. What
+            comes after, export and report included, gets the task with these classes only.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Stage(Generic[C]):
     splits_for: Callable[[C], tuple[SplitName, ...]] | None = None
     per_class: bool = False
     check: Callable[[nn.Module, Task, C], None] | None = None
+    classes: Callable[[C], Sequence[str | int]] | None = None
 
     def needed_splits(self, config: C) -> tuple[SplitName, ...]:
         """The splits that `fit` reads under `config`."""

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +24,6 @@ from edgewright.edge_runtime import providers as providers_module
 from edgewright.edge_runtime.onnx_file import with_vector
 from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.edge_runtime.providers import CPU, Placement, placement_of, provider_names, session_providers
-from edgewright.edge_runtime.runner import softmax
 
 CUDA = "CUDAExecutionProvider"
 
@@ -77,18 +74,6 @@ def test_logits_become_probabilities(flat_bundle: Path, rows: np.ndarray) -> Non
     np.testing.assert_allclose(prediction.scores.sum(axis=1), 1, rtol=1e-6)
     assert prediction.label.tolist() == logits.argmax(axis=1).tolist()
     assert prediction.exit_index.tolist() == [0, 0, 0] and prediction.scores.dtype == np.float32
-
-
-def test_softmax_of_one_row_is_that_of_many() -> None:
-    logits = np.random.default_rng(3).normal(size=(5, 9)).astype(np.float32) * 30
-    logits[1] = [1e4, -1e4, *[0] * 7]
-    logits[2, 4], logits[3, 0] = np.nan, np.inf
-    with np.errstate(invalid="ignore"):  # infinity minus itself
-        many = softmax(logits)
-        for row in range(5):
-            assert np.array_equal(softmax(logits[row : row + 1])[0], many[row], equal_nan=True)
-    np.testing.assert_allclose(many[[0, 1, 4]].sum(axis=1), 1, rtol=1e-6)
-    assert np.isnan(many[[2, 3]]).all() and softmax(np.ones((1, 2, 3), np.float16)).shape == (1, 2, 3)
 
 
 def test_run_passes_nan_on_and_it_shows(bundle: Path, flat_bundle: Path, rows: np.ndarray) -> None:
@@ -176,15 +161,6 @@ def test_the_short_way_of_known_forms_gives_the_same_and_checks_the_rest(bundle:
             runner.run({"x": rows[:1], "y": rows[:1]})
         with pytest.raises(InputError, match="input 'x' is missing"):
             runner.run({})
-
-
-def test_one_runner_serves_several_threads(bundle: Path) -> None:
-    rows = np.random.default_rng(5).normal(size=(40, 3, 6, 6)).astype(np.float32)
-    with load(bundle, threads=1) as runner, ThreadPoolExecutor(4) as pool:
-        want = [runner.predict(row) for row in rows]
-        got = list(pool.map(runner.predict, [*rows, *rows[:, None]]))
-    for one, other in zip(got, want * 2, strict=True):
-        assert np.array_equal(one.scores, other.scores) and one.label == other.label
 
 
 def test_what_a_score_is(bundle: Path) -> None:
@@ -403,15 +379,6 @@ def test_a_model_that_is_none(tmp_path: Path) -> None:
 def test_a_manifest_that_is_not_the_models(bundle: Path, flat_bundle: Path) -> None:
     with open_bundle(bundle) as opened, pytest.raises(BundleError, match="the graph's outputs are"):
         session_on(flat_bundle / "model.onnx", manifest=opened.manifest)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 6, 7), (1, 3, 6)])
-def test_a_manifest_with_other_sizes_than_the_model(bundle: Path, shape: tuple[int, ...]) -> None:
-    with open_bundle(bundle) as opened:
-        spec = dataclasses.replace(opened.manifest.inputs[0], shape=shape)
-        manifest = dataclasses.replace(opened.manifest, inputs=(spec,))
-    with pytest.raises(BundleError, match=r"are x float32 \[1, 3, 6, 6\], the manifest says x float32 \[1, 3, 6"):
-        session_on(bundle / "model.onnx", manifest=manifest)
 
 
 def test_the_optimized_graph_can_be_kept(bundle: Path, tmp_path: Path) -> None:

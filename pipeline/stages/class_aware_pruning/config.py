@@ -46,6 +46,9 @@ class ClassAwarePruningConfig(StageConfig):
     128 filters and more. None: any width."""
     prune_residual: bool = False
     """Also narrow the streams of residual networks, whose filters several layers add up."""
+    classes: tuple[str | int, ...] = ()
+    """Specialise the network to these classes of the task (names, or indices from 0; () for all): only their outputs
+    are left, in the order of the task's labels, and only they are scored, trained and judged, here and from here on."""
     exclude: tuple[str, ...] = ()
     """Layers that keep their filters: module paths, with ``*`` and ``?``."""
     score_split: Literal["train", "calibration"] = "calibration"

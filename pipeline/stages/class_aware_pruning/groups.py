@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .axes import Side, block, channel_dim, is_convolution, is_depthwise, is_following, is_mixing, sliced_tensors, width
+from ...errors import StageError
+from .axes import channel_dim, is_convolution, is_depthwise, is_following, is_mixing
+from .coupling import Union, joined
 from .equivalence import failures, probe
 from .surgery import Keep
-from .tracing import Axis, Call, Flow, hooked, plain_eval, trace
+from .tracing import OUTPUT, Axis, Call, Flow, hooked, plain_eval, trace
 
 
 @dataclass(frozen=True)
@@ -160,111 +162,55 @@ def _odd_half(group: ChannelGroup, seed: int) -> Tensor:
     return order[: max(1, (group.units + 1) // 2 - (group.units > 6))].sort().values
 
 
-class _Union:
-    """Union-find over the channels of all axes."""
+def find_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
+    """The columns of the model's output as the units of one group, in order: one per class.
 
-    def __init__(self, widths: Mapping[Axis, int]) -> None:
-        self.start: dict[Axis, int] = {}
-        total = 0
-        for axis, size in widths.items():
-            self.start[axis] = total
-            total += size
-        self.parent = list(range(total))
+    Args:
+        model: unchanged afterwards; returns logits [N, classes].
+        inputs: one row, positional.
 
-    def root(self, slot: int) -> int:
-        parent = self.parent
-        while parent[slot] != slot:
-            parent[slot] = parent[parent[slot]]
-            slot = parent[slot]
-        return slot
-
-    def join(self, a: Axis, i: int, b: Axis, j: int) -> None:
-        one, other = self.root(self.start[a] + i), self.root(self.start[b] + j)
-        if one != other:
-            self.parent[max(one, other)] = min(one, other)
+    Raises:
+        StageError: the model does not run on the inputs, or its columns cannot be told apart.
+    """
+    flow = trace(model, inputs)
+    if OUTPUT not in flow.widths:
+        raise StageError("the model returns no tensor [N, classes], so it cannot be specialised: return the logits")
+    union, frozen = joined(model, flow, outputs=False)
+    reasons = {union.root(slot): reason for slot, reason in frozen.items()}
+    roots = [union.root(union.start[OUTPUT] + column) for column in range(flow.widths[OUTPUT])]
+    found: dict[int, dict[Axis, list[int]]] = {root: {} for root in roots}
+    for axis, size in flow.widths.items():
+        for channel in range(size if axis != OUTPUT else 0):
+            unit = found.get(union.root(union.start[axis] + channel))
+            if unit is not None:
+                unit.setdefault(axis, []).append(channel)
+    first = found[roots[0]]
+    alike = all(
+        {a: len(c) for a, c in unit.items()} == {a: len(c) for a, c in first.items()} for unit in found.values()
+    )
+    makers = tuple(path for path in flow.calls if (path, "out") in first)
+    why = next((reasons[root] for root in roots if root in reasons), None)
+    if why is None and (len(found) < len(roots) or not alike or not makers):
+        why = "its columns are not one output channel each of the layers that make them"
+    if why is not None:
+        raise StageError(
+            f"the model cannot be specialised to some of its classes: {why}. Return the logits of the last layer as "
+            "they are; softmax and the like belong into the loss"
+        )
+    members = {axis: torch.tensor([found[root][axis] for root in roots]) for axis in sorted(first)}
+    return Channels((ChannelGroup("output", makers, members),), {}, flow.widths, flow.calls)
 
 
 def _components(model: nn.Module, flow: Flow) -> tuple[list[ChannelGroup], dict[str, str]]:
-    union = _Union(flow.widths)
-    for source, readers in flow.feeds.items():
-        for reader, numbers in readers.items():
-            for channel in (numbers >= 0).nonzero().flatten().tolist():
-                union.join(source, int(numbers[channel]), reader, channel)
-    frozen: dict[int, str] = {}
-    for axis, reason in _fixed_axes(model, flow):
-        for channel in range(flow.widths[axis]):
-            frozen.setdefault(union.start[axis] + channel, reason)
-    for reader, several in flow.mixed_at.items():
-        for channel in several.nonzero().flatten().tolist():
-            frozen.setdefault(union.start[reader] + channel, _mixed_reason(reader[0]))
-    for one, other in _ties(model, flow):
-        for channel in range(min(flow.widths[one], flow.widths[other])):
-            union.join(one, channel, other, channel)
-    for path, module in model.named_modules():
-        _join_blocks(union, flow, path, module)
+    union, frozen = joined(model, flow, outputs=True)
     reasons: dict[int, str] = {}
     for slot, reason in frozen.items():
         reasons.setdefault(union.root(slot), reason)
     return _sorted_into_groups(model, flow, union, reasons)
 
 
-def _mixed_reason(path: str) -> str:
-    return (
-        f"its channels are mixed before they reach {path!r}: attention, a normalisation of the model's own, or another "
-        "operation over channels"
-    )
-
-
-def _fixed_axes(model: nn.Module, flow: Flow) -> Iterator[tuple[Axis, str]]:
-    modules = dict(model.named_modules())
-    for axis in flow.outputs:
-        yield axis, "it produces the model's output"
-    for axis, reader in flow.mixed.items():
-        if axis[0] in modules:
-            yield axis, _mixed_reason(reader)
-    for path in flow.calls:
-        axis = (path, "out")
-        if is_mixing(modules[path]) and axis not in flow.outputs and not flow.feeds.get(axis):
-            yield axis, "no layer that can be narrowed reads it"
-    foreign: dict[int, str] = {}
-    for path, module in modules.items():
-        if not (is_mixing(module) or is_following(module)):
-            foreign.update({id(p): path for p in module._parameters.values() if p is not None})
-    for path, module in modules.items():
-        if is_mixing(module) or is_following(module):
-            for name, _, side in sliced_tensors(module):
-                tensor = getattr(module, name)
-                if id(tensor) in foreign and (path, side) in flow.widths:
-                    yield (path, side), f"it shares {name!r} with {foreign[id(tensor)]!r}"
-
-
-def _ties(model: nn.Module, flow: Flow) -> Iterator[tuple[Axis, Axis]]:
-    """Axes of different layers that cut the same dimension of one shared tensor."""
-    first: dict[tuple[int, int], Axis] = {}
-    for path, module in model.named_modules():
-        if is_mixing(module) or is_following(module):
-            for name, dim, side in sliced_tensors(module):
-                axis: Axis = (path, side)
-                if axis in flow.widths:
-                    yield first.setdefault((id(getattr(module, name)), dim), axis), axis
-
-
-def _join_blocks(union: _Union, flow: Flow, path: str, module: nn.Module) -> None:
-    """Couples the channels of one group of a grouped layer, and input and output of convolutions by group."""
-    sides: tuple[Side, ...] = ("in", "out") if is_convolution(module) and getattr(module, "groups", 1) > 1 else ("out",)
-    if not (is_mixing(module) or is_following(module)) or any((path, side) not in flow.widths for side in sides):
-        return
-    for side in sides:
-        size = block(module, side)
-        for channel in range(width(module, side) if size > 1 else 0):
-            union.join((path, side), channel, (path, side), channel // size * size)
-    if len(sides) == 2:
-        for g in range(width(module, "in") // block(module, "in")):
-            union.join((path, "in"), g * block(module, "in"), (path, "out"), g * block(module, "out"))
-
-
 def _sorted_into_groups(
-    model: nn.Module, flow: Flow, union: _Union, reasons: Mapping[int, str]
+    model: nn.Module, flow: Flow, union: Union, reasons: Mapping[int, str]
 ) -> tuple[list[ChannelGroup], dict[str, str]]:
     units: dict[int, dict[Axis, list[int]]] = {}
     for axis, size in flow.widths.items():
@@ -343,7 +289,7 @@ def _meeting(model: nn.Module, flow: Flow, one: Axis, other: Axis) -> dict[str, 
     meet: dict[str, Tensor] = {}
     for axis in flow.feeds[one].keys() & flow.feeds[other].keys():
         both = ((flow.feeds[one][axis] >= 0) & (flow.feeds[other][axis] >= 0)).nonzero().flatten()
-        if len(both) and is_mixing(modules[axis[0]]):
+        if len(both) and axis != OUTPUT and is_mixing(modules[axis[0]]):
             meet[axis[0]] = both
     return dict(sorted(meet.items()))
 

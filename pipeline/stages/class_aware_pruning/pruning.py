@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...class_subset import ClassSubset, class_indices
 from ...cost import Cost, count
 from ...errors import StageError
 from ...evaluation import evaluate
@@ -25,21 +26,37 @@ from .groups import Channels, find_channels
 from .loss import modified_loss
 from .scores import FilterStatistics, collect
 from .selection import Selection, select, smallest_macs
+from .specialising import class_cut
 
 NAME = "class_aware_pruning"
 
 
 @dataclass
 class _Work:
-    """What does not change during a run."""
+    """What does not change during a run.
+
+    Attributes:
+        task: with the chosen classes only.
+        inputs: one row.
+        given: the model of all classes.
+        classes: what of `given` the chosen classes leave.
+        base: that, the beginning of the iterations.
+        channels: of `base`.
+        dense: what `given` costs.
+        fixed: MACs of `base` outside the layers that `channels` counts.
+        baseline: quality of `base` on the chosen classes.
+    """
 
     task: Task
     config: ClassAwarePruningConfig
     context: Context
     inputs: tuple[Tensor, ...]
+    given: nn.Module
+    classes: surgery.Keep
     base: nn.Module
     channels: Channels
     dense: Cost
+    fixed: int
     baseline: Score
 
     @property
@@ -52,8 +69,7 @@ class _Work:
         share = self.config.target_mac_reduction
         if share is None:
             return None
-        fixed = self.dense.macs - self.channels.macs({})
-        return int((1.0 - share) * self.dense.macs) - fixed
+        return int((1.0 - share) * self.dense.macs) - self.fixed
 
 
 @dataclass
@@ -86,13 +102,20 @@ def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: 
         DataError: a class without images for the scores.
         StageError: nothing can be pruned (with a reason per layer), the target is out of reach, or training diverges.
     """
+    chosen = class_indices(task.labels, config.classes, asked_by=f"stage {NAME!r}") if config.classes else ()
+    specialise = 0 < len(chosen) < len(task.labels)
+    task = ClassSubset(task, chosen) if specialise else task
     check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
     model.to("cpu").eval()
     inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
-    channels = _prunable(model, inputs, config)
-    baseline = evaluate(model, task, "validation", context.device)
-    model.to("cpu")
-    work = _Work(task, config, context, inputs, model, channels, count(model, inputs), baseline)
+    classes = class_cut(model, inputs, chosen) if specialise else {}
+    base = surgery.pruned(model, classes) if classes else model
+    channels = _prunable(base, inputs, config)
+    baseline = evaluate(base, task, "validation", context.device)
+    base.to("cpu")
+    fixed = count(base, inputs).macs - channels.macs({})
+    dense = count(model, inputs)
+    work = _Work(task, config, context, inputs, model, classes, base, channels, dense, fixed, baseline)
     _check_target(work)
     progress = _resume(work)
     while progress.stopped is None:
@@ -137,7 +160,7 @@ def _check_target(work: _Work) -> None:
         return
     least = smallest_macs(work.channels, work.original, work.config)
     if least > limit:
-        reachable = (work.channels.macs({}) - least) / work.dense.macs
+        reachable = 1.0 - (work.fixed + least) / work.dense.macs
         raise StageError(
             f"{NAME}: target_mac_reduction {work.config.target_mac_reduction} cannot be reached: with min_width "
             f"{work.config.min_width} and round_to {work.config.round_to} at most {reachable:.3f} of the MACs go: "
@@ -310,13 +333,19 @@ def _finetune(work: _Work, progress: _Progress) -> Score:
 
 
 def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
-    keep = work.channels.keep(progress.kept)
-    attributes = surgery.changed_attributes(work.base, keep)
+    narrowed = work.channels.keep(progress.kept)
+    keep = surgery.compose(work.classes, narrowed)
+    attributes = surgery.changed_attributes(work.given, keep)
     cost = count(progress.model, work.inputs)
     notes = list(progress.notes)
     target = work.config.target_mac_reduction
     reduction = 1.0 - cost.macs / work.dense.macs
-    if not keep:
+    if work.classes:
+        notes.append(
+            f"from here on the task has {len(work.task.labels)} classes ({', '.join(work.task.labels)}): this and "
+            "later steps are judged on their samples only"
+        )
+    if not narrowed:
         notes.append(f"nothing was removed, so MACs and parameters stay: {progress.stopped}")
     elif target is not None and progress.stopped != "target reached":
         notes.append(f"target_mac_reduction {target} was not reached ({reduction:.3f}): {progress.stopped}")
@@ -329,6 +358,7 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
         "criterion": work.config.criterion,
         "mode": work.config.mode if target is None else f"target ({work.config.allocation})",
         "stopped": progress.stopped,
+        "classes": list(work.task.labels) if work.classes else None,
         "baseline_accuracy": work.baseline.accuracy,
         "baseline_worst_class_accuracy": work.baseline.worst_class_accuracy,
         "accuracy": quality.accuracy,
@@ -357,4 +387,5 @@ STAGE = Stage(
     splits=("train", "calibration", "validation"),
     splits_for=_splits,
     per_class=True,
+    classes=lambda config: config.classes,
 )

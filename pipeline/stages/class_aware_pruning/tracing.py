@@ -26,6 +26,8 @@ from .axes import Side, channel_dim, is_depthwise, is_following, is_mixing, widt
 
 Axis: TypeAlias = tuple[str, str]
 """(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
+OUTPUT: Axis = ("", "columns")
+"""The columns of what the model returns, if that is one tensor [N, columns]; read like a layer's input."""
 Marks: TypeAlias = Mapping[Axis, Tensor]
 """Bool [channels] per source: where NaN is put."""
 _MANY = -1
@@ -160,6 +162,9 @@ class Tracer:
                 f"the model's forward failed on inputs of shapes {shapes} while its channels were followed: "
                 f"{type(error).__name__}: {error}; it must take the task's inputs positionally and run on one row"
             ) from error
+        if isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2:
+            self.flow.widths[OUTPUT] = output.shape[1]
+            self._seen[OUTPUT] = torch.isnan(output).any(dim=0)
         return any(
             bool(torch.isnan(t).any()) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
         )

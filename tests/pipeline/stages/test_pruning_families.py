@@ -16,6 +16,7 @@ from edgewright.export import export_bundle
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, surgery
 from edgewright.pipeline.stages.class_aware_pruning.groups import Channels, find_channels
+from edgewright.pipeline.stages.class_aware_pruning.specialising import class_cut
 from edgewright.pipeline.task import SPLITS, ImageClassification
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -59,6 +60,14 @@ def _some(units: int, share: float, generator: torch.Generator) -> Tensor:
     stays = torch.rand(units, generator=generator) < share
     stays[torch.randint(units, (1,), generator=generator)] = True
     return stays.nonzero().flatten()
+
+
+@pytest.mark.parametrize("name", ["densenet", "squeezenet", "vit"])
+def test_families_are_specialised_to_some_classes(name: str) -> None:
+    model = pruning_models.lively(pruning_models.FAMILIES[name])
+    small = surgery.pruned(model, class_cut(model, (IMAGES[:1],), (1, 3)))
+    with torch.no_grad():
+        assert torch.allclose(small(IMAGES), model(IMAGES)[:, [1, 3]], atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "target"), [("shufflenet", 0.3), ("swin", 0.3), ("vit", 0.3)])
