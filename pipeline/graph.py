@@ -1,7 +1,7 @@
 """The structure of a model as a factorizer needs it, found in one forward pass, without architecture names.
 
-For every leaf `nn.Linear` and `nn.Conv2d`: which tensor it reads, when it runs, its shapes, and its *role*.
-Two relations follow: layers that read the same tensor, and layers of one role in neighbouring blocks.
+For every leaf `nn.Linear`, `nn.Conv1d` and `nn.Conv2d`: which tensor it reads, when it runs, its shapes, and
+its *role*. Two relations follow: layers that read the same tensor, and layers of one role in neighbouring blocks.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .errors import StageError
 
-LayerKind: TypeAlias = Literal["linear", "conv2d"]
+LayerKind: TypeAlias = Literal["linear", "conv1d", "conv2d"]
 
-KINDS = "Linear or Conv2d"
+KINDS = "Linear, Conv1d or Conv2d"
 """The layers that multiply with a matrix, for messages."""
 
 # what factorized layers answer as well; a parent that reads anything else is bound to the original class
@@ -39,7 +39,7 @@ class Layer:
         source: number of the tensor it reads; equal where two layers read the same tensor.
         input_width: input features or channels.
         output_width: output features or channels.
-        kernel: (kh, kw); (1, 1) for linear layers.
+        kernel: (kh, kw); (k, 1) of one dimension; (1, 1) for linear layers.
         geometry: stride, padding and dilation, which decide the rows it multiplies; empty for linear layers.
         dtype: of the weight.
         rows: input rows per sample that its matrix multiplies: tokens, or output positions of a convolution.
@@ -88,7 +88,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A `Linear` or `Conv2d` that cannot be replaced, and why."""
+    """A layer that multiplies with a matrix and cannot be replaced, and why."""
 
     path: str
     reason: str
@@ -232,7 +232,7 @@ def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Every Linear and Conv2d by path, those that may be replaced and the reasons for those that may not."""
+    """Every Linear, Conv1d and Conv2d by path, those that may be replaced and the reasons for those that may not."""
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     owners: dict[int, list[str]] = {}
@@ -240,7 +240,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(path)
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, nn.Linear | nn.Conv2d):
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             continue
         reason = _obstacle(module) or ("it is the whole model" if path == "" else None)
         if reason is None:
@@ -255,11 +255,11 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     return found, skipped
 
 
-def _obstacle(module: nn.Linear | nn.Conv2d) -> str | None:
-    plain = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+def _obstacle(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str | None:
+    plain = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, kind))
     own_forward = type(module).forward is not plain.forward
-    if isinstance(module, nn.Conv2d):
-        own_forward |= type(module)._conv_forward is not nn.Conv2d._conv_forward
+    if not isinstance(module, nn.Linear):
+        own_forward |= type(module)._conv_forward is not vars(plain)["_conv_forward"]
     if own_forward:
         return f"its class {type(module).__name__} has a forward of its own"
     if set(module._parameters) != {"weight", "bias"} or module.weight is None or module._modules or module._buffers:
@@ -270,7 +270,7 @@ def _obstacle(module: nn.Linear | nn.Conv2d) -> str | None:
         return "its weight is not initialised"
     if not module.weight.is_floating_point():
         return f"its weight is {module.weight.dtype}"
-    if isinstance(module, nn.Conv2d):
+    if not isinstance(module, nn.Linear):
         if module.groups != 1:
             return f"a grouped convolution ({module.groups} groups)"
         if module.padding_mode != "zeros":
@@ -300,8 +300,9 @@ def _layers(
         module = modules[call.path]
         kind: LayerKind = "linear"
         kernel, geometry = (1, 1), ""
-        if isinstance(module, nn.Conv2d):
-            kind, kernel = "conv2d", (module.kernel_size[0], module.kernel_size[1])
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            kind = "conv1d" if isinstance(module, nn.Conv1d) else "conv2d"
+            kernel = (module.kernel_size[0], module.kernel_size[-1] if kind == "conv2d" else 1)
             geometry = f"stride {module.stride} padding {module.padding} dilation {module.dilation}"
         weight = module.get_parameter("weight")
         out, width = weight.shape[0], weight.shape[1]
@@ -320,7 +321,7 @@ def _layers(
                 rows=max(1, call.y.numel() // out // max(1, inputs[0].shape[0])),
                 input_shape=tuple(call.x.shape),
                 output_shape=tuple(call.y.shape),
-                stem=kind == "conv2d" and (order == 0 or _address(call.x) in entrances),
+                stem=kind != "linear" and (order == 0 or _address(call.x) in entrances),
                 logits=call.path in last,
             )
         )

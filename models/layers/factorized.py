@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +10,7 @@ class SharedBasis(nn.Module):
     """Holds one basis; the same module object is a child of every layer that uses it.
 
     `weight` is [in_features, rank] for linear layers, so that ``x @ weight`` needs no transpose and an exporter
-    has nothing to alias or fold, and [rank, in_channels, kh, kw] for convolutions.
+    has nothing to alias or fold, and [rank, in_channels, *kernel] for convolutions.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -22,7 +20,7 @@ class SharedBasis(nn.Module):
     @property
     def rank(self) -> int:
         """Number of basis vectors."""
-        return self.weight.shape[0] if self.weight.dim() == 4 else self.weight.shape[1]
+        return self.weight.shape[1] if self.weight.dim() == 2 else self.weight.shape[0]
 
 
 class FactorizedLinear(nn.Module):
@@ -58,11 +56,12 @@ class FactorizedLinear(nn.Module):
         return f"in_features={self.in_features}, rank={self.basis.rank}, out_features={self.out_features}"
 
 
-class FactorizedConv2d(nn.Module):
-    """A k x k convolution onto `rank` shared filters, then a private 1 x 1 convolution.
+class _FactorizedConv(nn.Module):
+    """A convolution onto `rank` shared filters, then a private one of kernel 1.
 
-    The weight [O, I, kh, kw] seen as a matrix [I*kh*kw, O] is ``B C``: B is the shared filter bank [rank, I, kh, kw],
-    C the coefficients [O, rank, 1, 1]. Layers that share B may differ in stride, padding and dilation.
+    The weight [O, I, *kernel] seen as a matrix [I * positions, O] is ``B C``: B is the shared filter bank
+    [rank, I, *kernel], C the coefficients [O, rank, 1, ...]. Layers that share B may differ in stride, padding and
+    dilation.
     """
 
     def __init__(
@@ -70,9 +69,9 @@ class FactorizedConv2d(nn.Module):
         basis: SharedBasis,
         coefficients: Tensor,
         bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int] | str,
-        dilation: tuple[int, int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...] | str,
+        dilation: tuple[int, ...],
     ) -> None:
         super().__init__()
         self.basis = basis
@@ -90,20 +89,32 @@ class FactorizedConv2d(nn.Module):
         """Width of the output."""
         return self.coefficients.shape[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, I, H, W] -> [N, O, H', W']``."""
-        basis = self.basis.weight
-        y = nn.functional.conv2d(x, basis, None, self.stride, self.padding, self.dilation)
-        return nn.functional.conv2d(y, self.coefficients, self.bias)
-
     def dense_weight(self) -> Tensor:
-        """The product as an `nn.Conv2d` weight [O, I, kh, kw]."""
-        return torch.einsum("orxy,rikl->oikl", self.coefficients, self.basis.weight)
+        """The product as the weight [O, I, *kernel] of an ordinary convolution."""
+        return torch.einsum("or,r...->o...", self.coefficients.flatten(1), self.basis.weight)
 
     def extra_repr(self) -> str:
         """Widths for `print(model)`."""
-        rank, channels, *kernel = cast("tuple[int, int, int, int]", tuple(self.basis.weight.shape))
+        rank, channels, *kernel = self.basis.weight.shape
         return (
             f"{channels}, {self.out_channels}, kernel_size={tuple(kernel)}, rank={rank}, "
             f"stride={self.stride}, padding={self.padding}"
         )
+
+
+class FactorizedConv1d(_FactorizedConv):
+    """See `_FactorizedConv`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, I, T] -> [N, O, T']``."""
+        y = nn.functional.conv1d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
+        return nn.functional.conv1d(y, self.coefficients, self.bias)
+
+
+class FactorizedConv2d(_FactorizedConv):
+    """See `_FactorizedConv`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, I, H, W] -> [N, O, H', W']``."""
+        y = nn.functional.conv2d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
+        return nn.functional.conv2d(y, self.coefficients, self.bias)

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear, SharedBasis
+from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear, SharedBasis
 
 from ..errors import CheckpointError, StageError
 from ..evaluation import evaluate
@@ -41,7 +41,7 @@ class LayerPatterns(StageConfig):
     """Which layers take part, by glob patterns over module paths (``*`` crosses dots)."""
 
     include: tuple[str, ...] = ()
-    """Only these; none means every Linear and Conv2d. The layer that gives the logits and a convolutional stem
+    """Only these; none means every Linear, Conv1d and Conv2d. The layer that gives the logits and a convolutional stem
     take part only if their very path stands here."""
     exclude: tuple[str, ...] = ()
     """Never these."""
@@ -154,7 +154,7 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
 
     Args:
         model: as `fit` was given it.
-        edit: ``{"groups": [{"members": [path, ...], "rank": k, "kind": "linear" | "conv2d"}, ...]}``.
+        edit: ``{"groups": [{"members": [path, ...], "rank": k, "kind": "linear" | "conv1d" | "conv2d"}, ...]}``.
 
     Raises:
         CheckpointError: the model has no such layer.
@@ -166,12 +166,12 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
             weight = layer.weight.detach()
             out, rank = weight.shape[0], group["rank"]
             bias = None if layer.bias is None else torch.zeros_like(layer.bias.detach())
-            new: FactorizedLinear | FactorizedConv2d
-            if isinstance(layer, nn.Conv2d):
+            new: FactorizedLinear | FactorizedConv1d | FactorizedConv2d
+            if isinstance(layer, nn.Conv1d | nn.Conv2d):
                 basis = basis or SharedBasis(weight.new_zeros(rank, *weight.shape[1:]))
-                padding = layer.padding if isinstance(layer.padding, str) else _pair(layer.padding)
-                coefficients = weight.new_zeros(out, rank, 1, 1)
-                new = FactorizedConv2d(basis, coefficients, bias, _pair(layer.stride), padding, _pair(layer.dilation))
+                coefficients = weight.new_zeros(out, rank, *(1 for _ in layer.kernel_size))
+                factorized = FactorizedConv1d if isinstance(layer, nn.Conv1d) else FactorizedConv2d
+                new = factorized(basis, coefficients, bias, layer.stride, layer.padding, layer.dilation)
             else:
                 basis = basis or SharedBasis(weight.new_zeros(weight.shape[1], rank))
                 new = FactorizedLinear(basis, weight.new_zeros(rank, out), bias)
@@ -186,16 +186,14 @@ def _keep_off_fused_paths(_module: nn.Module, _inputs: Any) -> None:
     """Does nothing; its presence is what counts."""
 
 
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return (value[0], value[1])
-
-
-def _dense_layer(model: nn.Module, path: str, kind: str) -> nn.Linear | nn.Conv2d:
+def _dense_layer(model: nn.Module, path: str, kind: str) -> nn.Linear | nn.Conv1d | nn.Conv2d:
     try:
         layer = model.get_submodule(path)
     except AttributeError:
         layer = None
     if isinstance(layer, nn.Linear) and kind == "linear":
+        return layer
+    if isinstance(layer, nn.Conv1d) and kind == "conv1d":
         return layer
     if isinstance(layer, nn.Conv2d) and kind == "conv2d":
         return layer
@@ -216,7 +214,7 @@ def _install(model: nn.Module, outcome: _Outcome) -> nn.Module:
         for i, group in enumerate(groups):
             for j, path in enumerate(group["members"]):
                 layer = model.get_submodule(path)
-                assert isinstance(layer, FactorizedLinear | FactorizedConv2d)
+                assert isinstance(layer, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
                 layer.basis.weight.copy_(outcome.tensors[f"{i}.basis"])
                 layer.coefficients.copy_(outcome.tensors[f"{i}.{j}"])
                 bias = biases[path]
@@ -285,10 +283,10 @@ def _record(part: Solved, index: int, model: nn.Module, tensors: dict[str, Tenso
     factors, members = balanced(part.factors), part.group.members
     weight = model.get_submodule(members[0].path).get_parameter("weight")
     for j, (layer, c) in enumerate(zip(members, factors.coefficients, strict=True)):
-        c = c.T[:, :, None, None] if layer.kind == "conv2d" else c
+        c = c if layer.kind == "linear" else c.T.reshape(-1, factors.rank, *(1 for _ in weight.shape[2:]))
         tensors[f"{index}.{j}"] = c.to("cpu", weight.dtype).contiguous()
     basis = factors.basis
-    if members[0].kind == "conv2d":
+    if members[0].kind != "linear":
         basis = basis.T.reshape(factors.rank, *weight.shape[1:])
     tensors[f"{index}.basis"] = basis.to("cpu", weight.dtype).contiguous()
     tensors[f"{index}.spectrum"] = factors.spectrum.cpu()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear
+from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 from .. import cost
@@ -28,6 +28,7 @@ _FEATURES_FIRST = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
+    FactorizedConv1d,
     FactorizedConv2d,
 )
 _FEATURES_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, FactorizedLinear)

@@ -107,21 +107,24 @@ def input_rows(module: nn.Module, x: Tensor, share: float, generator: torch.Gene
     """What a layer multiplies with its matrix, in blocks: rows float32 [n, d_in], and how many they stand for.
 
     Args:
-        module: an `nn.Linear`, or an `nn.Conv2d`: its rows are im2col patches in the order (channel, kh, kw).
+        module: an `nn.Linear`, or a convolution: its rows are im2col patches in the order (channel, *kernel).
         x: its input.
         share: of the rows to take, in (0, 1].
         generator: chooses them.
     """
     x = x.detach().to(torch.float32)
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
         rows = x.reshape(-1, x.shape[-1])
         yield rows[_some(rows.shape[0], share, generator, rows.device)], rows.shape[0]
         return
-    x = x if x.dim() == 4 else x[None]
+    x = x if x.dim() == module.weight.dim() else x[None]
     if isinstance(module.padding, str) or any(module.padding):
         # also what `same` pads, which is not symmetric for even kernels
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
     kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
+    if isinstance(module, nn.Conv1d):
+        # im2col knows images only: one of width 1
+        x, kernel, dilation, stride = x[..., None], (*kernel, 1), (*dilation, 1), (*stride, 1)
     positions = 1
     for i in range(2):
         positions *= (x.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1

@@ -108,7 +108,7 @@ def test_selection_by_pattern() -> None:
         "blocks.0.conv2": "excluded by the recipe",
         "fc": "gives the logits",
     }
-    with pytest.raises(StageError, match=r"'blokcs\.\*'.*matches no Linear or Conv2d.*'blocks\.0\.conv1'"):
+    with pytest.raises(StageError, match=r"'blokcs\.\*'.*matches no Linear, Conv1d or Conv2d.*'blocks\.0\.conv1'"):
         chosen(include=("blokcs.*",))
 
 

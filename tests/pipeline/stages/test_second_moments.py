@@ -50,6 +50,17 @@ def test_rows_times_matrix_is_the_convolution(
     assert sum(seen for _, seen in blocks) == len(rows)
 
 
+@pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), [(3, 1, 1, 1), (4, 1, "same", 1), (5, 2, 2, 2)])
+def test_rows_of_a_one_dimensional_convolution(kernel: int, stride: int, padding: int | str, dilation: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv1d(3, 5, kernel, stride, padding, dilation, bias=False)
+    x = torch.randn(2, 3, 14)
+    rows = torch.cat([block for block, _ in input_rows(conv, x, 1.0, torch.Generator())])
+    expected = conv(x)
+    found = (rows @ conv.weight.detach().flatten(1).T).reshape(2, expected.shape[2], 5).permute(0, 2, 1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_moment_is_the_mean_over_all_batches() -> None:
     model = tiny_transformer()
     found = collect(model, ["embed"], size=16)["embed"]
