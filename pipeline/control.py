@@ -12,7 +12,7 @@ from . import cost
 from .determinism import seeded
 from .errors import ModelError, RecipeError
 from .preparation import Inputs
-from .recipe import ControlSpec, ModelSpec, Recipe, StageEntry
+from .recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
 
 CONTROL = "control"
 """Id of the control's step in a report."""
@@ -69,7 +69,8 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
     recipe = inputs.recipe
     model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: _argument(spec, value)})
     training = StageEntry(name="train", id=CONTROL, config=spec.training)
-    return recipe.model_copy(update={"model": model, "stages": (training,), "control": None})
+    changes = {"model": model, "stages": (training,), "control": None, "require": Requirements()}
+    return recipe.model_copy(update=changes)
 
 
 def _macs(inputs: Inputs, spec: ControlSpec, value: float) -> int:

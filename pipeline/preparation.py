@@ -241,7 +241,7 @@ def _check_later_phases(recipe: Recipe) -> None:
     """Refuses what would fail in the export or the benchmark only, after all the training.
 
     Raises:
-        RecipeError: options of the export that do not fit the stages.
+        RecipeError: options of the export, or requirements, that do not fit the stages.
         ProviderError: an execution provider that is not here.
     """
     if recipe.export.batch == "dynamic" and any(entry.name == "early_exit" for entry in recipe.stages):
@@ -249,6 +249,15 @@ def _check_later_phases(recipe: Recipe) -> None:
             "export.batch is `dynamic`, and a model with exits runs one row at a time: set it to `single` or `auto`, "
             "or leave the early_exit stage out"
         )
+    names = [entry.name for entry in recipe.stages]
+    for asked, field, stage in (
+        (recipe.require.shared_basis, "shared_basis", "basis_sharing"),
+        (recipe.require.every_exit, "every_exit", "early_exit"),
+    ):
+        if asked and stage not in names:
+            raise RecipeError(
+                f"require.{field} cannot be met without the stage {stage!r}: add it, or drop the requirement"
+            )
     if recipe.benchmark.enabled:
         import onnxruntime
 

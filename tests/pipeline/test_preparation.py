@@ -18,7 +18,7 @@ from edgewright.pipeline.errors import DataError, EdgewrightError, InputError, M
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.model_check import check_model
 from edgewright.pipeline.preparation import check_labels, prepare, remarks
-from edgewright.pipeline.recipe import load_recipe
+from edgewright.pipeline.recipe import Requirements, load_recipe
 from edgewright.pipeline.runner import run
 
 TRAIN = {"name": "train", "epochs": 1}
@@ -59,6 +59,13 @@ def test_stages_that_find_nothing_to_do_leave_the_model(tmp_path: Path, monkeypa
 def test_an_exit_and_an_open_batch(tmp_path: Path) -> None:
     stages = [TRAIN, {"name": "early_exit"}]
     assert "export.batch is `dynamic`" in refused(tmp_path, stages=stages, export={"batch": "dynamic"})
+
+
+def test_requirements_that_no_stage_can_meet(tmp_path: Path) -> None:
+    assert "without the stage 'early_exit'" in refused(tmp_path / "a", stages=[TRAIN], require={"every_exit": True})
+    assert "without the stage 'basis_sharing'" in refused(
+        tmp_path / "b", stages=[TRAIN], require={"shared_basis": True}
+    )
 
 
 def test_providers_that_are_not_here(tmp_path: Path) -> None:
@@ -188,11 +195,17 @@ def test_a_tolerance_finer_than_one_validation_sample_is_said(tmp_path: Path) ->
 
 def test_a_control_of_an_argument_that_takes_whole_numbers(tmp_path: Path) -> None:
     control = {"argument": "width", "between": [2, 40], "training": {"epochs": 1}}
-    inputs = prepare(load_recipe(write_recipe(tmp_path, control=control)))
+    everything = {"name": "python:data.py:task", "args": {"splits": ["train", "validation", "test"]}}
+    stages, wanted = [TRAIN, {"name": "early_exit"}], {"every_exit": True}
+    inputs = prepare(
+        load_recipe(write_recipe(tmp_path, control=control, task=everything, stages=stages, require=wanted))
+    )
     spec = inputs.recipe.control
     assert spec is not None
     check_control(inputs, spec)
-    assert control_recipe(inputs, spec, 8 * 13.2).model.args == {"width": 13}
+    made = control_recipe(inputs, spec, 8 * 13.2)
+    assert made.model.args == {"width": 13}
+    assert prepare(made).recipe.require == Requirements(), "what the result must fulfil does not hold for the control"
 
 
 @pytest.mark.parametrize(
