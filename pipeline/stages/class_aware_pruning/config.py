@@ -22,12 +22,25 @@ class ClassAwarePruningConfig(StageConfig):
     """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
 
     criterion: Literal[
-        "class_count", "class_count_fisher", "fisher", "taylor", "l1", "l2", "fpgm", "bn_scale", "random"
-    ] = "class_count"
-    """Which filters matter; see `criteria`."""
+        "auto",
+        "class_count",
+        "class_count_fisher",
+        "class_coverage",
+        "fisher",
+        "taylor",
+        "l1",
+        "l2",
+        "fpgm",
+        "bn_scale",
+        "random",
+    ] = "auto"
+    """Which filters matter; see `criteria`. `auto`: `class_coverage` with a target, and `class_count`, as published,
+    without."""
     target_mac_reduction: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
     and the criterion only which; there is no threshold. None: remove what is below the threshold, wherever it is."""
+    target_steps: int | None = Field(default=None, ge=1)
+    """Iterations in which a target is reached, each by the same ratio, instead of by `max_frac_per_iter`."""
     allocation: Literal["equal_share", "loss_per_mac"] = "equal_share"
     """With a target: the same share of every layer's original filters, or the smallest Fisher loss per MAC saved."""
     mode: Literal["threshold_only", "percent_only", "both"] = "both"
@@ -81,6 +94,8 @@ class ClassAwarePruningConfig(StageConfig):
     max_drop: float = Field(default=0.01, ge=0.0, le=1.0)
     """Validation accuracy may fall by this (0.01 is one point) below the given model's; an iteration that falls further
     is undone and is the last."""
+    max_worst_class_drop: float | None = Field(default=None, ge=0.0, le=1.0)
+    """The same limit for the worst class' validation accuracy; None sets none."""
     max_iterations: int = Field(default=50, ge=1)
     """Iterations at most."""
 
@@ -97,6 +112,13 @@ class ClassAwarePruningConfig(StageConfig):
         fine, coarse = _PROFILES[self.round_to]
         # a layer of fewer than four coarse steps would have next to no choice left
         return coarse if filters >= 4 * coarse else fine
+
+    @property
+    def criterion_name(self) -> str:
+        """The criterion that `auto` stands for, or the one that was named."""
+        if self.criterion != "auto":
+            return self.criterion
+        return "class_count" if self.target_mac_reduction is None else "class_coverage"
 
     @property
     def needs_loss(self) -> bool:

@@ -176,6 +176,37 @@ class ClassCountFisher(_Scaled):
         return statistics.class_count * statistics.fisher.mean(dim=0)
 
 
+class ClassCoverage(_Scaled):
+    """What a filter does for each class, as a share of what the filters that are still there do for it.
+
+    Shares are of Taylor's loss change, so that a class with small gradients weighs as much as others. The filters to
+    keep shall maximise the sum over classes of the logarithm of what is left; they leave one after the other, the one
+    that costs least first. A class that has lost much already is spared, which no sum over classes does, and the last
+    filter of a class costs without limit. The score is the cost at the moment of leaving; it never falls.
+    """
+
+    name: ClassVar[str] = "class_coverage"
+    needs_statistics: ClassVar[bool] = True
+    most_steps: ClassVar[int] = 512
+
+    def filter_scores(self, layer: ScoredLayer) -> Tensor:
+        """See `Criterion.filter_scores`."""
+        effect = _statistics(layer).taylor.to(torch.float64)
+        shares = effect / effect.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        scores = torch.zeros(shares.shape[1], dtype=torch.float64)
+        waiting = torch.arange(shares.shape[1])
+        # very wide layers leave several at a time, else the time would grow with the square of the width
+        at_once = -(-len(waiting) // self.most_steps)
+        while len(waiting):
+            there = shares[:, waiting]
+            lost = there / there.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+            cost = -torch.log1p(-lost.clamp_max(1.0 - 1e-9)).mean(dim=0)
+            order = torch.argsort(cost, stable=True)
+            scores[waiting[order[:at_once]]] = cost[order[:at_once]]
+            waiting = waiting[order[at_once:].sort().values]
+        return scores
+
+
 class Random(_Scaled):
     """No knowledge at all: the control."""
 
@@ -192,6 +223,7 @@ CRITERIA: dict[str, Criterion] = {
     for criterion in (
         ClassCount(),
         ClassCountFisher(),
+        ClassCoverage(),
         Fisher(),
         Taylor(),
         L1(),

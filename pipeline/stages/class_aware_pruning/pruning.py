@@ -14,7 +14,7 @@ from ...class_subset import ClassSubset, class_indices
 from ...cost import Cost, count
 from ...errors import StageError
 from ...evaluation import evaluate
-from ...metric import Score, within
+from ...metric import Score
 from ...stage import Context, Edit, Json, Stage, StageResult, State
 from ...task import SplitName, Task, check_classes, split_of
 from ...training import TrainingConfig, train_model
@@ -22,6 +22,7 @@ from . import surgery
 from .config import ClassAwarePruningConfig
 from .criteria import CRITERIA, filter_scores, unit_scores
 from .equivalence import failures
+from .floors import broken_floor
 from .groups import Channels, find_channels
 from .loss import modified_loss
 from .scores import FilterStatistics, collect
@@ -69,7 +70,18 @@ class _Work:
         share = self.config.target_mac_reduction
         if share is None:
             return None
-        return int((1.0 - share) * self.dense.macs) - self.fixed
+        return self._limit(1.0 - share)
+
+    def next_limit(self, macs: int) -> int | None:
+        """`mac_limit`, or with `target_steps` the first of the steps to it that layers of so many MACs do not meet."""
+        share, steps = self.config.target_mac_reduction, self.config.target_steps
+        if share is None or steps is None:
+            return self.mac_limit
+        limits = [self._limit((1.0 - share) ** (step / steps)) for step in range(1, steps + 1)]
+        return next((limit for limit in limits if limit < macs), limits[-1])
+
+    def _limit(self, share: float) -> int:
+        return int(share * self.dense.macs) - self.fixed
 
 
 @dataclass
@@ -212,16 +224,17 @@ def _iterate(work: _Work, progress: _Progress) -> None:
     _train(work, candidate, work.config.retrain, f"retrain-{number}")
     quality = evaluate(candidate, work.task, "validation", work.context.device)
     candidate.to("cpu")
-    good = within(work.task.metric, work.baseline.value, quality.value, work.config.max_drop)
+    broken = broken_floor(work.task, work.baseline, quality, work.config)
+    good = broken is None
     after = channels.narrowed(kept_now)
     progress.log.append(_row(work, number, candidate, quality, selection, after, kept_now, channels, good))
     last = progress.log[-1]
     work.context.progress.say(
         f"iteration {number}: validation {work.task.metric.name} {quality.value:.4f}, MACs {last['macs']:,}"
-        + ("" if good else " (undone: below the floor)")
+        + ("" if good else f" (undone: {broken})")
     )
-    if not good:
-        progress.stopped = "accuracy below the floor"
+    if broken is not None:
+        progress.stopped = broken
         return
     progress.model = candidate
     progress.kept = {
@@ -234,7 +247,7 @@ def _iterate(work: _Work, progress: _Progress) -> None:
 
 
 def _choose(work: _Work, progress: _Progress, channels: Channels, number: int) -> Selection:
-    config, context, criterion = work.config, work.context, CRITERIA[work.config.criterion]
+    config, context, criterion = work.config, work.context, CRITERIA[work.config.criterion_name]
     layers = list(dict.fromkeys(path for group in channels.groups for path in group.producers))
     statistics: dict[str, FilterStatistics] = {}
     if criterion.needs_statistics or config.needs_loss:
@@ -249,7 +262,7 @@ def _choose(work: _Work, progress: _Progress, channels: Channels, number: int) -
     if criterion.needs_statistics and number == 1:
         _note_thresholds(work, progress, statistics)
     full_scale = criterion.full_scale(len(work.task.labels))
-    return select(channels, units, work.original, full_scale, work.mac_limit, config)
+    return select(channels, units, work.original, full_scale, work.next_limit(channels.macs({})), config)
 
 
 def _note_thresholds(work: _Work, progress: _Progress, statistics: Mapping[str, FilterStatistics]) -> None:
@@ -321,13 +334,13 @@ def _finetune(work: _Work, progress: _Progress) -> Score:
     train_model(progress.model, work.task, work.config.finetune, work.context, "finetune")
     after = evaluate(progress.model, work.task, "validation", work.context.device)
     progress.model.to("cpu")
-    if work.task.metric.drop(before.value, after.value) <= 0.0:
+    broken = broken_floor(work.task, work.baseline, after, work.config)
+    if work.task.metric.drop(before.value, after.value) <= 0.0 and broken is None:
         return after
     progress.model.load_state_dict(weights)
     progress.notes.append(
         f"fine-tuning took validation {work.task.metric.name} from {before.value:.4f} to {after.value:.4f} and was "
-        "undone: "
-        "lower finetune.learning_rate"
+        f"undone{f' ({broken})' if broken else ''}: lower finetune.learning_rate"
     )
     return before
 
@@ -355,7 +368,7 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
             f"{work.config.round_to}, and of whole groups where convolutions are grouped"
         )
     metrics: dict[str, Any] = {
-        "criterion": work.config.criterion,
+        "criterion": work.config.criterion_name,
         "mode": work.config.mode if target is None else f"target ({work.config.allocation})",
         "stopped": progress.stopped,
         "classes": list(work.task.labels) if work.classes else None,

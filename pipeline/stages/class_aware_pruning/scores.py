@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import StageError
 from ...stage import Context
-from ...task import Split
+from ...task import Batch, Split
 from .axes import channel_dim
 from .tracing import hooked, plain_eval
 
@@ -92,25 +93,27 @@ class _Tally:
         self.rows: dict[str, list[Tensor]] = {"per_class": [], "taylor": [], "fisher": []}
         self.sums: list[Tensor] = []
 
-    def add(self, product: Tensor, size: Tensor, counted: Tensor, path: str) -> None:
-        """Takes in ``A * G`` [N, positions, F] of one batch; `counted` bool [N] leaves samples out."""
-        strength = product.abs()
+    def add(self, product: Tensor, size: Tensor, counted: Tensor | None, path: str) -> None:
+        """Takes in ``A * G`` [N, F, positions] of one batch; `counted` bool [N] leaves samples out, None takes all."""
+        if counted is not None:
+            product, size = product[counted], size[counted]
         if self.relative_tau is not None:
             # per sample, so that neither the batch size nor a confident neighbour matters
+            strength = product.abs()
             alive = strength > self.relative_tau * strength.mean(dim=(1, 2), keepdim=True)
         elif self.settings.tau > 0:
-            alive = strength * torch.where(size > 0, size, 1.0)[:, None, None] > self.settings.tau
+            alive = product.abs() * torch.where(size > 0, size, 1.0)[:, None, None] > self.settings.tau
         else:
-            alive = strength > 0
-        hits = alive[counted].sum(dim=0, dtype=torch.float32)
+            alive = product != 0
+        hits = alive.sum(dim=0, dtype=torch.float32)
         before = self.total if self.hits is None else self.hits
         if before is not None and before.shape != hits.shape:
             raise StageError(
-                f"layer {path!r} gives {before.shape[0]} positions for one batch and {hits.shape[0]} for another: "
+                f"layer {path!r} gives {before.shape[1]} positions for one batch and {hits.shape[1]} for another: "
                 "class counts need inputs of one size; resize or pad the samples to one"
             )
         self.hits = hits if self.hits is None else self.hits + hits
-        effect = product.sum(dim=1)[counted] * size[counted][:, None]
+        effect = product.sum(dim=2) * size[:, None]
         sums = [effect.abs().sum(dim=0), effect.square().sum(dim=0)]
         self.sums = sums if not self.sums else [a + b for a, b in zip(self.sums, sums, strict=True)]
 
@@ -119,7 +122,7 @@ class _Tally:
         assert self.hits is not None
         share = self.hits / images
         self.total = share if self.total is None else self.total + share
-        self.rows["per_class"].append(share.amax(dim=0))
+        self.rows["per_class"].append(share.amax(dim=1))
         self.rows["taylor"].append(self.sums[0] / images)
         self.rows["fisher"].append(self.sums[1] / images)
         self.hits, self.sums = None, []
@@ -128,7 +131,7 @@ class _Tally:
         """After the last class."""
         assert self.total is not None
         rows = {name: torch.stack(parts).cpu() for name, parts in self.rows.items()}
-        count = self.total.amax(dim=0).cpu() if self.settings.agg == "sum_then_max" else rows["per_class"].sum(dim=0)
+        count = self.total.amax(dim=1).cpu() if self.settings.agg == "sum_then_max" else rows["per_class"].sum(dim=0)
         return FilterStatistics(count, **rows, relative_tau=self.relative_tau)
 
 
@@ -167,31 +170,24 @@ def collect(
         )
     device = context.device
     model.to(device)
-    outputs: dict[str, list[Tensor]] = {}
-    modules = dict(model.named_modules())
-    handles = [modules[path].register_forward_hook(_recorder(path, outputs)) for path in layers]
+    recorder = _Recorder(model, layers)
     everything = range(len(labels))
+    handles = recorder.handles()
     with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        never = _never_silent(model, split, outputs, modules, device) if settings.tau_mode == "auto" else frozenset()
+        never = _never_silent(recorder, split, len(labels), device)
         tallies = {path: _Tally(settings, path in never) for path in layers}
         for label in context.progress.track(everything, "scoring classes", len(labels)):
-            images = 0
             chosen = _choose(split, label, settings.images_per_class, context)
-            wanted = (
-                _correct(model, split, chosen, settings, device)
-                if settings.only_correct
-                else torch.ones_like(chosen, dtype=torch.bool)
-            )
+            wanted = _correct(model, split, chosen, settings, device) if settings.only_correct else None
             for start in range(0, len(chosen), settings.batch_size):
                 part = slice(start, start + settings.batch_size)
-                outputs.clear()
                 batch = split.batch(chosen[part]).to(device)
-                logits = model(*batch.inputs)
+                logits = recorder.run(batch)
                 _check_logits(logits, len(batch.targets), len(labels))
-                counted = wanted[part].to(device)
-                images += int(counted.sum())
-                for path, product, size in _products(logits, batch.targets, outputs, modules):
+                counted = None if wanted is None else wanted[part].to(device)
+                for path, product, size in recorder.products(logits, batch.targets):
                     tallies[path].add(product, size, counted, path)
+            images = len(chosen) if wanted is None else int(wanted.sum())
             for tally in tallies.values():
                 tally.finish_class(images)
     model.to("cpu")
@@ -202,13 +198,76 @@ def collect(
     return found
 
 
-def _never_silent(
-    model: nn.Module,
-    split: Split,
-    outputs: dict[str, list[Tensor]],
-    modules: Mapping[str, nn.Module],
-    device: torch.device,
-) -> frozenset[str]:
+class _Recorder:
+    """Runs the model, keeps the outputs of layers, and multiplies them with their gradients."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+        self.model = model
+        self.modules = {path: model.get_submodule(path) for path in layers}
+        self.outputs: dict[str, list[Tensor]] = {}
+        # a copy goes on where an activation that works in place would overwrite what is scored
+        self.copied = set(layers)
+        self.handed_on: dict[str, list[Tensor]] = {}
+
+    def handles(self) -> list[RemovableHandle]:
+        """Hooks on the layers."""
+        return [module.register_forward_hook(self._hook(path)) for path, module in self.modules.items()]
+
+    def run(self, batch: Batch) -> Any:
+        """The model's output; its graph is kept until `products`."""
+        self.outputs.clear()
+        self.handed_on.clear()
+        return self.model(*batch.inputs)
+
+    def stop_needless_copies(self) -> None:
+        """After a run: from now on copies only the outputs that somebody overwrote."""
+        self.copied = {path for path, calls in self.handed_on.items() if any(tensor._version for tensor in calls)}
+
+    def products(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Per layer ``A * G`` [N, F, positions of all calls], G up to the samples' sizes [N], which come along."""
+        direction, size = logit_gradients(logits, targets)
+        flat = [tensor for calls in self.outputs.values() for tensor in calls]
+        gradients = iter(torch.autograd.grad(logits, flat, grad_outputs=direction, allow_unused=True))
+        for path, calls in self.outputs.items():
+            parts = []
+            for tensor in calls:
+                gradient = next(gradients)
+                product = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
+                if product.shape[0] % len(targets):
+                    raise StageError(
+                        f"layer {path!r} runs on {product.shape[0]} rows for {len(targets)} samples, so its filters "
+                        "cannot be scored per sample: exclude it"
+                    )
+                parts.append(_by_filter(product, channel_dim(self.modules[path], product), len(targets)))
+            yield path, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), size
+
+    def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            if output.dtype not in (torch.float32, torch.float64):
+                raise StageError(
+                    f"layer {path!r} computes in {output.dtype}: class counts need float32, because half precision "
+                    "turns small gradients into zeros; remove the model's autocast"
+                )
+            kept = output if output.requires_grad else output.detach().requires_grad_()
+            self.outputs.setdefault(path, []).append(kept)
+            if path not in self.copied:
+                return kept
+            copy = kept.clone()
+            self.handed_on.setdefault(path, []).append(copy)
+            return copy
+
+        return hook
+
+
+def _by_filter(product: Tensor, dim: int, rows: int) -> Tensor:
+    """[N, F, positions] of a layer's output, whose first axis may hold several positions of one row."""
+    if dim == 1 and product.shape[0] == rows:
+        return product.flatten(2) if product.dim() > 2 else product[:, :, None]
+    last = product.movedim(dim, -1)
+    return last.reshape(rows, -1, last.shape[-1]).transpose(1, 2)
+
+
+def _never_silent(recorder: _Recorder, split: Split, classes: int, device: torch.device) -> frozenset[str]:
     """Layers of which no output is without effect on a few rows: no ReLU behind them.
 
     Looked at before anything is counted and row by row, so that the answer does not depend on the batch size.
@@ -216,49 +275,14 @@ def _never_silent(
     silent: dict[str, int] = {}
     total: dict[str, int] = {}
     for row in sorted({i * (len(split) - 1) // (_PROBED_ROWS - 1) for i in range(_PROBED_ROWS)}):
-        outputs.clear()
         batch = split.batch([row]).to(device)
-        for path, product, _ in _products(model(*batch.inputs), batch.targets, outputs, modules):
+        logits = recorder.run(batch)
+        _check_logits(logits, len(batch.targets), classes)
+        for path, product, _ in recorder.products(logits, batch.targets):
             silent[path] = silent.get(path, 0) + int((product == 0).sum())
             total[path] = total.get(path, 0) + product.numel()
+        recorder.stop_needless_copies()
     return frozenset(path for path, count in total.items() if silent[path] < _SILENT_SHARE * count)
-
-
-def _recorder(path: str, outputs: dict[str, list[Tensor]]) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if output.dtype not in (torch.float32, torch.float64):
-            raise StageError(
-                f"layer {path!r} computes in {output.dtype}: class counts need float32, because half precision turns "
-                "small gradients into zeros; remove the model's autocast"
-            )
-        kept = output if output.requires_grad else output.detach().requires_grad_()
-        outputs.setdefault(path, []).append(kept)
-        # a copy goes on, because an activation that works in place would overwrite what is scored
-        return kept.clone()
-
-    return hook
-
-
-def _products(
-    logits: Tensor, targets: Tensor, outputs: Mapping[str, list[Tensor]], modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Per layer ``A * G`` [N, positions of all calls, F], G up to the samples' sizes, which come along."""
-    direction, size = logit_gradients(logits, targets)
-    flat = [tensor for calls in outputs.values() for tensor in calls]
-    gradients = iter(torch.autograd.grad(logits, flat, grad_outputs=direction, allow_unused=True))
-    for path, calls in outputs.items():
-        parts = []
-        for tensor in calls:
-            gradient = next(gradients)
-            product = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
-            channels_last = product.movedim(channel_dim(modules[path], product), -1)
-            if channels_last.shape[0] % len(targets):
-                raise StageError(
-                    f"layer {path!r} runs on {channels_last.shape[0]} rows for {len(targets)} samples, so its filters "
-                    "cannot be scored per sample: exclude it"
-                )
-            parts.append(channels_last.reshape(len(targets), -1, channels_last.shape[-1]))
-        yield path, torch.cat(parts, dim=1), size
 
 
 def _choose(split: Split, label: int, most: int, context: Context) -> Tensor:

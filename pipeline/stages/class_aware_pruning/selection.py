@@ -107,7 +107,7 @@ def select(
         chunks = [chunk for chunk in chunks if chunk.score < threshold]
     candidates = sum(len(chunk.units) for chunk in chunks)
     cap = None
-    if config.mode != "threshold_only":
+    if config.mode != "threshold_only" and (mac_limit is None or config.target_steps is None):
         cap = max(1, int(config.max_frac_per_iter * sum(g.units for g in channels.groups)))
         chunks = _first(chunks, cap)
     if mac_limit is not None:

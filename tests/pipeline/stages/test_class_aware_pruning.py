@@ -132,6 +132,35 @@ def test_iteration_below_the_floor_is_undone(tmp_path: Path) -> None:
     assert result.metrics["accuracy"] == result.metrics["baseline_accuracy"]
 
 
+def test_a_class_below_its_floor_undoes_the_iteration_and_is_named(tmp_path: Path) -> None:
+    model = trained(tiny_residual, tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    # one class always wins: the others have nothing right, while the average may fall as it likes
+    ruin = {**SHORT, "learning_rate": 5.0, "momentum": 0.0, "weight_decay": 0.0, "gradient_clip": 1.0}
+    floors = config(max_drop=1.0, max_worst_class_drop=0.3, retrain=ruin)
+    result = fit(model, tiny_task(), floors, FolderContext(tmp_path / "fit"))
+    row = result.metrics["iterations"][-1]
+    assert not row["kept"] and row["worst_class_accuracy"] < 0.5
+    assert "class 'corner" in result.metrics["stopped"] and "below the floor" in result.metrics["stopped"]
+    assert all(torch.equal(v, before[k]) for k, v in result.model.state_dict().items())
+    assert result.metrics["worst_class_accuracy"] == result.metrics["baseline_worst_class_accuracy"]
+
+
+def test_steps_of_equal_ratio_reach_the_target(tmp_path: Path) -> None:
+    model = trained(tiny_residual, tmp_path)
+    still = {**SHORT, "epochs": 0}
+    wanted = config(target_mac_reduction=0.6, target_steps=3, max_frac_per_iter=0.01, retrain=still)
+    result = fit(model, tiny_task(), wanted, FolderContext(tmp_path / "fit"))
+    shares = [row["macs"] / result.metrics["macs_before"] for row in result.metrics["iterations"]]
+    assert result.metrics["stopped"] == "target reached" and len(shares) == 3
+    for step, share in enumerate(shares, start=1):
+        assert 0.4 ** (step / 3) - 0.06 < share <= 0.4 ** (step / 3)
+    coarse = config(target_mac_reduction=0.6, target_steps=12, round_to=4, retrain=still)
+    result = fit(trained(tiny_residual, tmp_path), tiny_task(), coarse, FolderContext(tmp_path / "coarse"))
+    assert result.metrics["stopped"] == "target reached", "steps that the widths have passed already are left out"
+    assert len(result.metrics["iterations"]) < 12
+
+
 class Interrupted(Exception):
     """Stands for a kill."""
 
@@ -235,5 +264,8 @@ def test_saturated_counts_are_pointed_out(tmp_path: Path) -> None:
 
 def test_recipes_can_name_every_criterion() -> None:
     field = ClassAwarePruningConfig.model_fields["criterion"]
-    assert set(typing.get_args(field.annotation)) == set(CRITERIA)
+    assert set(typing.get_args(field.annotation)) == {"auto", *CRITERIA}
+    assert config().criterion_name == "class_coverage"
+    assert config(target_mac_reduction=None).criterion_name == "class_count"
+    assert config(criterion="l1").criterion_name == "l1"
     assert STAGE.per_class and "test" not in STAGE.splits

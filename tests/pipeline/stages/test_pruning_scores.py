@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +268,7 @@ def test_criteria_by_hand() -> None:
     expected = {
         "class_count": [2, 1, 0.5],
         "class_count_fisher": [10, 4, 2.5],
+        "class_coverage": [(math.log(4 / 3) + math.log(4)) / 2, math.log(3 / 2), -math.log(1e-9)],
         "fisher": [5, 4, 5],
         "taylor": [2, 2, 2],
         "l1": [7, 0, 14],
@@ -276,6 +278,23 @@ def test_criteria_by_hand() -> None:
     }
     for name, values in expected.items():
         assert CRITERIA[name].filter_scores(given).tolist() == pytest.approx(values), name
+
+
+def test_coverage_spares_the_filter_that_one_class_needs() -> None:
+    # class 0 lives on filter 0 alone, the others share filters 1 ... 4 and have larger gradients
+    effect = torch.zeros(6, 5)
+    effect[0, 0] = 0.01
+    effect[1:, 1:] = 1.0 + 0.1 * torch.arange(4)
+    statistics = FilterStatistics(torch.ones(5), torch.ones(6, 5), effect, effect.square())
+    weights = (torch.ones(5).double(), torch.ones(5).double())
+    layer = ScoredLayer("x", nn.Linear(2, 5), statistics, torch.Generator(), *weights)
+    assert int(CRITERIA["taylor"].filter_scores(layer).argmin()) == 0
+    scores = CRITERIA["class_coverage"].filter_scores(layer)
+    assert scores.argsort().tolist() == [1, 2, 3, 0, 4], "as long as the others have one left"
+    assert bool((scores.sort().values.diff() >= 0).all())
+    dead = FilterStatistics(torch.ones(5), torch.ones(6, 5), torch.zeros(6, 5), torch.zeros(6, 5))
+    nothing = ScoredLayer("x", nn.Linear(2, 5), dead, torch.Generator(), *weights)
+    assert CRITERIA["class_coverage"].filter_scores(nothing).tolist() == [0.0] * 5
 
 
 def test_filters_of_a_grouped_transposed_convolution() -> None:

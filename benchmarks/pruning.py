@@ -1,0 +1,230 @@
+"""Criteria against each other: the same trained network, MAC targets, fine-tuning and surgery for all, several seeds.
+
+Per criterion and target (2x, 4x, 8x fewer MACs): mean and standard deviation over the seeds of test accuracy and of the
+accuracy of the worst class, parameters, bytes of the exported file, and the median latency as a ratio to the dense
+network's, measured interleaved. `CRITERION.TARGET.accuracy` and `CRITERION.TARGET.worst_class` go into the JSON, with
+one standard deviation to each side as interval.
+
+    python benchmarks/pruning.py                        glyphs (62 classes), out of the box
+    python benchmarks/pruning.py --task digits
+    python benchmarks/pruning.py --task cifar --path cifar-10-batches-bin --model zoo:resnet56 --epochs 60
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgewright.edge_runtime import interleaved
+from edgewright.export import ExportOptions, export_bundle
+from edgewright.models.registry import build
+from edgewright.pipeline.context import FolderContext
+from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, ClassAwarePruningConfig, fit
+from edgewright.pipeline.task import Task
+from edgewright.pipeline.tasks import build_task
+from edgewright.pipeline.training import TrainingConfig, train_model
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import Figure, report
+
+TARGETS = (2.0, 4.0, 8.0)
+TASKS: Mapping[str, dict[str, Any]] = {
+    # without the fonts of this machine, so that every machine measures on the same images
+    "glyphs": {"size": 16, "system_fonts": False, "augment": False, "rows": {
+        "train": 100, "calibration": 10, "validation": 20, "test": 100}},
+    "digits": {"size": 16},
+    "cifar": {},
+}  # fmt: skip
+
+
+class Plain(nn.Module):
+    """Five convolutions with batch norm: every filter can go, nothing is coupled."""
+
+    def __init__(self, classes: int, channels: int, widths: tuple[int, ...] = (16, 24, 32, 48, 64)) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if index in (0, 2) else []
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[N, C, H, W] -> [N, classes]``."""
+        logits: torch.Tensor = self.classifier(self.features(x).mean(dim=(2, 3)))
+        return logits
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pruned network."""
+
+    accuracy: float
+    worst_class: float
+    macs: int
+    parameters: int
+    bytes: int
+    latency_ratio: float
+
+
+def options_of(description: str) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a look in under a minute, not a claim")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--threads", type=int, default=1, help="threads inside an operator")
+    parser.add_argument("--task", choices=sorted(TASKS), default="glyphs")
+    parser.add_argument("--path", type=Path, help="folder of the data, for cifar")
+    parser.add_argument("--model", default="plain", help="plain, or a name as in recipes (zoo:resnet56)")
+    parser.add_argument("--criteria", nargs="+", choices=sorted(CRITERIA), default=sorted(CRITERIA))
+    parser.add_argument("--allocation", choices=("equal_share", "loss_per_mac"), default="equal_share")
+    parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="how many times fewer MACs")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=14, help="of the dense network")
+    parser.add_argument("--retrain", type=int, default=1, help="epochs after each of three pruning steps")
+    parser.add_argument("--finetune", type=int, default=2, help="epochs at the end")
+    options = parser.parse_args()
+    if options.quick:
+        options.task, options.model, options.seeds, options.epochs = "digits", "plain", 1, 3
+        options.criteria, options.targets = ["class_coverage", "l1", "random"], [4.0]
+    if options.task == "cifar" and options.path is None:
+        parser.error("--task cifar needs --path, the folder with the binary files")
+    return options
+
+
+def dense(task: Task, options: argparse.Namespace, seed: int, folder: Path) -> nn.Module:
+    """The network that all criteria start from."""
+    torch.manual_seed(seed)
+    x = task.splits["train"].batch([0]).inputs[0]
+    classes = len(task.labels)
+    model = (
+        Plain(classes, x.shape[1])
+        if options.model == "plain"
+        else build(options.model, {"classes": classes, "in_channels": x.shape[1]}, Path.cwd())
+    )
+    training = TrainingConfig(epochs=options.epochs, batch_size=64, learning_rate=0.1, warmup=0.1)
+    train_model(model, task, training, FolderContext(folder, seed), "dense")
+    return model
+
+
+def pruned(
+    model: nn.Module, task: Task, criterion: str, target: float, options: argparse.Namespace, seed: int, folder: Path
+) -> nn.Module:
+    """Three steps of equal ratio, each with the same retraining, then the same fine-tuning."""
+    config = ClassAwarePruningConfig(
+        criterion=criterion,
+        target_mac_reduction=1.0 - 1.0 / target,
+        target_steps=3,
+        allocation=options.allocation,
+        lambda1=0.0,
+        lambda_o=0.0,
+        retrain=TrainingConfig(epochs=options.retrain, batch_size=64, learning_rate=0.05),
+        finetune=TrainingConfig(epochs=options.finetune, batch_size=64, learning_rate=0.05),
+        max_drop=1.0,
+    )
+    result = fit(copy.deepcopy(model), task, config, FolderContext(folder, seed))
+    if result.metrics["stopped"] != "target reached":
+        raise SystemExit(f"{criterion} stopped before {target}x: {result.metrics['stopped']}")
+    return result.model
+
+
+def measured(model: nn.Module, task: Task, plain: Path, options: argparse.Namespace, folder: Path) -> Result:
+    """Quality on test, and cost of the exported file against the dense one."""
+    from edgewright.pipeline.cost import count
+
+    bundle = folder / "pruned"
+    export_bundle(model, task, bundle, ExportOptions(batch="single"))
+    blocks = 4 if options.quick else 15
+    timed = interleaved({"dense": plain, "pruned": bundle}, threads=options.threads, blocks=blocks)
+    quality = evaluate(model, task, "test")
+    cost = count(model, task.splits["train"].batch([0]).inputs)
+    size = sum(file.stat().st_size for file in bundle.glob("model.onnx*"))
+    return Result(
+        quality.accuracy or 0.0,
+        quality.worst_class_accuracy or 0.0,
+        cost.macs,
+        cost.parameters,
+        size,
+        timed.ratios["pruned"].value,
+    )
+
+
+def compare(task: Task, options: argparse.Namespace) -> dict[tuple[str, float], list[Result]]:
+    """All criteria at all targets for all seeds."""
+    found: dict[tuple[str, float], list[Result]] = {}
+    for seed in range(options.seeds):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            model = dense(task, options, seed, folder / "dense")
+            export_bundle(model, task, folder / "plain", ExportOptions(batch="single"))
+            before = evaluate(model, task, "test")
+            print(f"seed {seed}: dense {shown(before.accuracy, before.worst_class_accuracy)}", flush=True)
+            for target in options.targets:
+                for criterion in options.criteria:
+                    place = folder / f"{criterion}-{target:g}"
+                    start = time.monotonic()
+                    small = pruned(model, task, criterion, target, options, seed, place)
+                    one = measured(small, task, folder / "plain", options, place)
+                    found.setdefault((criterion, target), []).append(one)
+                    took = time.monotonic() - start
+                    print(
+                        f"  {target:g}x {criterion:<20} {shown(one.accuracy, one.worst_class)}  ({took:.0f} s)",
+                        flush=True,
+                    )
+    return found
+
+
+def shown(accuracy: float | None, worst: float | None) -> str:
+    """Both accuracies."""
+    return f"accuracy {accuracy or 0.0:.4f}  worst class {worst or 0.0:.4f}"
+
+
+def table(found: Mapping[tuple[str, float], list[Result]]) -> None:
+    """Mean and standard deviation of everything."""
+    print(f"\n{'':<26}{'accuracy':>16}{'worst class':>16}{'MACs':>12}{'parameters':>12}{'bytes':>10}{'p50 ratio':>11}")
+    for (criterion, target), results in sorted(found.items(), key=lambda item: (item[0][1], item[0][0])):
+        accuracy, worst = spread([r.accuracy for r in results]), spread([r.worst_class for r in results])
+        means = [np.mean([getattr(r, n) for r in results]) for n in ("macs", "parameters", "bytes", "latency_ratio")]
+        print(
+            f"{target:>4g}x {criterion:<20}{accuracy.value:>8.4f} ± {accuracy.high - accuracy.value:.4f}"
+            f"{worst.value:>8.4f} ± {worst.high - worst.value:.4f}"
+            f"{means[0]:>12,.0f}{means[1]:>12,.0f}{means[2]:>10,.0f}{means[3]:>11.3f}"
+        )
+
+
+def spread(values: list[float]) -> Figure:
+    """Mean, and one standard deviation to each side."""
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Figure(mean, mean - deviation, mean + deviation)
+
+
+def main() -> None:
+    """Compares, prints, writes."""
+    options = options_of(__doc__ or "")
+    torch.set_num_threads(options.threads)
+    arguments = dict(TASKS[options.task], **({"path": str(options.path.resolve())} if options.path else {}))
+    task = build_task(options.task, arguments, Path.cwd())
+    found = compare(task, options)
+    table(found)
+    figures = {}
+    for (criterion, target), results in found.items():
+        figures[f"{criterion}.{target:g}x.accuracy"] = spread([r.accuracy for r in results])
+        figures[f"{criterion}.{target:g}x.worst_class"] = spread([r.worst_class for r in results])
+    report("pruning", figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
