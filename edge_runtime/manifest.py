@@ -164,7 +164,7 @@ class Ledger:
     unique_weight_bytes: int
     """distinct initializer contents of model.onnx."""
     stored_weight_bytes: int
-    """all initializers of model.onnx, copies counted; above `torch_unique_bytes` something was duplicated.
+    """all initializers of model.onnx, copies counted: parameters and buffers that run, and constants of the model.
 
     Two tensors of equal content, such as biases that are still zero, count twice here and in PyTorch.
     """
@@ -187,7 +187,7 @@ class NodeRow:
     exit: int
     """smallest exit index whose decision needs this node."""
     macs: int
-    """multiply-accumulates for one row; 0 for all but convolutions and matrix products with a weight."""
+    """multiply-accumulates of one row with a weight: convolutions, matrix products, recurrent layers."""
     attention_macs: int
     """multiply-accumulates of a product of two activations."""
     weight_bytes: int

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from edgewright.edge_runtime.golden import write_golden
 from edgewright.edge_runtime.manifest import (
     GOLDEN_FILE,
     LOGITS,
+    MANIFEST_FILE,
     MODEL_FILE,
     RUNTIME_FILE,
     Ledger,
@@ -39,16 +41,15 @@ from edgewright.models.layers.multi_exit import MultiExit
 
 from .capture import capture, logits_name
 from .control_flow import levels, sink
-from .ledger import build_ledger, unique_bytes
-from .node_table import exit_specs, flat_costs, node_table, uncounted
+from .duplication import check_duplication
+from .ledger import build_ledger, optimized
+from .model_file import EXTERNAL_ABOVE, save_model
+from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
 from .options import ExportOptions
 from .parity import ParityResult, check_parity
 from .policy_graph import policy_graphs
-from .simplify import FOLDED_BYTES, simplify
+from .simplify import simplify
 from .source import Source
-
-_FOLDING_LIMIT = 1.001
-"""Stored bytes may exceed the PyTorch model's by this factor: shape constants, folded biases."""
 
 _DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -90,6 +91,7 @@ def export_bundle(
     name: str | None = None,
     split: str | None = None,
     parity_rows: int | None = None,
+    external_above: int = EXTERNAL_ABOVE,
 ) -> ExportResult:
     """Exports `model`, proves that the file computes the same, and writes a bundle.
 
@@ -105,6 +107,7 @@ def export_bundle(
         name: of the bundle, default the task's.
         split: rows for the parity check, default ``test``, else the last split that exists.
         parity_rows: check at most so many rows; None: all.
+        external_above: bytes of weights above which they go to ``model.onnx.data``.
 
     Raises:
         ExportError: the model cannot become ONNX, or options that do not fit it.
@@ -115,21 +118,22 @@ def export_bundle(
     target = Path(out)
     _check_target(target)
     chosen = split or ("test" if "test" in source.splits else list(source.splits)[-1])
-    target.parent.mkdir(parents=True, exist_ok=True)
     modes = {module: module.training for module in model.modules()}
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        with _scratch(target) as folder:
             work = Path(folder, "bundle")
             work.mkdir()
-            flat, raw_bytes, notes, single = _flat_graph(model, source, chosen, options)
+            raw, flat, note, single = _flat_graph(model, source, chosen, options)
             flat_path = Path(folder, "flat.onnx")
-            ir.save(flat, flat_path)
             final, more = _final_graph(model, flat, options)
             _write_metadata(final, source, model)
-            ir.save(final, work / MODEL_FILE)
+            with _writing(target):
+                save_model(flat, flat_path, external_above)
+                save_model(final, work / MODEL_FILE, external_above)
             _check_file(work / MODEL_FILE)
-            ledger = build_ledger(model, raw_bytes, final, work / MODEL_FILE)
-            _check_ledger(ledger, options)
+            runtime = optimized(work / MODEL_FILE)
+            ledger = build_ledger(model, raw, final, runtime, options.shared_across_exits == "latency")
+            notes = (note, *more, *check_duplication(model, raw, final, runtime, ledger))
             parity = check_parity(
                 model,
                 flat_path,
@@ -143,24 +147,52 @@ def export_bundle(
             parity.require()
             manifest = _manifest(
                 model, source, options, flat, final, ledger, parity, work / MODEL_FILE, _example(source, chosen, 1),
-                operating_points=operating_points, edits=edits, name=name or source.name, notes=(*notes, *more),
-                single=single,
+                operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, single=single,
             )  # fmt: skip
-            write_golden(work / GOLDEN_FILE, parity.golden)
-            write_runtime_archive(work / RUNTIME_FILE)
-            manifest = write_manifest(work, manifest)
-            _replace(work, target)
+            with _writing(target):
+                write_golden(work / GOLDEN_FILE, parity.golden)
+                write_runtime_archive(work / RUNTIME_FILE)
+                manifest = write_manifest(work, manifest)
+                _replace(work, target)
     finally:
         for module, training in modes.items():
             module.training = training
     if options.zip:
-        pack_zip(target, target.with_suffix(".zip"))
+        with _writing(target):
+            # not with_suffix: a bundle may be called net.v2
+            pack_zip(target, target.with_name(f"{target.name}.zip"))
     return ExportResult(target, manifest, chosen, parity.label, parity.exit_index)
 
 
 def _check_target(target: Path) -> None:
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / "manifest.json").exists())):
+    with _writing(target):
+        taken = target.exists() and not (
+            target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST_FILE).exists())
+        )
+    if taken:
         raise InputError(f"{target} exists and is no bundle: it is left alone, choose another folder")
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Turns what the file system says into the user's error."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"the bundle {target} cannot be written, in {target.parent}: {error.strerror or error}; choose another "
+            "folder, or make this one writable and free some space"
+        ) from error
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target`, so that the finished bundle is one rename away."""
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    with folder as path:
+        yield Path(path)
 
 
 def _replace(work: Path, target: Path) -> None:
@@ -178,7 +210,8 @@ def _example(source: Source, split: str, rows: int) -> tuple[Tensor, ...]:
 
 def _flat_graph(
     model: nn.Module, source: Source, split: str, options: ExportOptions
-) -> tuple[ir.Model, int, list[str], bool]:
+) -> tuple[ir.Model, ir.Model, str, bool]:
+    """The fresh capture, the simplified graph with a note on how it went, and whether it takes one row a run."""
     with_exits = isinstance(model, MultiExit)
     single = options.batch == "single" or (options.batch == "auto" and with_exits)
     if with_exits and not single:
@@ -195,7 +228,7 @@ def _flat_graph(
     flat, note = simplify(
         raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
     )
-    return flat, unique_bytes(raw), [note], single
+    return raw, flat, note, single
 
 
 def _final_graph(model: nn.Module, flat: ir.Model, options: ExportOptions) -> tuple[ir.Model, tuple[str, ...]]:
@@ -224,17 +257,6 @@ def _check_file(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph is not valid ONNX, please report it: {str(error)[:500]}") from error
-
-
-def _check_ledger(ledger: Ledger, options: ExportOptions) -> None:
-    """The file must not store more weight bytes than PyTorch does; if copies were asked for, not more distinct ones."""
-    bytes_wanted = options.shared_across_exits == "bytes"
-    stored = ledger.stored_weight_bytes if bytes_wanted else ledger.unique_weight_bytes
-    if stored > ledger.torch_unique_bytes * _FOLDING_LIMIT + FOLDED_BYTES:
-        raise ExportError(
-            f"the exported file stores {stored} weight bytes, the PyTorch model {ledger.torch_unique_bytes}: "
-            "a shared weight was duplicated on the way; set export.simplify to none, and please report it"
-        )
 
 
 def _excludes(model: MultiExit) -> bool:
@@ -273,6 +295,8 @@ def _manifest(
     level = {node.name or "": k for node, k in levels(flat.graph, len(exit_names)).items()}
     row = {name: x.numpy() for name, x in zip(source.input_names, example, strict=True)}
     nodes = node_table(final, flat_costs(flat, row), level)
+    exits = exit_specs(nodes, exit_names)
+    points, costed = on_the_graph(points, exits)
     session = session_on(model_path).session
     return Manifest(
         name=name,
@@ -281,7 +305,7 @@ def _manifest(
         outputs=specs_of(session.get_outputs()),
         labels=tuple(source.labels),
         preprocessing=source.preprocessing,
-        exits=exit_specs(nodes, exit_names),
+        exits=exits,
         policy=policy,
         operating_points=points,
         tolerances=Tolerances(
@@ -298,5 +322,5 @@ def _manifest(
         opset=int(final.graph.opset_imports[""]),
         ir_version=final.ir_version,
         versions=versions(_DISTRIBUTIONS),
-        notes=(*notes, *uncounted(flat)),
+        notes=(*notes, *uncounted(flat), *costed),
     )

@@ -69,7 +69,8 @@ def capture(
 ) -> ir.Model:
     """Exports `model` with torch's dynamo exporter, without any optimization.
 
-    Initializers are called like the state-dict keys. Nodes and values are called ``<module path>/<op>``, and the only
+    Initializers are called like the state-dict keys; those that nothing reads are left out.
+    Nodes and values are called ``<module path>/<op>``, and the only
     metadata kept is `MODULE_KEY`: the exporter would write stack traces with paths of this machine.
 
     Args:
@@ -194,6 +195,11 @@ def _name_everything(graph: ir.Graph, first_names: Mapping[str, str]) -> None:
         node.metadata_props[MODULE_KEY] = path
         for value in node.outputs:
             value.metadata_props.clear()
+    outputs = set(graph.outputs)
+    for name, value in list(graph.initializers.items()):
+        # parameters of layers that do not run: they would give slack to every comparison of bytes
+        if not value.uses() and value not in outputs:
+            graph.initializers.pop(name)
     rename(graph)
 
 

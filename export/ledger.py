@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,6 +12,10 @@ from torch import nn
 
 from edgewright.edge_runtime.manifest import Ledger, LedgerRow
 from edgewright.models.layers.factorized import SharedBasis
+
+from .capture import module_of
+from .model_file import EXTERNAL_ABOVE, data_file
+from .weight_placement import LEVEL_MARK
 
 
 def torch_unique_bytes(model: nn.Module) -> int:
@@ -78,48 +82,85 @@ def ledger_rows(model: ir.Model) -> tuple[LedgerRow, ...]:
 
 def shared_bases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Bases that several modules use: initializer name -> module paths, in order."""
+    names: dict[int, str] = {}
     users: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SharedBasis):
-            users.setdefault(id(module), []).append(path)
-    return {
-        f"{paths[0]}.weight": tuple(p.rpartition(".")[0] for p in paths) for paths in users.values() if len(paths) > 1
+    for path, module in model.named_modules():
+        for child, basis in module.named_children():
+            if isinstance(basis, SharedBasis):
+                names.setdefault(id(basis), f"{path}.{child}.weight".removeprefix("."))
+                users.setdefault(id(basis), []).append(path)
+    return {names[key]: tuple(paths) for key, paths in users.items() if len(paths) > 1}
+
+
+def shared_bases_that_run(model: nn.Module, raw: ir.Model) -> dict[str, tuple[str, ...]]:
+    """`shared_bases` without the modules whose coefficients the fresh capture does not read: forward skips them."""
+    running = {
+        name: tuple(m for m in modules if f"{m}.coefficients".removeprefix(".") in raw.graph.initializers)
+        for name, modules in shared_bases(model).items()
     }
+    return {name: modules for name, modules in running.items() if len(modules) > 1}
 
 
-def sharing_in_file(model: ir.Model, shared: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The entries of `shared` whose basis is one initializer of the file and serves at least two factorized modules."""
-    rows = {row.name: row for row in ledger_rows(model)}
-    digests: dict[str, int] = {}
-    for row in rows.values():
-        digests[row.sha256] = digests.get(row.sha256, 0) + 1
+def sharing_in_file(model: ir.Model, torch_model: nn.Module, copies: bool = False) -> dict[str, tuple[str, ...]]:
+    """The shared bases that the graph stores once, with the factorized modules that use them there.
+
+    Args:
+        model: a graph of `torch_model`, flat or nested.
+        torch_model: says what is shared.
+        copies: a basis may lie in several of the nested graphs, once in each.
+    """
+    owned = set(torch_model.state_dict())
     found = {}
+    everything = [(path, value, _digest(tensor)) for path, value, tensor in _initializers(model)]
     nodes = list(model.graph.all_nodes())
-    for name, modules in shared.items():
-        basis = rows.get(name)
-        users = tuple(m for m in modules if _serves(nodes, name, f"{m}.coefficients"))
-        if basis is not None and basis.readers and digests[basis.sha256] == 1 and len(users) > 1:
+    for name, modules in shared_bases(torch_model).items():
+        contents = {digest for _, value, digest in everything if value.name == name or is_level_copy(value, name)}
+        # another parameter may happen to hold the same numbers; whatever else does is a copy
+        holders = [(path, v) for path, v, digest in everything if digest in contents and v.name not in owned - {name}]
+        places = [path for path, _ in holders]
+        readers = {node for _, value in holders for node, _ in value.uses()}
+        users = tuple(m for m in modules if _uses(nodes, readers, m))
+        if len(places) == (len(set(places)) if copies else 1) and len(users) > 1:
             found[name] = users
     return found
 
 
-def _serves(nodes: Sequence[ir.Node], basis: str, coefficients: str) -> bool:
-    """Whether a node multiplies `coefficients` with what a reader of `basis` has made."""
+def is_level_copy(value: ir.Value, name: str) -> bool:
+    """Whether `value` is the copy of the initializer `name` that a deeper level has of its own."""
+    return (value.name or "").startswith(f"{name}{LEVEL_MARK}")
+
+
+def level_copy_bytes(model: ir.Model) -> int:
+    """Bytes of the copies that `place_initializers` made on purpose."""
+    return sum(tensor.nbytes for _, value, tensor in _initializers(model) if LEVEL_MARK in (value.name or ""))
+
+
+def _uses(nodes: Sequence[ir.Node], readers: Collection[ir.Node], module: str) -> bool:
+    """Whether a node of `module` reads the basis, or what a reader of it has made."""
+    coefficients = f"{module}.coefficients".removeprefix(".")
     for node in nodes:
-        if coefficients in (v.name for v in node.inputs if v is not None):
-            makers = [v.producer() for v in node.inputs if v is not None]
-            return any(m is not None and basis in (v.name for v in m.inputs if v is not None) for m in makers)
+        inputs = [v for v in node.inputs if v is not None]
+        if module_of(node) != module and not any(
+            v.name == coefficients or is_level_copy(v, coefficients) for v in inputs
+        ):
+            continue
+        if node in readers or any(v.producer() in readers for v in inputs):
+            return True
     return False
 
 
-def runtime_bytes(model_path: Path) -> int | None:
-    """Bytes of all initializers after ONNX Runtime's basic optimizations on the CPU.
+def optimized(model_path: Path) -> ir.Model | None:
+    """The graph after ONNX Runtime's basic optimizations on the CPU; None if it is too large for one file.
 
+    (ONNX Runtime 1.31.1 can write its weights to a file of their own, but then declares constants of branches twice.)
     Basic, because the extended level fuses and the full level reorders convolution weights for this processor: both
     say nothing about duplication on another.
     """
     import onnxruntime
 
+    files = (model_path, data_file(model_path))
+    if sum(file.stat().st_size for file in files if file.exists()) > EXTERNAL_ABOVE:
+        return None
     with tempfile.TemporaryDirectory(prefix="edgewright-ledger-") as folder:
         target = Path(folder, "optimized.onnx")
         options = onnxruntime.SessionOptions()
@@ -127,24 +168,27 @@ def runtime_bytes(model_path: Path) -> int | None:
         options.optimized_model_filepath = str(target)
         options.log_severity_level = 3
         onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
-        return stored_bytes(ir.load(target))
+        return ir.load(target)
 
 
-def build_ledger(torch_model: nn.Module, raw_unique: int, exported: ir.Model, model_path: Path) -> Ledger:
+def build_ledger(
+    torch_model: nn.Module, raw: ir.Model, exported: ir.Model, runtime: ir.Model | None, copies: bool
+) -> Ledger:
     """The whole ledger for a manifest.
 
     Args:
         torch_model: what was captured.
-        raw_unique: `unique_bytes` of the fresh capture.
+        raw: the fresh capture.
         exported: the final graph.
-        model_path: its file.
+        runtime: as `optimized` gives it.
+        copies: see `sharing_in_file`.
     """
     return Ledger(
         torch_unique_bytes=torch_unique_bytes(torch_model),
-        raw_unique_bytes=raw_unique,
+        raw_unique_bytes=unique_bytes(raw),
         unique_weight_bytes=unique_bytes(exported),
         stored_weight_bytes=stored_bytes(exported),
-        runtime_weight_bytes=runtime_bytes(model_path),
+        runtime_weight_bytes=None if runtime is None else stored_bytes(runtime),
         rows=ledger_rows(exported),
-        shared=sharing_in_file(exported, shared_bases(torch_model)),
+        shared=sharing_in_file(exported, torch_model, copies),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from edgewright.edge_runtime.manifest import ExitSpec, NodeRow
+from edgewright.edge_runtime.manifest import ExitSpec, NodeRow, OperatingPoint
 from edgewright.edge_runtime.session import session_on
 
 from .capture import module_of
 from .ledger import graphs
+from .model_file import save_model
 from .operator_costs import Factor, Macs, factors_of, macs_of, may_multiply_unknown
 from .simplify import Feeds
 
@@ -25,11 +27,12 @@ _OF_SHAPES = ("Shape", "Size")
 
 def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
     """Shapes of values when one row runs: also where axes are dynamic or folded into the batch."""
-    proto = ir.to_proto(model)
-    known = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
     with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
         path = Path(folder, "model.onnx")
+        save_model(model, path)
+        proto = onnx.load(str(path), load_external_data=False)
+        known = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
         onnx.save(proto, str(path))
         outputs = session_on(path, optimization_level="disabled").run(row)
     return {name: outputs[name].shape for name in names}
@@ -125,3 +128,35 @@ def exit_specs(rows: Sequence[NodeRow], names: Sequence[str]) -> tuple[ExitSpec,
         )
         for i, name in enumerate(names)
     )
+
+
+def on_the_graph(
+    points: Sequence[OperatingPoint], exits: Sequence[ExitSpec]
+) -> tuple[tuple[OperatingPoint, ...], tuple[str, ...]]:
+    """Operating points with the mean MACs of the exported graph, and a note for each that the search costed otherwise.
+
+    The search counts what runs before an exit in PyTorch's order; the graph runs for an exit what its logits need.
+    The two differ where exits lie in parallel branches.
+
+    Args:
+        points: with the metrics ``exit_share_<i>`` if they come from a search; the others stay as they are.
+        exits: from `exit_specs`.
+    """
+    found, notes = [], []
+    for point in points:
+        shares = [point.metrics.get(f"exit_share_{i}") for i in range(len(exits))]
+        given = point.metrics.get("mean_macs")
+        if given is None or any(share is None for share in shares):
+            found.append(point)
+            continue
+        mean = sum((share or 0.0) * way.macs for share, way in zip(shares, exits, strict=True))
+        metrics = {**point.metrics, "mean_macs": mean, "mac_share": mean / max(1, exits[-1].macs)}
+        if abs(mean - given) > 1e-6 * max(mean, given):
+            # found under the search's costs, and its shares are not known
+            metrics.pop("greedy_mean_macs", None)
+            notes.append(
+                f"operating point {point.name}: the mean row costs {mean:.0f} MACs in the exported graph, the search "
+                f"counted {given:.0f}: exits in parallel branches do not need all that PyTorch runs before them"
+            )
+        found.append(dataclasses.replace(point, metrics=metrics))
+    return tuple(found), tuple(notes)

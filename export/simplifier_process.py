@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -12,9 +13,11 @@ def main() -> None:
         import onnx_ir
         import onnxscript.optimizer
 
+        from edgewright.export.model_file import save_model
+
         model = onnx_ir.load(source)
         onnxscript.optimizer.optimize(model)
-        onnx_ir.save(model, target)
+        save_model(model, Path(target))
     elif method == "onnxsim":
         import onnx
         import onnxsim

@@ -20,6 +20,9 @@ levels (``bytes``), or one copy in each level (``latency``)."""
 _SHAPE_BYTES = 64
 """Largest axes or shape that is copied into every level that reads it."""
 
+LEVEL_MARK = "@level"
+"""Stands in the name of the copy that a level has of its own, before the number of the level."""
+
 
 def place_initializers(
     main: ir.Graph,
@@ -82,7 +85,7 @@ def _copy(
 ) -> None:
     for k in into:
         copy = ir.Value(
-            name=f"{value.name}@level{k}", type=value.type, shape=value.shape, const_value=value.const_value
+            name=f"{value.name}{LEVEL_MARK}{k}", type=value.type, shape=value.shape, const_value=value.const_value
         )
         level_graphs[k].initializers[copy.name or ""] = copy
         for node, index in users:

@@ -41,8 +41,9 @@ def is_current(bundle: Path, key: Key) -> bool:
 
 def record(bundle: Path, key: Key, options: ExportOptions) -> None:
     """Notes that `bundle` is finished, and removes the zip of an older one."""
-    if not options.zip and bundle.with_suffix(".zip").name in _recorded(bundle).get("files", {}):
-        bundle.with_suffix(".zip").unlink(missing_ok=True)
+    archive = _archive(bundle)
+    if not options.zip and archive.name in _recorded(bundle).get("files", {}):
+        archive.unlink(missing_ok=True)
     write_text(_record_file(bundle), pretty_json({"key": key.digest, "parts": key.parts, "files": _files(bundle)}))
 
 
@@ -91,7 +92,12 @@ def _record_file(bundle: Path) -> Path:
     return bundle.with_name(f"{bundle.name}.key.json")
 
 
+def _archive(bundle: Path) -> Path:
+    """Where the export puts a bundle's zip."""
+    return bundle.with_name(f"{bundle.name}.zip")
+
+
 def _files(bundle: Path) -> dict[str, str]:
     found = {path.name: sha256_of(path) for path in sorted(bundle.iterdir()) if path.is_file()}
-    archive = bundle.with_suffix(".zip")
+    archive = _archive(bundle)
     return found | ({archive.name: sha256_of(archive)} if archive.is_file() else {})

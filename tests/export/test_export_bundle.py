@@ -15,8 +15,11 @@ from edgewright.edge_runtime import load, open_bundle, verify
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.manifest import OperatingPoint
 from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity
+from edgewright.export.node_table import on_the_graph
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.cost import count
 from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.stages.exit_placement import exit_macs
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -124,9 +127,77 @@ def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
         export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(batch="dynamic"))
 
 
-def test_zip(task, tmp_path):
-    export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(zip=True))
-    assert verify(tmp_path / "bundle.zip").passed
+def test_weights_beside_the_graph_and_a_dot_in_the_name(task, tmp_path):
+    model, target = with_exits("residual"), tmp_path / "net.v2"
+    result = export_bundle(model, task, target, ExportOptions(zip=True), external_above=2000)
+    assert {"model.onnx", "model.onnx.data"} <= set(result.manifest.files)
+    assert result.manifest.files["model.onnx.data"].bytes > 2000
+    stored = result.manifest.ledger.stored_weight_bytes
+    assert result.manifest.ledger.runtime_weight_bytes <= stored + 1024
+    assert verify(target).passed
+    assert verify(target, optimization_level="disabled").passed
+    assert not (tmp_path / "net.zip").exists()
+    assert verify(tmp_path / "net.v2.zip").passed
+    x = task.splits["test"].batch([0, 1]).inputs[0].numpy()
+    for k, thresholds in enumerate([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]):
+        # the thresholds are replaced in the graph's bytes, which then have no place of their own
+        assert load(target, thresholds=thresholds).predict(x).exit_index.tolist() == [k, k]
+
+
+def test_a_place_that_cannot_be_written_is_named(task, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match="file") as raised:
+        export_bundle(tiny_residual(), task, tmp_path / "file" / "bundle")
+    assert raised.value.exit_code == 2 and str(tmp_path / "file") in str(raised.value)
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(InputError, match="Permission denied; choose another folder") as raised:
+        export_bundle(tiny_residual(), task, tmp_path / "bundle")
+    assert str(tmp_path) in str(raised.value)
+
+
+class Parallel(torch.nn.Module):
+    """The exit reads a branch that runs last and needs least."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow = torch.nn.Linear(144, 64), torch.nn.Linear(144, 8)
+        self.fc = torch.nn.Linear(72, 4)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.fc(torch.cat([self.wide(x), self.narrow(x)], dim=1))
+
+
+def test_operating_points_cost_what_the_graph_runs(task, tmp_path):
+    torch.manual_seed(0)
+    model = MultiExit(Parallel(), [HeadSpec("narrow", 8)], [2], 4, "max_probability").eval()
+    in_order = exit_macs(model, task.splits["test"].batch([0]).inputs)
+    mean = 0.25 * in_order[0] + 0.75 * in_order[1]
+    searched = {
+        "exit_share_0": 0.25,
+        "exit_share_1": 0.75,
+        "mean_macs": mean,
+        "mac_share": 1.0,
+        "greedy_mean_macs": mean,
+    }
+    point = OperatingPoint("balanced", (1.0,), searched)
+    manifest = export_bundle(model, task, tmp_path / "bundle", operating_points=[point]).manifest
+    first, last = (way.macs for way in manifest.exits)
+    assert first == 144 * 8 + 8 * 4 < in_order[0]
+    assert last == in_order[1]
+    metrics = manifest.operating_points[0].metrics
+    assert metrics["mean_macs"] == 0.25 * first + 0.75 * last
+    assert metrics["mac_share"] == metrics["mean_macs"] / last
+    assert "greedy_mean_macs" not in metrics
+    (note,) = [note for note in manifest.notes if "operating point balanced" in note]
+    assert f"{metrics['mean_macs']:.0f}" in note and f"{mean:.0f}" in note
+    # a search that counted the same is left as it is
+    points, notes = on_the_graph([OperatingPoint("same", (1.0,), {**searched, **metrics})], manifest.exits)
+    assert points[0].metrics["greedy_mean_macs"] == mean and notes == ()
 
 
 class Folded(torch.nn.Module):

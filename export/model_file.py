@@ -1,0 +1,42 @@
+"""Writing a graph to a file, its weights beside it where one protobuf cannot hold them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from edgewright.edge_runtime.manifest import THRESHOLDS
+
+EXTERNAL_ABOVE = 1_800_000_000
+"""Bytes of weights above which they go to a file of their own: a protobuf ends at 2 GiB, and holds the graph too."""
+
+_INLINE_BYTES = 1024
+"""Tensors below this size stay in the graph's file: shapes, scales, and the thresholds, which a device sets there."""
+
+
+def data_file(path: Path) -> Path:
+    """Where the weights of the model file `path` lie if they are external."""
+    return path.with_name(f"{path.name}.data")
+
+
+def save_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> None:
+    """Writes `model` to `path`, and its weights to `data_file` if they are more than `external_above` bytes.
+
+    Args:
+        model: not changed.
+        path: the file.
+        external_above: bytes of all initializers.
+
+    Raises:
+        ValueError: `thresholds` is too long to stay in the graph's file.
+    """
+    initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in initializers if value.const_value is not None]
+    if sum(tensor.nbytes for tensor in tensors) <= external_above:
+        ir.save(model, path)
+        return
+    thresholds = model.graph.initializers.get(THRESHOLDS)
+    if thresholds is not None and thresholds.const_value is not None and thresholds.const_value.nbytes >= _INLINE_BYTES:
+        raise ValueError(f"{THRESHOLDS!r} has {thresholds.const_value.nbytes} bytes: a device could not set it")
+    ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_INLINE_BYTES)
