@@ -137,7 +137,13 @@ class Entry:
 
     def artifacts(self) -> dict[str, NDArray[Any]]:
         """Arrays for the report, by name."""
-        return read_npz(self.folder / ARTIFACTS_FILE)
+        return read_artifacts(self.folder)
+
+
+def read_artifacts(folder: Path) -> dict[str, NDArray[Any]]:
+    """Arrays for the report of the entry in `folder`, by name; empty if it is no stage's."""
+    path = folder / ARTIFACTS_FILE
+    return read_npz(path) if path.is_file() else {}
 
 
 class Cache:

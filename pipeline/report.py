@@ -16,6 +16,7 @@ from edgewright.models.layers.multi_exit import MultiExit
 
 from .atomic import plain, pretty_json, write_text
 from .checkpoint import LIBRARIES, load_checkpoint
+from .class_counts import class_counts
 from .exit_analysis import ExitAnalysis, analyse_exits
 from .stage import Json
 from .steps import StepRow
@@ -75,6 +76,7 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
         "measurements": [dict(m) for m in result.measurements],
         "parity": dataclasses.asdict(manifest.parity),
         "exits": exits,
+        "class_counts": [found for row in chain if (found := _class_counts(row, result.out, task)) is not None],
         "operating_points": [dataclasses.asdict(p) for p in manifest.operating_points],
         "ledger": {k: v for k, v in dataclasses.asdict(manifest.ledger).items() if k != "rows"},
         "notes": [f"{row.step}: {note}" for row in result.steps for note in row.notes]
@@ -102,6 +104,10 @@ def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] 
 
 def _change(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
+
+
+def _class_counts(row: StepRow, out: Path, task: Task) -> Json | None:
+    return class_counts(row.step, out / row.checkpoint, row.metrics.get("classes") or task.labels)
 
 
 def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None) -> dict[str, Json]:
@@ -155,6 +161,9 @@ def _plots(report: Mapping[str, Json]) -> dict[str, str | None]:
         "latencies": plots.latencies(samples) if samples else None,
         "surviving_classes": None,
     }
+    for counts in report["class_counts"]:
+        found[f"class_counts.{counts['step']}"] = plots.class_counts(counts)
+        found[f"class_table.{counts['step']}"] = plots.class_table(counts["layer"])
     if report["exits"] is not None:
         exits = report["exits"]
         names = [row["name"] for row in exits["table"]]

@@ -125,5 +125,38 @@ def surviving_classes(names: Sequence[str], survivors: Sequence[Sequence[int]]) 
     return _svg(figure)
 
 
+def class_counts(counts: Mapping[str, Any]) -> str:
+    """Histogram of class counts of every layer, a row each: share of its filters by number of classes."""
+    layers, edges = counts["layers"], np.asarray(counts["edges"])
+    table = np.asarray([layer["histogram"] for layer in layers], dtype=np.float64)
+    table = 100 * table / np.maximum(1, table.sum(axis=1, keepdims=True))
+    figure, (axis,) = _figure(9.5, max(2.2, 0.21 * len(layers) + 1.2))
+    axis.grid(False)
+    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), table, cmap="Blues", vmin=0, vmax=100, rasterized=False)
+    axis.set_yticks(
+        np.arange(len(layers)) + 0.5, [f"{_short(x['path'], 34)} ({x['filters']})" for x in layers], fontsize=7
+    )
+    axis.invert_yaxis()
+    axis.set_xlabel("classes that need a filter")
+    figure.colorbar(mesh, ax=axis, label="filters of the layer (%)")
+    return _svg(figure)
+
+
+def class_table(layer: Mapping[str, Any]) -> str:
+    """Share of each class's images that need each filter of one layer; filters by rising class count."""
+    table, labels = np.asarray(layer["table"]), layer["labels"]
+    figure, (axis,) = _figure(9.5, min(9.0, max(2.6, 0.14 * len(labels) + 1.2)))
+    axis.grid(False)
+    mesh = axis.pcolormesh(table, cmap="viridis", vmin=0, vmax=1)
+    every = -(-len(labels) // 64)
+    places = np.arange(0, len(labels), every)
+    axis.set_yticks(places + 0.5, [_short(labels[i]) for i in places], fontsize=6 if len(places) > 24 else 8)
+    axis.invert_yaxis()
+    axis.set_xlabel("filters, by number of classes that need them")
+    axis.set_ylabel("class")
+    figure.colorbar(mesh, ax=axis, label="images that need it (share)")
+    return _svg(figure)
+
+
 def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else "…" + name[-most + 1 :]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from edgewright.edge_runtime.golden import write_npz
+from edgewright.pipeline.class_counts import class_counts
 from edgewright.pipeline.errors import QualityFloorError
 from edgewright.pipeline.recipe import Requirements
 from edgewright.pipeline.report import render_html
@@ -86,6 +90,7 @@ REPORT: dict[str, Any] = {
         "wrong_exclusions": [0.0],
     },
     "ledger": {"torch_unique_bytes": 4000, "stored_weight_bytes": 4000, "runtime_weight_bytes": None, "shared": {}},
+    "class_counts": [],
     "notes": ["a <script>alert(1)</script> note"],
     "environment": {},
 }
@@ -104,6 +109,52 @@ def test_a_model_without_exits_has_no_exit_section() -> None:
     page = render_html(report)
     assert "Early exits" not in page
     assert page.count("<svg") == 1
+
+
+def artifacts(folder: Path) -> None:
+    """Two layers and three classes, as pruning leaves them."""
+    arrays = {
+        "class_count.a": np.array([3.0, 0.0, 1.5, 3.0000002], np.float32),
+        "class_counts.a": np.array([[1, 0, 0.5, 1], [1, 0, 1, 1], [1, 0, 0, 1]], np.float32),
+        "class_count.b": np.array([1.0, 1.1], np.float32),
+        "class_counts.b": np.ones((3, 2), np.float32),
+        "scores.a": np.zeros(4, np.float32),
+    }
+    write_npz(folder / "artifacts.npz", arrays)
+
+
+def test_class_counts_are_condensed_and_drawn(tmp_path: Path) -> None:
+    artifacts(tmp_path)
+    found = class_counts("prune", tmp_path, ["x", "<y>", "z"])
+    assert found is not None and found["step"] == "prune" and found["edges"][-1] == 3.0
+    assert [(layer["path"], layer["filters"], sum(layer["histogram"])) for layer in found["layers"]] == [
+        ("a", 4, 4),
+        ("b", 2, 2),
+    ]
+    assert found["layers"][0]["histogram"][0] == 1 and found["layers"][0]["histogram"][-1] == 2
+    assert found["layer"]["path"] == "a", "its filters differ most"
+    assert found["layer"]["table"] == [[0, 0.5, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], "columns by rising count"
+    asked = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="b")
+    assert asked is not None and asked["layer"]["path"] == "b"
+    page = render_html({**copy.deepcopy(REPORT), "class_counts": [found]})
+    assert page.count("<svg") == 6 and "Class counts: prune" in page
+
+
+def test_steps_without_scores_have_no_class_counts(tmp_path: Path) -> None:
+    assert class_counts("train", tmp_path, ["x"]) is None
+    write_npz(tmp_path / "artifacts.npz", {"scores.a": np.zeros(4, np.float32)})
+    assert class_counts("prune", tmp_path, ["x"]) is None
+
+
+def test_very_wide_layers_are_thinned_out(tmp_path: Path) -> None:
+    count = np.linspace(0, 300, 1000, dtype=np.float32)
+    arrays = {"class_count.a": count, "class_counts.a": np.zeros((300, 1000), np.float32)}
+    write_npz(tmp_path / "artifacts.npz", arrays)
+    found = class_counts("prune", tmp_path, [str(i) for i in range(300)])
+    assert found is not None and sum(found["layers"][0]["histogram"]) == 1000
+    assert len(found["layer"]["table"]) == len(found["layer"]["labels"]) == 128
+    assert {len(row) for row in found["layer"]["table"]} == {128}
+    assert (found["layer"]["labels"][0], found["layer"]["labels"][-1]) == ("0", "299")
 
 
 @pytest.mark.parametrize(
