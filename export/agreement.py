@@ -28,8 +28,8 @@ def possible_shifts(errors: Sequence[float]) -> tuple[float, ...]:
 
 
 def label_of(outputs: Arrays) -> NDArray[np.int64]:
-    """Class of every row, from either kind of output."""
-    label: NDArray[np.int64] = outputs[LABEL] if LABEL in outputs else outputs[LOGITS].argmax(axis=1)
+    """Class of every row, from either kind of output; of every position, where logits are [N, T, V]."""
+    label: NDArray[np.int64] = outputs[LABEL] if LABEL in outputs else outputs[LOGITS].argmax(axis=-1)
     return label
 
 
@@ -84,14 +84,16 @@ class Agreement:
             indices: of the rows in the split.
             got: what ONNX Runtime answered, N rows.
             want: what PyTorch answered.
-            margin: float32 [N].
+            margin: float32, one per label.
             flip_margin: up to which a flip is excused.
         """
-        label_got, label_want = label_of(got), label_of(want)
+        label_got, label_want = label_of(got).reshape(-1), label_of(want).reshape(-1)
+        margin = margin.reshape(-1)
+        positions = max(1, label_want.size // max(1, len(indices)))
         exits_got = got.get(EXIT_INDEX, np.zeros_like(label_got))
         exits_want = want.get(EXIT_INDEX, np.zeros_like(label_want))
         where = f"split {split}" + (f", {case}" if case else "")
-        self.rows += len(label_want)
+        self.rows += len(label_want)  # of sequences, every position is a decision
         same = np.ones(len(label_want), dtype=bool)
         for kind, a, b in (("label", label_want, label_got), ("exit", exits_want, exits_got)):
             for i in np.flatnonzero(a != b).tolist():
@@ -99,10 +101,12 @@ class Agreement:
                 self.label_flips += kind == "label"
                 self.exit_flips += kind == "exit"
                 if margin[i] <= flip_margin:
-                    self.flips.append(Flip(split, indices[i], kind, int(a[i]), int(b[i]), float(margin[i]), case))
+                    self.flips.append(
+                        Flip(split, indices[i // positions], kind, int(a[i]), int(b[i]), float(margin[i]), case)
+                    )
                 else:
                     self.failures.append(
-                        f"{where}, row {indices[i]}: {kind} {int(a[i])} in PyTorch, {int(b[i])} in ONNX, "
+                        f"{where}, row {indices[i // positions]}: {kind} {int(a[i])} in PyTorch, {int(b[i])} in ONNX, "
                         f"margin {margin[i]:.3g} against a possible numeric shift of {flip_margin:.3g}"
                     )
         if LOGITS in want:

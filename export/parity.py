@@ -26,6 +26,7 @@ _LEVEL_ROWS = 2
 _FORCED_ROWS = 32
 _GOLDEN_ROWS = 16
 _GOLDEN_FORCED_ROWS = 2
+_GOLDEN_BYTES = 2**26
 _BATCH = 64
 
 
@@ -81,8 +82,8 @@ class _Torch:
         """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
         if not isinstance(self.model, MultiExit):
             # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
-            top = logits[0].double().topk(min(2, logits[0].shape[1]), dim=1).values
-            return {LOGITS: logits[0].numpy()}, ((top[:, 0] - top[:, -1]) / 2).float().numpy()
+            top = logits[0].topk(min(2, logits[0].shape[-1]), dim=-1).values.double()
+            return {LOGITS: logits[0].numpy()}, ((top[..., 0] - top[..., -1]) / 2).float().numpy()
         values = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float32)
         output = self.model.decide(logits, values)
         arrays = {LABEL: output.label.numpy(), SCORES: output.scores.numpy(), EXIT_INDEX: output.exit_index.numpy()}
@@ -118,6 +119,11 @@ class _Subject:
 
     def feeds(self, inputs: Sequence[Tensor]) -> Arrays:
         return {name: x.numpy() for name, x in zip(self.source.input_names, inputs, strict=True)}
+
+    @property
+    def batch(self) -> int:
+        """Rows that are run together; fewer where the split says that its outputs are large."""
+        return min(_BATCH, getattr(self.source.splits[self.split], "largest_batch", _BATCH))
 
     def spread(self, count: int) -> list[int]:
         return [self.rows[i] for i in _spread(len(self.rows), count)]
@@ -155,8 +161,7 @@ def check_parity(
     forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
     check = Agreement(abs_tol, rel_tol)
     shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, "all", check))
-    outputs = _natural(subject, shifts, check)
-    golden = _golden_natural(subject, outputs, shifts)
+    label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
     levels = _levels(subject, forced_rows, check)
     if not reference.exits:
@@ -172,8 +177,6 @@ def check_parity(
         excused=tuple(check.flips),
         optimization_levels=levels,
     )
-    label = label_of(outputs)
-    exit_index = outputs.get(EXIT_INDEX, np.zeros_like(label))
     return ParityResult(report, golden, max(shifts), label, exit_index, check.failures)
 
 
@@ -188,8 +191,8 @@ def _logit_errors(subject: _Subject, count: int, level: str, check: Agreement) -
     runner = session_on(subject.flat_path, threads=1, optimization_level=level)
     rows = subject.spread(count)
     largest = [0.0] * (subject.torch.exits + 1)
-    for start in range(0, len(rows), _BATCH):
-        inputs = subject.inputs(rows[start : start + _BATCH])
+    for start in range(0, len(rows), subject.batch):
+        inputs = subject.inputs(rows[start : start + subject.batch])
         got = runner.run_rows(subject.feeds(inputs))
         for head, want in enumerate(subject.torch.logits(inputs)):
             what = f"logits of head {head}, rows from {rows[start]}, optimization level {level}"
@@ -197,20 +200,38 @@ def _logit_errors(subject: _Subject, count: int, level: str, check: Agreement) -
     return largest
 
 
-def _natural(subject: _Subject, shifts: Sequence[float], check: Agreement) -> Arrays:
-    """Every chosen row with the thresholds that are stored; returns what the file answered."""
+def _natural(
+    subject: _Subject, shifts: Sequence[float], check: Agreement
+) -> tuple[NDArray[np.int64], NDArray[np.int64], list[GoldenCase]]:
+    """Every chosen row with the thresholds that are stored: labels, exits, and the golden case of some rows.
+
+    Those are up to 16 rows spread evenly, so that their mix of exits is the split's, fewer where outputs are large;
+    the forced cases cover every exit.
+    """
     # one thread: what is recorded as reference must be the same bytes each time
     runner = session_on(subject.model_path, threads=1)
     reference = subject.torch
-    parts: list[Arrays] = []
-    for start in range(0, len(subject.rows), _BATCH):
-        indices = subject.rows[start : start + _BATCH]
+    labels, exits, kept = [], [], []
+    picked: set[int] = set()
+    for start in range(0, len(subject.rows), subject.batch):
+        indices = subject.rows[start : start + subject.batch]
         inputs = subject.inputs(indices)
         got = runner.run_rows(subject.feeds(inputs))
         want, margin = reference.answer(reference.logits(inputs), reference.thresholds, shifts)
         check.answers("", subject.split, indices, got, want, margin, max(shifts))
-        parts.append(got)
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        labels.append(label_of(got))
+        exits.append(got.get(EXIT_INDEX, np.zeros_like(labels[-1])))
+        if start == 0:
+            row_bytes = sum(value[:1].nbytes for value in got.values())
+            most = max(1, min(_GOLDEN_ROWS, _GOLDEN_BYTES // max(1, row_bytes)))
+            picked = set(_spread(len(subject.rows), most))
+        mine = [i - start for i in range(start, start + len(indices)) if i in picked]
+        kept.append({name: value[mine] for name, value in got.items()})
+    joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
+    golden = _case(
+        subject, subject.inputs([subject.rows[i] for i in sorted(picked)]), joined, reference.thresholds, shifts
+    )
+    return np.concatenate(labels), np.concatenate(exits), [golden]
 
 
 def _case(
@@ -228,14 +249,6 @@ def _case(
         thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
         margin=margin,
     )
-
-
-def _golden_natural(subject: _Subject, outputs: Arrays, shifts: Sequence[float]) -> list[GoldenCase]:
-    """Up to 16 rows spread evenly, so that their mix of exits is the split's; the forced cases cover every exit."""
-    picked = _spread(len(subject.rows), _GOLDEN_ROWS)
-    got = {name: value[picked] for name, value in outputs.items()}
-    inputs = subject.inputs([subject.rows[i] for i in picked])
-    return [_case(subject, inputs, got, subject.torch.thresholds, shifts)]
 
 
 def _rows_reaching(subject: _Subject, exit_index: int) -> list[int]:

@@ -43,7 +43,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Class names; their number is the number of logits."""
+        """Class names; their number is the number of logits. Empty: no classes, logits may be [N, T, V]."""
         ...
 
     @property

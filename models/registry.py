@@ -1,4 +1,4 @@
-"""Models by name: ``zoo:NAME``, ``torchvision:NAME``, ``python:package.module:f``, ``python:file.py:f``."""
+"""Models by name: ``zoo:``, ``torchvision:``, ``python:``, and ``hf:``, ``gguf:``, ``packaged:`` of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from . import bottleneck, residual, vgg, vit
+from . import bottleneck, pretrained, residual, vgg, vit
 from .import_closure import import_closure
 from .python_source import (
     PREFIX,
@@ -70,7 +70,7 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
     """Makes the model called `name` with fresh weights; deterministic under `torch.manual_seed`.
 
     Args:
-        name: ``zoo:NAME``, ``torchvision:NAME`` or ``python:...``.
+        name: ``zoo:NAME``, ``torchvision:NAME``, ``python:...``, or a name of `pretrained`, whose weights come along.
         args: keyword arguments of the model.
         root: folder of the recipe, for ``python:``.
 
@@ -82,6 +82,8 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
         return _build_python(name, args, root)
     if name.startswith(_TORCHVISION):
         return _build_torchvision(name, args)
+    if name.startswith(pretrained.PREFIXES):
+        return pretrained.build(name, args, root)
     entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
     if entry is None:
         near = did_you_mean(name, [info.name for info in available()])
@@ -123,6 +125,8 @@ def sources(name: str, root: Path) -> tuple[Path, ...]:
     """
     if name.startswith(PREFIX):
         return load_object(name, root).sources
+    if name.startswith(pretrained.PREFIXES):
+        return pretrained.sources(name, root)
     entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
     if entry is None:
         return ()

@@ -267,10 +267,13 @@ def _table(*columns: str) -> Table:
 
 
 def _steps_table(result: RunResult) -> Table:
-    table = _table("step", ">accuracy", ">worst", ">MACs", ">params", ">weights kB", ">file kB", ">p50 ms", ">p90 ms")
+    classes = result.steps[0].accuracy is not None
+    quality = (">accuracy", ">worst") if classes else (f">{result.steps[0].metric}",)
+    table = _table("step", *quality, ">MACs", ">params", ">weights kB", ">file kB", ">p50 ms", ">p90 ms")
     for row in result.steps:
         table.add_row(*_cells(row, row.step == result.reference))
-    table.caption = "* what the others are compared with; worst: the class with the lowest accuracy"
+    worst = "; worst: the class with the lowest accuracy" if classes else ""
+    table.caption = f"* what the others are compared with{worst}"
     table.caption_justify = "left"
     return table
 
@@ -278,8 +281,11 @@ def _steps_table(result: RunResult) -> Table:
 def _cells(row: StepRow, reference: bool) -> tuple[str, ...]:
     return (
         row.step + (" *" if reference else ""),
-        _share(row.accuracy),
-        _share(row.worst_class_accuracy),
+        *(
+            (f"{row.quality:.4g}",)
+            if row.accuracy is None
+            else (_share(row.accuracy), _share(row.worst_class_accuracy))
+        ),
         _short_count(row.macs),
         _short_count(row.parameters),
         f"{row.unique_weight_bytes / 1000:,.1f}",

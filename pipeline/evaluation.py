@@ -21,11 +21,11 @@ def answers(model: nn.Module, split: Split, device: torch.device | None = None, 
         model: put into eval mode and moved to `device`, where it stays.
         split: read in order.
         device: where to compute, default the CPU.
-        size: rows per batch.
+        size: rows per batch; fewer where the split has a `largest_batch`, because its outputs are large.
     """
     device = torch.device("cpu") if device is None else device
     model = model.to(device).eval()
-    for batch in batches(split, size):
+    for batch in batches(split, min(size, getattr(split, "largest_batch", size))):
         output = model(*batch.to(device).inputs)
         on_cpu = ExitOutput(*(x.cpu() for x in output)) if isinstance(output, ExitOutput) else output.cpu()
         yield Answer(on_cpu, batch.targets)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgewright.models.layers.multi_exit import ExitOutput
 
 from .errors import DataError
+
+IGNORED = -100
+"""The target of a position where nothing is predicted, torch's own."""
 
 Output: TypeAlias = Tensor | ExitOutput
 """What a model answers: logits, or with exits the decision of every row."""
@@ -125,6 +129,34 @@ class BalancedAccuracy(ClassScore):
         """The mean of `present`."""
         del accuracy
         return sum(present) / len(present) if present else 0.0
+
+
+class Perplexity:
+    """``exp`` of the mean loss per predicted token (METHODS §3.7); lower is better.
+
+    Logits are [N, T, V] and targets [N, T], -100 where nothing is predicted. `drop` is relative: 0.05 is a
+    perplexity 5 % higher.
+    """
+
+    name = "perplexity"
+
+    def score(self, answers: Iterable[Answer]) -> Score:
+        """Reads `answers` once; sums the loss window by window, so that no second copy of the logits is made."""
+        total, tokens, rows = 0.0, 0, 0
+        for output, targets in answers:
+            assert isinstance(output, Tensor)
+            for logits, wanted in zip(output, targets, strict=True):
+                loss = nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+                total += float(loss)
+                tokens += int((wanted != IGNORED).sum())
+                rows += 1
+        # beyond exp(700) a float has no value: a diverged model is infinitely perplexed
+        mean = total / tokens if tokens else math.inf
+        return Score(math.exp(mean) if mean < 700.0 else math.inf, rows)
+
+    def drop(self, before: float, after: float) -> float:
+        """The relative growth: less is better."""
+        return after / before - 1.0
 
 
 _SHIPPED: dict[str, Callable[[int], Metric]] = {m.name: m for m in (Accuracy, BalancedAccuracy)}

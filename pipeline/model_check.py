@@ -33,7 +33,8 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
     """Runs two test rows through `model`.
 
     Raises:
-        ModelError: it fails, with the module that did, or what it returns is no finite float [N, classes] tensor.
+        ModelError: it fails, with the module that did, or what it returns is no finite float [N, classes] tensor; any
+            float [N, ...] for a task without classes.
     """
     lazy = [key for key, value in model.named_parameters() if is_lazy(value)]
     if lazy:
@@ -52,7 +53,7 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
             f"{name} does not run on the inputs of the task {task.name!r} ({shapes}): "
             f"{type(error).__name__}: {error}{_where(running, error)}"
         ) from error
-    wanted = [len(inputs[0]), len(task.labels)]
+    wanted = [len(inputs[0]), len(task.labels)] if task.labels else [len(inputs[0]), *_axes_beyond(output)]
     if not isinstance(output, Tensor):
         raise ModelError(f"{name} returns {_described(output)}; {_wrapping(output, wanted)}")
     if list(output.shape) != wanted or not output.is_floating_point():
@@ -102,6 +103,11 @@ def check_exportable(model: nn.Module, task: Task, name: str, dynamic: bool) -> 
         f"{name} could be trained, but not exported{place_of(first)}: {type(first).__name__}: {line[:300]}. "
         f"What helps: {fix}"
     ) from first
+
+
+def _axes_beyond(output: Any) -> list[int]:
+    """Of a task without classes, every axis after the first may be as the model gives it."""
+    return list(output.shape[1:]) if isinstance(output, Tensor) and output.dim() > 1 else [1]
 
 
 def first_rows(task: Task) -> tuple[Tensor, ...]:

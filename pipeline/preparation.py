@@ -196,9 +196,9 @@ def check_labels(task: Task) -> None:
     """Refuses a task with nothing to tell apart.
 
     Raises:
-        DataError: fewer than two labels.
+        DataError: one label; none at all belongs to a task without classes.
     """
-    if len(task.labels) < 2:
+    if len(task.labels) == 1:
         raise DataError(
             f"the task {task.name!r} has the one label {task.labels[0]!r}: a classifier needs at least two classes"
         )
@@ -207,6 +207,8 @@ def check_labels(task: Task) -> None:
 def remarks(inputs: Inputs) -> tuple[str, ...]:
     """What the user should know of data and recipe, although the run can go on."""
     task, notes = inputs.task, []
+    if not task.labels:
+        return ()
     for name, split in task.splits.items():
         counts = torch.bincount(split.targets, minlength=len(task.labels))
         empty = [label for label, count in zip(task.labels, counts.tolist(), strict=True) if count == 0]

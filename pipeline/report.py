@@ -143,6 +143,7 @@ def render_html(report: Mapping[str, Json]) -> str:
     return page.render(
         report={**report, "environment": json.dumps(report["environment"], indent=2, sort_keys=True)},
         final=final,
+        classes=final["accuracy"] is not None,
         plots=_plots(report),
         pct=lambda v: "–" if v is None else f"{100 * v:.2f} %",
         points=lambda v: "–" if v is None else f"{100 * v:+.2f} points",

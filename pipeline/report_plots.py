@@ -39,22 +39,25 @@ def _svg(figure: Figure) -> str:
 
 
 def tradeoff(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Accuracy against MACs and against weight bytes, one point per step; controls are hollow."""
+    """Accuracy (without classes: the metric) against MACs and weight bytes, one point per step; controls are hollow."""
+    classes = all(s["accuracy"] is not None for s in steps)
+    quality = {s["step"]: 100 * s["accuracy"] if classes else s["quality"] for s in steps}
     figure, axes = _figure(9.5, 3.6, 2)
     for axis, key, unit, scale in ((axes[0], "macs", "mean MACs per row (millions)", 1e6),
                                    (axes[1], "unique_weight_bytes", "unique weight bytes (kB)", 1e3)):  # fmt: skip
         line = [s for s in steps if not s.get("control")]
-        axis.plot([s[key] / scale for s in line], [100 * s["accuracy"] for s in line], color="#aab", lw=1, zorder=1)
+        axis.plot([s[key] / scale for s in line], [quality[s["step"]] for s in line], color="#aab", lw=1, zorder=1)
         for i, s in enumerate(steps):
             color = _COLORS[i % len(_COLORS)]
             face = "none" if s.get("control") else color
-            axis.scatter(s[key] / scale, 100 * s["accuracy"], s=46, edgecolor=color, facecolor=face, zorder=2, lw=1.6,
+            axis.scatter(s[key] / scale, quality[s["step"]], s=46, edgecolor=color, facecolor=face, zorder=2, lw=1.6,
                          label=s["step"])  # fmt: skip
         axis.set_xlabel(unit)
         axis.set_xlim(left=0)
-        lowest = min(100 * s["accuracy"] for s in steps)
-        axis.set_ylim(max(0.0, lowest - 0.5 * (100 - lowest) - 0.5), 100.5)
-    axes[0].set_ylabel("test accuracy (%)")
+        lowest = min(quality.values())
+        if classes:
+            axis.set_ylim(max(0.0, lowest - 0.5 * (100 - lowest) - 0.5), 100.5)
+    axes[0].set_ylabel("test accuracy (%)" if classes else f"test {steps[0]['metric']}")
     axes[1].legend(fontsize=8, frameon=False, loc="best")
     return _svg(figure)
 

@@ -27,7 +27,7 @@ SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some samples: `inputs` in the order the model takes them, first axis N, and int64 `targets` [N]."""
+    """Some samples: `inputs` in the order the model takes them, first axis N, and int64 `targets` [N] (or [N, T])."""
 
     inputs: tuple[Tensor, ...]
     targets: Tensor
@@ -42,7 +42,7 @@ class Split(SourceSplit, Protocol):
 
     @property
     def targets(self) -> Tensor:
-        """Class of every sample, int64 [len]."""
+        """Class of every sample, int64 [len]; [len, T] where a task without classes predicts sequences."""
         ...
 
     @property

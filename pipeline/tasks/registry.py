@@ -22,6 +22,7 @@ from edgewright.models.python_source import (
 )
 
 from ..errors import DataError, EdgewrightError
+from ..metric import ClassScore
 from ..sources import module_digests
 from ..task import SPLITS, Task
 
@@ -125,7 +126,7 @@ def _check_task(task: Any, name: str) -> None:
             f"{name} returned a {type(task).__name__} without {missing[0]!r}; a task has {', '.join(TASK_ATTRIBUTES)}: "
             "return an ImageClassification, or see edgewright.pipeline.task.Task"
         )
-    if not task.labels:
+    if not task.labels and isinstance(task.metric, ClassScore):
         raise DataError(f"{name}: the task has no labels; they name the classes, in the order of the logits")
     if len(task.dynamic_axes) != len(task.input_names):
         raise DataError(

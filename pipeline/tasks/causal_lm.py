@@ -1,0 +1,105 @@
+"""Next-token prediction on text files, or on the text that comes with Python."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from edgewright.models.pretrained import packaged_file
+
+from ..causal_lm import CausalLM, windows_of
+from ..errors import DataError
+from ..task import SplitName
+
+_FRACTIONS: Mapping[SplitName, float] = {"train": 0.2, "calibration": 0.25, "validation": 0.05, "test": 0.5}
+_SMOLLM2 = "smollm2"
+_BYTES = "bytes"
+
+
+def causal_lm(
+    path: str | None = None,
+    tokenizer: str = _SMOLLM2,
+    tokenizer_path: str | None = None,
+    window: int = 256,
+    fractions: Mapping[SplitName, float] | None = None,
+    most: Mapping[SplitName, int] | None = None,
+) -> CausalLM:
+    """Windows of a text; every split is a stretch of it, in the order train, calibration, validation, test.
+
+    Args:
+        path: a UTF-8 text file, or a folder whose ``*.txt`` files are joined in the order of their names, with an
+            empty line between; None: the articles of Python's `pydoc_data.topics`, in the order of their keys.
+        tokenizer: ``smollm2`` for the packaged one, or ``bytes``: every byte of UTF-8 is a token.
+        tokenizer_path: in place of `tokenizer`: a folder with a tokenizer of the transformers library, or a GGUF file.
+        window: tokens per window; windows do not overlap.
+        fractions: share of the text per split, in the order given; default train 0.2, calibration 0.25, validation
+            0.05, test 0.5.
+        most: keep at most so many windows of a split, spread evenly.
+
+    Raises:
+        DataError: text or tokenizer are not there, cannot be read, or are too short.
+    """
+    text, files = _text(path)
+    tokens, vocabulary, origin = _tokens(text, tokenizer, tokenizer_path)
+    splits = windows_of(tokens, window, fractions or _FRACTIONS, most)
+    provenance = {"text": files, "tokenizer": origin, "tokens": len(tokens), "window": window}
+    return CausalLM(splits, vocabulary, provenance=provenance)
+
+
+def python_topics() -> str:
+    """The English text that comes with Python: 465 kB of language reference."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def _text(path: str | None) -> tuple[str, dict[str, str]]:
+    """The text, and the sha256 of every file of it."""
+    if path is None:
+        text = python_topics()
+        return text, {"pydoc_data.topics": hashlib.sha256(text.encode()).hexdigest()}
+    place = Path(path)
+    files = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"the folder {place} has no .txt file: put the text there, or name one file")
+    parts, digests = [], {}
+    for file in files:
+        try:
+            data = file.read_bytes()
+            parts.append(data.decode("utf-8"))
+        except OSError as error:
+            raise DataError(f"the text file {file} cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"the text file {file} is not UTF-8 at byte {error.start}: convert it") from error
+        digests[file.name] = hashlib.sha256(data).hexdigest()
+    return "\n\n".join(parts), digests
+
+
+def _tokens(text: str, tokenizer: str, tokenizer_path: str | None) -> tuple[Tensor, int, str]:
+    """Ids int64 [number], the size of the vocabulary, and what made them."""
+    if tokenizer_path is None and tokenizer == _BYTES:
+        return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64), 256, _BYTES
+    if tokenizer_path is None and tokenizer != _SMOLLM2:
+        raise DataError(f"unknown tokenizer {tokenizer!r}; there are {_SMOLLM2}, {_BYTES}, or give tokenizer_path")
+    try:
+        from transformers import AutoTokenizer
+
+        place = packaged_file("smollm2-135m") if tokenizer_path is None else Path(tokenizer_path)
+        if place.is_file():
+            made = AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name, local_files_only=True)
+        else:
+            made = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+    except (ImportError, OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"no tokenizer from {tokenizer_path or tokenizer}: {str(error).splitlines()[0]}; install "
+            "'edgewright[hf]', and give a folder with tokenizer.json or a GGUF file"
+        ) from error
+    backend = made.backend_tokenizer
+    # the whole text at once, without the special tokens that a chat would begin with
+    ids = backend.encode(text, add_special_tokens=False).ids
+    digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    return torch.tensor(ids, dtype=torch.int64), int(backend.get_vocab_size()), f"sha256 {digest}"
