@@ -99,7 +99,7 @@ def options_of(description: str) -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.task, options.model, options.seeds, options.epochs = "digits", "plain", 1, 3
-        options.criteria, options.targets = ["class_coverage", "l1", "random"], [4.0]
+        options.criteria, options.targets = ["class_coverage_fpgm", "l1", "random"], [4.0]
     if options.task == "cifar" and options.path is None:
         parser.error("--task cifar needs --path, the folder with the binary files")
     return options

@@ -26,6 +26,7 @@ class ClassAwarePruningConfig(StageConfig):
         "class_count",
         "class_count_fisher",
         "class_coverage",
+        "class_coverage_fpgm",
         "fisher",
         "taylor",
         "l1",
@@ -34,8 +35,8 @@ class ClassAwarePruningConfig(StageConfig):
         "bn_scale",
         "random",
     ] = "auto"
-    """Which filters matter; see `criteria`. `auto`: `class_coverage` with a target, and `class_count`, as published,
-    without."""
+    """Which filters matter; see `criteria`. `auto`: `class_coverage_fpgm` with a target, and `class_count`, as
+    published, without."""
     target_mac_reduction: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
     and the criterion only which; there is no threshold. None: remove what is below the threshold, wherever it is."""
@@ -118,7 +119,7 @@ class ClassAwarePruningConfig(StageConfig):
         """The criterion that `auto` stands for, or the one that was named."""
         if self.criterion != "auto":
             return self.criterion
-        return "class_count" if self.target_mac_reduction is None else "class_coverage"
+        return "class_count" if self.target_mac_reduction is None else "class_coverage_fpgm"
 
     @property
     def needs_loss(self) -> bool:

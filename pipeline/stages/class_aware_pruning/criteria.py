@@ -207,6 +207,22 @@ class ClassCoverage(_Scaled):
         return scores
 
 
+class ClassCoverageDistance(_Scaled):
+    """Sum of two ranks within the layer, by `ClassCoverage` and by `GeometricMedian`.
+
+    The one knows which classes would miss a filter, the other whether other filters can take its place after
+    retraining; ranks, because their scores are spread very differently.
+    """
+
+    name: ClassVar[str] = "class_coverage_fpgm"
+    needs_statistics: ClassVar[bool] = True
+
+    def filter_scores(self, layer: ScoredLayer) -> Tensor:
+        """See `Criterion.filter_scores`."""
+        coverage, distance = ClassCoverage().filter_scores(layer), GeometricMedian().filter_scores(layer)
+        return _ranks(coverage) + _ranks(distance.cpu())
+
+
 class Random(_Scaled):
     """No knowledge at all: the control."""
 
@@ -224,6 +240,7 @@ CRITERIA: dict[str, Criterion] = {
         ClassCount(),
         ClassCountFisher(),
         ClassCoverage(),
+        ClassCoverageDistance(),
         Fisher(),
         Taylor(),
         L1(),
@@ -319,6 +336,13 @@ def unit_scores(
     return UnitScores(
         largest, torch.stack(size).sum(dim=0), torch.stack(loss).sum(dim=0) if loss else torch.zeros_like(largest)
     )
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """Place of every score, float64 [F], the smallest has 0; equal scores by index."""
+    ranks = torch.empty(len(scores), dtype=torch.float64)
+    ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores), dtype=torch.float64)
+    return ranks
 
 
 def _statistics(layer: ScoredLayer) -> FilterStatistics:

@@ -269,6 +269,7 @@ def test_criteria_by_hand() -> None:
         "class_count": [2, 1, 0.5],
         "class_count_fisher": [10, 4, 2.5],
         "class_coverage": [(math.log(4 / 3) + math.log(4)) / 2, math.log(3 / 2), -math.log(1e-9)],
+        "class_coverage_fpgm": [2, 0, 4],
         "fisher": [5, 4, 5],
         "taylor": [2, 2, 2],
         "l1": [7, 0, 14],
