@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,12 +18,14 @@ class Figure:
     high: float
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parses ``--quick`` and ``--json FILE``."""
+def arguments(description: str, more: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+    """Parses ``--quick``, ``--json FILE``, ``--threads N`` and what `more` adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a look in under a minute, not a claim")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--threads", type=int, default=1, help="intra-op threads of ONNX Runtime")
+    if more is not None:
+        more(parser)
     return parser.parse_args()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 from torch import nn
@@ -47,9 +48,17 @@ def joined(model: nn.Module, flow: Flow, outputs: bool) -> tuple[Union, dict[int
     for axis, reason in _fixed_axes(model, flow, outputs):
         for channel in range(flow.widths[axis]):
             frozen.setdefault(union.start[axis] + channel, reason)
-    for reader, several in flow.mixed_at.items():
+    for reader, several in itertools.chain.from_iterable(places.items() for places in flow.mixed_at.values()):
         for channel in several.nonzero().flatten().tolist():
             frozen.setdefault(union.start[reader] + channel, _mixed_reason(reader[0]))
+    for source, blocks in flow.blocks.items():
+        for members, arrived in blocks:
+            first, *rest = members.nonzero().flatten().tolist()
+            for channel in rest:
+                union.join(source, first, source, channel)
+            for reader, there in arrived.items():
+                for channel in there.nonzero().flatten().tolist():
+                    union.join(source, first, reader, channel)
     for one, other in _ties(model, flow):
         for channel in range(min(flow.widths[one], flow.widths[other])):
             union.join(one, channel, other, channel)

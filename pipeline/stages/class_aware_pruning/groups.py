@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from ...errors import StageError
 from .axes import channel_dim, is_convolution, is_depthwise, is_following, is_mixing
 from .coupling import Union, joined
-from .equivalence import failures, probe
+from .equivalence import difference, failures, probe
 from .surgery import Keep
 from .tracing import OUTPUT, Axis, Call, Flow, hooked, plain_eval, trace
+
+_MOST_TRIES = 8
+"""Combinations of written numbers that are tried for one group."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ChannelGroup:
         name: path of the first producer that runs, with a number where it has channels of several kinds.
         producers: the mixing layers whose filters these are, in order of execution.
         members: per axis the channels of every unit, int64 [units, channels of a unit]; producers have ``out``, readers
-            ``in``, layers in between both or ``out``.
+            ``in``, layers in between both or ``out``, and modules that write the number down the attribute's name.
         residual: several producers are added, so that these are channels of a stream.
     """
 
@@ -144,16 +147,66 @@ def find_channels(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: 
                 continue
             group = ChannelGroup(group.name, group.producers, group.members, True)
         groups.append(group)
+    lively = probe(model)
     channels = Channels(tuple(groups), refused, flow.widths, flow.calls)
-    wrong = failures(probe(model), inputs, channels.keep, {g.name: _odd_half(g, i) for i, g in enumerate(groups)})
-    for group in groups:
+    wrong = failures(lively, inputs, channels.keep, _odd_halves(channels))
+    counted = _with_counts(lively, inputs, channels, [g for g in groups if g.name in wrong])
+    if counted is not channels:
+        channels = counted
+        wrong = failures(lively, inputs, channels.keep, _odd_halves(channels))
+    for group in channels.groups:
         if group.name in wrong:
             refused.update(dict.fromkeys(group.producers, wrong[group.name]))
-    for group in groups:
+    for group in channels.groups:
         if group.name not in wrong:
             for path in group.producers:
                 refused.pop(path, None)
-    return Channels(tuple(g for g in groups if g.name not in wrong), refused, flow.widths, flow.calls)
+    return replace(channels, groups=tuple(g for g in channels.groups if g.name not in wrong), refused=refused)
+
+
+def _with_counts(
+    model: nn.Module, inputs: tuple[Tensor, ...], channels: Channels, groups: Sequence[ChannelGroup]
+) -> Channels:
+    """`channels` with those of `groups` repaired that only a written number kept from being narrowed.
+
+    Modules often write down how many heads or channels they have, and shape their tensors by it. Such a number goes
+    along with the channels if the model then computes what the masked one computes. Residual streams, whose number is
+    written everywhere, are left as they are.
+    """
+    for group in groups:
+        taken = {axis for other in channels.groups for axis in other.members}
+        counts = {a: n for a, n in _counts(model, group).items() if a not in taken} if not group.residual else {}
+        tries = (some for size in range(1, len(counts) + 1) for some in itertools.combinations(counts, size))
+        for some in itertools.islice(tries, _MOST_TRIES):
+            more = {axis: torch.arange(counts[axis]).view(group.units, -1) for axis in some}
+            whole = replace(group, members={**group.members, **more})
+            others = tuple(whole if g.name == group.name else g for g in channels.groups)
+            trial = replace(channels, groups=others, widths={**channels.widths, **{a: counts[a] for a in some}})
+            if difference(model, inputs, trial.keep({group.name: _odd_half(group, 0)})) is None:
+                channels = trial
+                break
+    return channels
+
+
+def _counts(model: nn.Module, group: ChannelGroup) -> dict[Axis, int]:
+    """Integers of the modules around a group's layers that may be its number of units or channels, by (path, name)."""
+    modules = dict(model.named_modules())
+    paths = [axis[0] for axis in group.members if axis[0] in modules and is_mixing(modules[axis[0]])]
+    parts = [path.split(".")[:-1] for path in paths]
+    levels = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    shared = len(list(levels))
+    around = dict.fromkeys(".".join(p[:depth]) for p in parts for depth in range(shared, len(p) + 1))
+    wide = {group.units, *(group.members[(path, "out")].numel() for path in group.producers)}
+    return {
+        (path, name): value
+        for path in around
+        for name, value in vars(modules[path]).items()
+        if type(value) is int and value in wide and not is_mixing(modules[path]) and not is_following(modules[path])
+    }
+
+
+def _odd_halves(channels: Channels) -> dict[str, Tensor]:
+    return {group.name: _odd_half(group, number) for number, group in enumerate(channels.groups)}
 
 
 def _odd_half(group: ChannelGroup, seed: int) -> Tensor:

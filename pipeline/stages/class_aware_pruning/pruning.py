@@ -19,6 +19,7 @@ from ...stage import Context, Edit, Json, Stage, StageResult, State
 from ...task import SplitName, Task, check_classes, split_of
 from ...training import TrainingConfig, train_model
 from . import surgery
+from .attention import open_attention, reopen
 from .config import ClassAwarePruningConfig
 from .criteria import CRITERIA, filter_scores, unit_scores
 from .equivalence import failures
@@ -40,6 +41,7 @@ class _Work:
         task: with the chosen classes only.
         inputs: one row.
         given: the model of all classes.
+        opened: its attention layers of which heads can be taken.
         classes: what of `given` the chosen classes leave.
         base: that, the beginning of the iterations.
         channels: of `base`.
@@ -53,6 +55,7 @@ class _Work:
     context: Context
     inputs: tuple[Tensor, ...]
     given: nn.Module
+    opened: list[str]
     classes: surgery.Keep
     base: nn.Module
     channels: Channels
@@ -120,6 +123,7 @@ def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: 
     check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
     model.to("cpu").eval()
     inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
+    opened = open_attention(model, inputs, config.exclude)
     classes = class_cut(model, inputs, chosen) if specialise else {}
     base = surgery.pruned(model, classes) if classes else model
     channels = _prunable(base, inputs, config)
@@ -127,7 +131,7 @@ def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: 
     base.to("cpu")
     fixed = count(base, inputs).macs - channels.macs({})
     dense = count(model, inputs)
-    work = _Work(task, config, context, inputs, model, classes, base, channels, dense, fixed, baseline)
+    work = _Work(task, config, context, inputs, model, opened, classes, base, channels, dense, fixed, baseline)
     _check_target(work)
     progress = _resume(work)
     while progress.stopped is None:
@@ -143,6 +147,7 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
     Raises:
         CheckpointError: the edit was made for another model.
     """
+    reopen(model, edit.data.get("opened", ()))
     surgery.prune(model, surgery.from_json(edit.data["keep"]), edit.data["attributes"])
     return model
 
@@ -384,7 +389,10 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
         "iterations": progress.log,
         "not_pruned": dict(work.channels.refused),
     }
-    edit = Edit(NAME, {"keep": surgery.to_json(keep), "attributes": attributes})
+    data: dict[str, Json] = {"keep": surgery.to_json(keep), "attributes": attributes}
+    if work.opened:
+        data["opened"] = work.opened
+    edit = Edit(NAME, data)
     return StageResult(progress.model.to("cpu").eval(), edit, metrics, progress.artifacts, tuple(notes))
 
 

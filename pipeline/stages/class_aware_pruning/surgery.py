@@ -15,7 +15,8 @@ from .axes import Side, channel_dim, has_statistics_over_channels, is_convolutio
 
 Keep: TypeAlias = dict[str, dict[str, Tensor]]
 """What stays: layer path -> ``in`` | ``out`` -> int64 indices, ascending; for a plain parameter or buffer: its name ->
-dimension as text -> indices. Axes that are not named stay whole. Indices refer to the model the cut starts from."""
+dimension as text -> indices; for an integer that a module writes down: path of the module -> attribute -> as many
+indices as it becomes. Axes that are not named stay whole. Indices refer to the model the cut starts from."""
 
 
 def prune(model: nn.Module, keep: Keep, attributes: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -54,11 +55,14 @@ def changed_attributes(model: nn.Module, keep: Keep) -> dict[str, dict[str, Any]
     """The attributes (``out_channels`` and the like) that `keep` changes, by layer path; JSON-able."""
     modules = dict(model.named_modules())
     sides: tuple[Side, Side] = ("in", "out")
-    return {
-        owner: dict(narrowed_attributes(modules[owner], {side: len(axes[side]) for side in sides if side in axes}))
-        for owner, axes in sorted(keep.items())
-        if owner in modules
-    }
+    changed: dict[str, dict[str, Any]] = {}
+    for owner, axes in sorted(keep.items()):
+        if owner in modules:
+            found = {side: len(axes[side]) for side in sides if side in axes}
+            changed[owner] = dict(narrowed_attributes(modules[owner], found)) if found else {}
+            # numbers that a module writes down: heads, widths
+            changed[owner].update({name: len(kept) for name, kept in axes.items() if name not in sides})
+    return changed
 
 
 def pruned(model: nn.Module, keep: Keep) -> nn.Module:

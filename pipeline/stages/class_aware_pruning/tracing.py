@@ -58,7 +58,9 @@ class Flow:
         feeds: per source and reader axis: int64 [channels of the reader], the source channel, or -1 where it does not
             arrive.
         mixed: sources whose channels cannot be told apart at some reader, with the readers' paths.
-        mixed_at: (reader axis -> bool [channels]) reached by several channels of one source.
+        mixed_at: per such source: reader axis -> bool [channels], where several of its channels arrive.
+        blocks: sources whose channels are mixed in blocks only, as those of attention heads: bool [channels] of each
+            block, and per reader axis bool [channels] where the block arrives.
         outputs: sources that reach the model's output directly.
         opaque: layers with a forward of their own, whose channels are elsewhere than those of their type.
     """
@@ -67,7 +69,8 @@ class Flow:
     calls: dict[str, Call] = field(default_factory=dict)
     feeds: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
     mixed: dict[Axis, str] = field(default_factory=dict)
-    mixed_at: dict[Axis, Tensor] = field(default_factory=dict)
+    mixed_at: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
+    blocks: dict[Axis, list[tuple[Tensor, dict[Axis, Tensor]]]] = field(default_factory=dict)
     outputs: set[Axis] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
 
@@ -121,7 +124,9 @@ class Tracer:
         with torch.no_grad(), plain_eval(self.model), hooked(self._watch_calls()):
             self._forward()
         with torch.no_grad(), plain_eval(self.model), hooked(self._watch_channels()), self._replayed():
-            self._decode(self._reach())
+            reach = self._reach()
+            self._decode(reach)
+            self._find_blocks(reach)
         return self.flow
 
     @contextmanager
@@ -335,8 +340,38 @@ class Tracer:
             several = reached & (number == _MANY)
             if bool(several.any()):
                 self.flow.mixed.setdefault(axis, reader[0])
-                self.flow.mixed_at[reader] = self.flow.mixed_at.get(reader, torch.zeros_like(several)) | several
+                self.flow.mixed_at.setdefault(axis, {})[reader] = several
         self.flow.feeds[axis] = feeds
+
+    def _find_blocks(self, reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> None:
+        """Looks whether mixed sources are mixed in blocks of neighbours only, as attention heads are.
+
+        However the channels are cut into blocks, joining a block with all that it reaches couples too much at worst.
+        The size tried is the number of channels that the first channel reaches: q and k channels reach their head.
+        """
+        sizes: dict[Axis, int] = {}
+        for axis in self.flow.mixed:
+            first = torch.zeros(self.flow.widths[axis], dtype=torch.bool)
+            first[0] = True
+            there, _ = self._run({axis: first})
+            size = max((int(reached.sum()) for reached in there.values()), default=0)
+            part = all(int(there[r].sum()) < int(reach[axis][r].sum()) for r in there if r in reach[axis])
+            if size and part and len(first) % size == 0 and len(first) > size:
+                sizes[axis] = size
+        for together in _apart(list(sizes), reach):
+            for number in range(max(self.flow.widths[axis] // sizes[axis] for axis in together)):
+                marks = {}
+                for axis in together:
+                    mark = torch.zeros(self.flow.widths[axis], dtype=torch.bool)
+                    mark[number * sizes[axis] : (number + 1) * sizes[axis]] = True
+                    if bool(mark.any()):
+                        marks[axis] = mark
+                seen, _ = self._run(marks)
+                for axis, mark in marks.items():
+                    arrived = {reader: seen[reader] for reader in reach[axis] if reader in seen}
+                    self.flow.blocks.setdefault(axis, []).append((mark, arrived))
+        for axis in sizes:
+            del self.flow.mixed[axis], self.flow.mixed_at[axis]
 
 
 def _apart(sources: list[Axis], reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> list[list[Axis]]:

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from edgewright.export import export_bundle
+from edgewright.models import registry
 from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, surgery
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, rebuild, surgery
+from edgewright.pipeline.stages.class_aware_pruning.attention import open_attention
 from edgewright.pipeline.stages.class_aware_pruning.groups import Channels, find_channels
 from edgewright.pipeline.stages.class_aware_pruning.specialising import class_cut
-from edgewright.pipeline.task import SPLITS, ImageClassification
+from edgewright.pipeline.task import SPLITS
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 _FOUND: dict[str, tuple[nn.Module, Channels]] = {}
@@ -26,6 +29,7 @@ _FOUND: dict[str, tuple[nn.Module, Channels]] = {}
 def found(name: str) -> tuple[nn.Module, Channels]:
     if name not in _FOUND:
         model = pruning_models.lively(pruning_models.FAMILIES[name])
+        open_attention(model, (IMAGES[:1],))
         _FOUND[name] = model, find_channels(model, (IMAGES[:1],), prune_residual=True)
     return _FOUND[name]
 
@@ -62,6 +66,46 @@ def _some(units: int, share: float, generator: torch.Generator) -> Tensor:
     return stays.nonzero().flatten()
 
 
+def test_whole_heads_of_attention_go() -> None:
+    _, channels = found("vit")
+    heads = next(g for g in channels.groups if g.name.endswith("layer_0.self_attention.q"))
+    assert heads.units == 4 and heads.unit_width == 8 and not heads.residual
+    assert heads.members[(heads.name, "out")].tolist() == torch.arange(32).view(4, 8).tolist()
+    assert {path.rpartition(".")[2] for path in heads.producers} == {"q", "k", "v"}
+
+
+def test_numbers_of_heads_that_a_module_writes_down_go_along() -> None:
+    torch.manual_seed(0)
+    args = {"image_size": 16, "patch": 8, "width": 24, "depth": 1, "heads": 3, "hidden": 32, "classes": 4}
+    model = registry.build("zoo:vit_small", args, Path()).eval()
+    images = torch.randn(2, 3, 16, 16)
+    channels = find_channels(model, (images[:1],))
+    heads = next(g for g in channels.groups if g.name == "layers.0.attention.q")
+    assert heads.members[("layers.0.attention", "heads")].flatten().tolist() == [0, 1, 2]
+    keep = surgery.from_json(surgery.to_json(channels.keep({heads.name: torch.tensor([0, 2])})))
+    small, dense = surgery.pruned(model, keep), surgery.masked(model, keep)
+    assert surgery.changed_attributes(model, keep)["layers.0.attention"] == {"heads": 2}
+    with torch.no_grad():
+        assert torch.allclose(small(images), dense(images), atol=1e-5)
+        assert not torch.allclose(small(images), model(images), atol=1e-3)
+
+
+def test_attention_that_the_model_reaches_into_stays_closed() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.attention(x, x, x)[0]
+            return y.mean(dim=1) * self.attention.in_proj_weight.sum()
+
+    model, x = Reads().eval(), torch.randn(1, 3, 8)
+    assert open_attention(model, (x,)) == [] and isinstance(model.attention, nn.MultiheadAttention)
+    tied = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
+    assert open_attention(tied.eval(), (x,), exclude=("layers.0.*",)) == ["layers.1.self_attn"]
+
+
 @pytest.mark.parametrize("name", ["densenet", "squeezenet", "vit"])
 def test_families_are_specialised_to_some_classes(name: str) -> None:
     model = pruning_models.lively(pruning_models.FAMILIES[name])
@@ -83,7 +127,11 @@ def test_what_other_pruners_fail_on_prunes_and_exports(name: str, target: float,
     )
     result = fit(model, task, config, FolderContext(tmp_path / "fit"))
     assert target <= result.metrics["mac_reduction"] < target + 0.05
+    rebuilt = rebuild(copy.deepcopy(dense), result.edit)
+    rebuilt.load_state_dict(result.model.state_dict(), strict=True)
+    open_attention(dense, (IMAGES[:1],))
     with torch.no_grad():
+        assert torch.equal(rebuilt.eval()(IMAGES), result.model(IMAGES))
         expected = surgery.masked(dense, surgery.from_json(result.edit.data["keep"]))(IMAGES)
         assert torch.allclose(result.model(IMAGES), expected, atol=1e-5)
     parity = export_bundle(result.model, task, tmp_path / "bundle").manifest.parity
