@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..sources import sha256_of
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
 
 _SUFFIXES = frozenset({".ttf", ".otf"})
 _CAP_HEIGHT, _BASELINE = 0.45, 0.68
@@ -42,7 +46,7 @@ class Font:
         return f"{self.family} {self.style}"
 
 
-class UnusableFontError(Exception):
+class UnusableFontError(DataError):
     """Why a font cannot draw the characters."""
 
 
@@ -67,9 +71,12 @@ def find_fonts(characters: str, system: bool, seed: int, most: int) -> tuple[lis
     refused: dict[str, str] = {}
     seen: set[str] = set()
     for folders in [[_matplotlib_folder()], _system_folders() if system else []]:
-        keyed = sorted((_rank(digest, seed), digest, path) for path in _files(folders) for digest in [sha256_of(path)])
-        for _, digest, path in keyed:
-            if len(found) >= most or digest in seen:
+        # by name, because reading every file of a machine with thousands of fonts would take long
+        for path in sorted(_files(folders), key=lambda path: (_rank(path.name, seed), str(path))):
+            if len(found) >= most:
+                break
+            digest = sha256_of(path)
+            if digest in seen:
                 continue
             seen.add(digest)
             try:
@@ -129,21 +136,25 @@ def draw(path: Path, characters: str, side: int) -> NDArray[np.uint8]:
     return pictures
 
 
-def deal(fonts: Sequence[Font], shares: dict[str, int], seed: int) -> dict[str, list[Font]]:
+def deal(
+    fonts: Sequence[Font], shares: Mapping[str, int], seed: int, refused: Mapping[str, str] | None = None
+) -> dict[str, list[Font]]:
     """Deals fonts out: no font is in two parts, and every family is spread over the parts as evenly as it goes.
 
     Args:
         fonts: at least as many as there are parts.
         shares: part -> how many of every ``sum(shares)`` fonts it gets.
         seed: another seed, another deal.
+        refused: reasons per file, for the error.
 
     Raises:
         DataError: too few fonts.
     """
     if len(fonts) < sum(shares.values()):
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in list((refused or {}).items())[:8])
         raise DataError(
-            f"{len(fonts)} usable fonts are too few for disjoint splits, {sum(shares.values())} are needed: "
-            "install matplotlib, which brings 22, or font packages"
+            f"{len(fonts)} usable fonts are too few for disjoint splits, {sum(shares.values())} are needed: raise "
+            f"max_fonts, install font packages, or choose characters that more fonts have{reasons}"
         )
     # round robin by share: the part that is furthest behind is next
     pattern: list[str] = []
@@ -166,7 +177,7 @@ def _rank(text: str, seed: int) -> bytes:
     return hashlib.blake2b(text.encode(), key=str(seed).encode()).digest()
 
 
-def _load(path: Path, size: int):  # type: ignore[no-untyped-def]  # Pillow's type has moved between versions
+def _load(path: Path, size: int) -> FreeTypeFont:
     from PIL import ImageFont
 
     try:

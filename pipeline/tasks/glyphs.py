@@ -60,7 +60,7 @@ def glyphs(
     counts = dict(_ROWS if rows is None else rows)
     _check(size, counts, characters)
     fonts, refused = find_fonts(characters, system_fonts, seed, max_fonts)
-    parts = deal(fonts, _FONT_SHARES, seed)
+    parts = deal(fonts, _FONT_SHARES, seed, refused)
     parts["calibration"] = parts["validation"]
     images = {
         name: _images(parts[name], characters, size, counts[name], seed, name) for name in SPLITS if name in counts
@@ -74,10 +74,7 @@ def glyphs(
         preprocessing=preprocessing,
         augment=random_affine(rotation=6.0, shift=0.05, scale=0.05) if augment else None,
         name="glyphs",
-        provenance={
-            "fonts": {name: {font.name: font.sha256 for font in parts[name]} for name in images},
-            "refused_fonts": dict(sorted(refused.items())),
-        },
+        provenance={"fonts": {name: {font.name: font.sha256 for font in parts[name]} for name in images}},
     )
 
 

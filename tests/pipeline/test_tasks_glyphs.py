@@ -144,6 +144,7 @@ def test_equal_images_have_equal_digests(task: ImageClassification) -> None:
         ({"rows": {"test": 3}}, "lack 'train'"),
         ({"rows": {"train": 0}}, "at least 1 image"),
         ({"max_fonts": 3}, "3 usable fonts are too few"),
+        ({"characters": "A\u3042"}, r"0 usable fonts are too few[\s\S]*ttf: it has no glyph"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, object], message: str) -> None:
