@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -259,12 +258,6 @@ def _check_file(path: Path) -> None:
         raise ExportError(f"the exported graph is not valid ONNX, please report it: {str(error)[:500]}") from error
 
 
-def _excludes(model: MultiExit) -> bool:
-    """Whether the policy rules classes out, which is what it remembers from exit to exit."""
-    logits = torch.zeros(1, model.classes)
-    return model.policy.decide(logits, torch.tensor(model.policy.never), None).excluded is not None
-
-
 def _manifest(
     model: nn.Module,
     source: Source,
@@ -287,7 +280,7 @@ def _manifest(
     exit_names = ["final"]
     if isinstance(model, MultiExit):
         exit_names = [*(spec.at for spec in model.specs), "final"]
-        policy = PolicySpec(model.policy.name, model.policy.never, model.policy.always, excludes=_excludes(model))
+        policy = PolicySpec(model.policy.name, model.policy.never, model.policy.always, excludes=model.policy.excludes)
         stored = tuple(float(t) for t in model.thresholds)
         points = tuple(operating_points) or (OperatingPoint("stored", stored),)
         if not np.allclose(points[0].thresholds, stored, atol=1e-6):

@@ -11,6 +11,8 @@ influence each other. A row whose logits are all NaN is never decided and keeps 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -37,6 +39,8 @@ class ExitPolicy(Protocol):
     """a threshold with which no row leaves; K of them make the plain network."""
     always: ClassVar[float]
     """a threshold with which every row leaves (rows whose two best classes tie exactly may stay)."""
+    excludes: ClassVar[bool]
+    """True if it rules classes out, which it then remembers from exit to exit."""
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """Judges one exit.
@@ -78,6 +82,7 @@ class ClassExclusion:
     name: ClassVar[str] = "class_exclusion"
     never: ClassVar[float] = 0.0
     always: ClassVar[float] = 1.0
+    excludes: ClassVar[bool] = True
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """See `ExitPolicy.decide`; scores are 1 for the survivor.
@@ -122,7 +127,49 @@ class ClassExclusion:
         return distance / 2
 
 
-class MaxProbability:
+class PermanentExclusion(ClassExclusion):
+    """Class exclusion without readmission: what an exit has ruled out stays out (METHODS §2.4, ``readmit=False``).
+
+    The favourite is the best of the classes that are left, so that never all of them are ruled out.
+    """
+
+    name: ClassVar[str] = "class_exclusion_permanent"
+
+    def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
+        """See `ExitPolicy.decide`; scores are 1 for the survivor."""
+        if excluded is None:
+            return super().decide(logits, threshold, None)
+        distance = 1.0 + torch.exp(-logits.to(torch.float32))
+        gone = excluded.to(torch.float32)
+        # the largest finite number: infinity times 0 would be NaN in the classes that are left
+        nearest = (distance + gone * torch.finfo(torch.float32).max).amin(dim=1, keepdim=True)
+        out = torch.maximum(gone, (distance * threshold > nearest).to(torch.float32))
+        return Decision(out > 0.5, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
+
+    def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
+        """See `ExitPolicy.margin`: of the classes that are left, the one closest to its line."""
+        if excluded is None:
+            return super().margin(logits, threshold, None)
+        log_q = torch.nn.functional.logsigmoid(logits.to(torch.float64))
+        favourite, index = log_q.masked_fill(excluded, -torch.inf).max(dim=1, keepdim=True)
+        line = favourite + threshold.to(torch.float64).log()
+        distance = (log_q - line).abs().masked_fill(excluded, torch.inf).scatter(1, index, torch.inf)
+        # NaN logits can flip by anything
+        return torch.where(log_q.isnan().any(dim=1), torch.nan, distance.amin(dim=1) / 2)
+
+
+class _Softmax:
+    """What the policies have in common that judge a softmax: no memory, and probabilities at the end."""
+
+    excludes: ClassVar[bool] = False
+
+    def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:
+        """Softmax of the last head."""
+        del excluded
+        return torch.softmax(logits.to(torch.float32), dim=1)
+
+
+class MaxProbability(_Softmax):
     """Leaves when the largest softmax probability exceeds the threshold (METHODS §2.7; arXiv 1810.07052)."""
 
     name: ClassVar[str] = "max_probability"
@@ -135,11 +182,6 @@ class MaxProbability:
         scores = torch.softmax(logits.to(torch.float32), dim=1)
         return Decision(None, scores.amax(dim=1) > threshold, scores)
 
-    def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:
-        """Softmax of the last head."""
-        del excluded
-        return torch.softmax(logits.to(torch.float32), dim=1)
-
     def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
         """See `ExitPolicy.margin`: from the largest probability to the threshold."""
         del excluded
@@ -149,8 +191,43 @@ class MaxProbability:
         return torch.where((threshold > 0) & (threshold < 1), (top - threshold.log()).abs() / 2, torch.inf)
 
 
-POLICIES: dict[str, type[ClassExclusion] | type[MaxProbability]] = {
-    policy.name: policy for policy in (ClassExclusion, MaxProbability)
+class Entropy(_Softmax):
+    """Leaves when the entropy of the softmax is below the threshold (BranchyNet, arXiv 1709.01686).
+
+    The entropy is divided by ``log(classes)``, so that a threshold means the same for any number of classes: 0 is a
+    certain row, 1 a row that knows nothing.
+    """
+
+    name: ClassVar[str] = "entropy"
+    never: ClassVar[float] = 0.0
+    always: ClassVar[float] = 1.01
+    """a little above the entropy of a row that knows nothing, which rounding may push over 1."""
+
+    def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
+        """See `ExitPolicy.decide`; no memory."""
+        del excluded
+        logits = logits.to(torch.float32)
+        scores = torch.softmax(logits, dim=1)
+        entropy = (scores * torch.log_softmax(logits, dim=1)).sum(dim=1) * (-1.0 / math.log(logits.shape[1]))
+        return Decision(None, entropy < threshold, scores)
+
+    def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
+        """See `ExitPolicy.margin`: the entropy's distance over the fastest it can change.
+
+        All logits moving by e change it by at most e times the mean deviation of the log probabilities, whose
+        square is at most ``log(C - 1)^2 / 4 + 1`` (the largest variance of a surprisal, arXiv 1304.0036).
+        """
+        del excluded
+        classes = logits.shape[1]
+        log_p = torch.log_softmax(logits.to(torch.float64), dim=1)
+        entropy = -(log_p.exp() * log_p).sum(dim=1)
+        line = threshold.to(torch.float64) * math.log(classes)
+        fastest = math.sqrt(math.log(max(classes - 1, 1)) ** 2 / 4 + 1)
+        return torch.where(threshold > self.never, (entropy - line).abs() / fastest, torch.inf)
+
+
+POLICIES: dict[str, Callable[[], ExitPolicy]] = {
+    policy.name: policy for policy in (ClassExclusion, PermanentExclusion, MaxProbability, Entropy)
 }
 """Every policy by name; MultiExit, the search and the export look here and nowhere else."""
 

@@ -40,8 +40,9 @@ class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
     """Shares of the network's MACs; an exit goes to the outermost module near each."""
     pool: int = Field(default=1, ge=1, le=16)
     """Side to which maps are averaged for the heads; shrunk to what divides the map."""
-    policy: Literal["class_exclusion", "max_probability"] = "class_exclusion"
-    """Rule that decides who leaves: one class is left, or the best class is probable enough."""
+    policy: Literal["class_exclusion", "class_exclusion_permanent", "max_probability", "entropy"] = "class_exclusion"
+    """Rule that decides who leaves: one class is left (and what was ruled out may come back as the favourite, or not),
+    the best class is probable enough, or the entropy of the probabilities is low enough."""
 
     @field_validator("at_macs")
     @classmethod
@@ -282,7 +283,7 @@ def _summary(
         f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
         f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
     ]
-    if config.policy == "class_exclusion":
+    if model.policy.excludes:
         notes.append(f"the loss of the exits was weighted in the mode {config.exit_loss_mode!r}")
     unused = [model.specs[i].at for i in range(len(model.specs)) if not point.metrics[f"exit_share_{i}"]]
     if unused:

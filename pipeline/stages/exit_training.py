@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgewright.models.layers.exit_policies import ClassExclusion
+from edgewright.models.layers.exit_policies import policy_named
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
@@ -71,7 +71,7 @@ def exit_loss(
 ) -> Tensor:
     """The weighted loss of all heads, scalar (METHODS §2.2, §2.7).
 
-    Binary cross entropy of each class on its own for `class_exclusion`, where a head has to be sure which
+    Binary cross entropy of each class on its own for policies that exclude, where a head has to be sure which
     classes are wrong; cross entropy for policies on probabilities.
 
     Args:
@@ -84,7 +84,7 @@ def exit_loss(
     """
     total = torch.zeros((), device=targets.device)
     for weight, head in zip(weights, logits, strict=True):
-        if policy == ClassExclusion.name:
+        if policy_named(policy).excludes:
             value = _class_loss(head, targets, config.exit_loss_mode)
         else:
             value = functional.cross_entropy(head, targets)

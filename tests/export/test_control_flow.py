@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from exported import NETWORKS, THRESHOLDS, share_conv_bases, share_linear_bases, with_exits
+from exported import CASES, NETWORKS, share_conv_bases, share_linear_bases, with_exits
 from tiny import CLASSES
 
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
@@ -20,7 +20,6 @@ from edgewright.export.simplify import simplify
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.models.residual import resnet_small
 
-CASES = [(network, policy) for network in NETWORKS for policy in THRESHOLDS]
 IDS = [f"{n}-{p}" for n, p in CASES]
 
 
@@ -130,7 +129,10 @@ def test_thresholds_can_be_overridden_by_add_initializer(level, tmp_path):
         assert session.run(["exit_index"], {"image": x})[0] == [k]
 
 
-@pytest.mark.parametrize(("policy", "most"), [("class_exclusion", 9), ("max_probability", 4)])
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [("class_exclusion", 9), ("class_exclusion_permanent", 12), ("max_probability", 4), ("entropy", 7)],
+)
 def test_an_exit_costs_few_nodes(policy, most, tmp_path):
     # every node is about a microsecond on a processor; see docs/early_exit.md
     _, final, _ = sunk(with_exits("residual", policy))

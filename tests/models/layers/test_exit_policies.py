@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from edgewright.models.layers.exit_policies import POLICIES, ClassExclusion, MaxProbability, policy_named
+from edgewright.models.layers.exit_policies import POLICIES, ClassExclusion, Entropy, PermanentExclusion, policy_named
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 QUIET = settings(deadline=None, max_examples=60)
@@ -142,6 +142,47 @@ def test_what_is_excluded_comes_back_only_as_the_favourite(seed: int, beta: floa
     assert torch.equal(scores == 0.0, after)
 
 
+def permanent_by_hand(logits: list[Tensor], betas: list[float]) -> tuple[int, int]:
+    """What is out stays out; the favourite is the best of the rest."""
+    left = list(range(len(logits[0])))
+    for i, beta in enumerate(betas):
+        q = torch.sigmoid(logits[i])
+        best = max(float(q[c]) for c in left)
+        left = [c for c in left if float(q[c]) >= float(np.float32(beta)) * best]
+        if len(left) == 1:
+            return left[0], i
+    return max(left, key=lambda c: float(logits[-1][c])), len(betas)
+
+
+@QUIET
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([2, 3, 10]), st.data())
+def test_permanent_exclusion_is_its_plain_rule(seed: int, exits: int, classes: int, data: st.DataObject) -> None:
+    betas = [data.draw(st.floats(0.01, 0.99)) for _ in range(exits)]
+    logits = random_logits(seed, exits, 12, classes)
+    output = network(exits, classes, "class_exclusion_permanent").decide(logits, torch.tensor(betas))
+    for row in range(12):
+        label, left = permanent_by_hand([x[row] for x in logits], betas)
+        assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
+
+
+def test_permanent_exclusion_never_readmits_and_never_rules_all_out() -> None:
+    policy, before = PermanentExclusion(), torch.tensor([[True, False, False], [True, True, False]])
+    for beta in (0.0, 0.5, 1.0):
+        after, decided, _ = policy.decide(torch.tensor([[9.0, -200.0, -2.0]] * 2), torch.tensor(beta), before)
+        assert after is not None and (after | ~before).all() and not after.all(dim=1).any()
+        assert decided[1]
+
+
+def test_entropy_is_that_of_the_definition() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 1e-30, 1e-30], [1 / 3, 1 / 3, 1 / 3]])
+    entropies = [1.0397207708 / math.log(3), 0.0, 1.0]
+    for row, entropy in enumerate(entropies):
+        for step, leaves in ((-1e-4, False), (1e-4, True)):
+            decision = Entropy().decide(p[row : row + 1].log(), torch.tensor(entropy + step), None)
+            assert bool(decision.decided) == leaves
+            assert torch.allclose(decision.scores, p[row], atol=1e-6)
+
+
 def test_a_larger_beta_excludes_more() -> None:
     logits = random_logits(3, 0, 200, 8)[0]
     sizes = [int(ClassExclusion().decide(logits, torch.tensor(b), None).excluded.sum()) for b in (0.0, 0.1, 0.5, 1.0)]
@@ -170,9 +211,10 @@ def test_nan_rows_stay_and_keep_their_nan(policy: str) -> None:
     assert model.margins(logits, torch.full((2,), 0.5))[1] == 0.0
 
 
-@pytest.mark.parametrize("policy", [ClassExclusion(), MaxProbability()], ids=lambda p: p.name)
+@pytest.mark.parametrize("name", sorted(POLICIES))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_decisions_are_taken_in_float32(policy: ClassExclusion | MaxProbability, dtype: torch.dtype) -> None:
+def test_decisions_are_taken_in_float32(name: str, dtype: torch.dtype) -> None:
+    policy = policy_named(name)
     logits = random_logits(1, 0, 20, 4)[0].to(dtype)
     here = policy.decide(logits, torch.tensor(0.5), None)
     there = policy.decide(logits.to(torch.float32), torch.tensor(0.5), None)
@@ -212,5 +254,5 @@ def test_margins_know_what_cannot_flip() -> None:
 
 
 def test_unknown_policies_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'entropie'.*class_exclusion, max_probability"):
+    with pytest.raises(ValueError, match=rf"'entropie'.*{', '.join(sorted(POLICIES))}"):
         policy_named("entropie")
