@@ -46,7 +46,7 @@ class Layer:
         input_shape: of the tensor it read in the pass, batch included.
         output_shape: likewise.
         stem: a convolution that reads the model's input or runs before every other layer.
-        logits: gives the model's output, or is the last layer to run.
+        logits: gives the model's output, or is the last layer to run, skipped ones counted.
     """
 
     path: str
@@ -197,8 +197,15 @@ def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
     """
     found, skipped = _candidates(model)
     calls: list[_Call] = []
+    beyond: list[int] = []
     witnesses = {path: _Witness(module, calls, path) for path, module in found.items()}
     modes = {module: module.training for module in model.modules()}
+    # a head that may not be replaced (tied to an embedding) still is the head: what runs before it is not
+    hooks = [
+        model.get_submodule(path).register_forward_hook(lambda *_: beyond.append(len(calls)))
+        for path in skipped
+        if path
+    ]
     try:
         model.eval()
         for path, witness in witnesses.items():
@@ -211,6 +218,8 @@ def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
             "positionally and does not ask for the type of its layers"
         ) from error
     finally:
+        for hook in hooks:
+            hook.remove()
         for path, module in found.items():
             replace_module(model, path, module)
         for module, mode in modes.items():
@@ -223,7 +232,8 @@ def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
             skipped[path] = "the forward pass does not call it at this path"
         elif count > 1:
             skipped[path] = f"called {count} times in one forward pass"
-    layers = _layers(found, calls, inputs, list(_tensors(output)))
+    last = calls[-1:] if max(beyond, default=0) < len(calls) else []
+    layers = _layers(found, calls, inputs, list(_tensors(output)), last)
     places = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return ModelGraph(
         tuple(layer for layer in layers if layer.path not in skipped),
@@ -290,10 +300,11 @@ def _layers(
     calls: Sequence[_Call],
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
+    at_the_end: Sequence[_Call],
 ) -> list[Layer]:
     entrances = {_address(x) for x in inputs}
     exits = {(_address(y), _version(y)) for y in outputs}
-    last = {c.path for c in calls if (_address(c.y), c.y_version) in exits} or {c.path for c in calls[-1:]}
+    last = {c.path for c in calls if (_address(c.y), c.y_version) in exits} or {c.path for c in at_the_end}
     sources: dict[tuple[Any, ...], int] = {}
     layers = []
     for order, call in enumerate(calls):

@@ -17,7 +17,7 @@ from ..stage import Json
 from .factorization import Factors, Metric, Refit, factorize, rank_for, saves_weights
 from .grouping import Candidate, Division, divide
 
-MOMENT_BYTES = 2**30
+MOMENT_BYTES = 2**31
 """Second moments that one pass over the calibration data may keep; more groups take more passes."""
 
 
@@ -57,6 +57,7 @@ def solve(
     budget: Budget,
     share: Literal["auto", "always"],
     refit: Refit,
+    output_roots: Mapping[str, Tensor] | None = None,
 ) -> tuple[Division, list[Solved]]:
     """Factorizes one candidate, together or in parts.
 
@@ -70,6 +71,7 @@ def solve(
         budget: see `Budget`.
         share: let the errors decide, or always share.
         refit: see `factorize`.
+        output_roots: per member, for errors that are weighted on both sides.
 
     Raises:
         StageError: the eigenvalue problem has no solution; names the layers.
@@ -81,17 +83,7 @@ def solve(
         paths = tuple(layer.path for layer in group.members)
         if paths not in done:
             rank = budget.rank(group, keep)
-            try:
-                done[paths] = (
-                    None
-                    if rank is None
-                    else factorize([matrices[p] for p in paths], [metrics[p] for p in paths], rank, refit)
-                )
-            except LinAlgError as error:
-                raise StageError(
-                    f"basis_sharing: no factors found for {', '.join(paths)}: {error}; leave one of them out "
-                    "with layers.exclude, or calibrate on more data"
-                ) from error
+            done[paths] = None if rank is None else factors_at(group, rank, matrices, metrics, refit, output_roots)
         return done[paths]
 
     def error_of(group: Candidate) -> float:
@@ -106,22 +98,57 @@ def solve(
     return division, [Solved(group, factors_of(group)) for group in division.groups]
 
 
-def passes(candidates: Sequence[Candidate], limit: int = MOMENT_BYTES) -> Iterator[list[Candidate]]:
-    """Cuts `candidates` into runs whose second moments (float32) fit into `limit` bytes."""
+def factors_at(
+    group: Candidate,
+    rank: int,
+    matrices: Mapping[str, Tensor],
+    metrics: Mapping[str, Metric],
+    refit: Refit,
+    output_roots: Mapping[str, Tensor] | None,
+) -> Factors:
+    """Factorizes `group` at `rank`; arguments as for `solve`.
+
+    Raises:
+        StageError: the eigenvalue problem has no solution; names the layers.
+    """
+    paths = [layer.path for layer in group.members]
+    roots = None if output_roots is None else [output_roots[path] for path in paths]
+    try:
+        return factorize([matrices[p] for p in paths], [metrics[p] for p in paths], rank, refit, roots)
+    except LinAlgError as error:
+        raise StageError(
+            f"basis_sharing: no factors found for {', '.join(paths)}: {error}; leave one of them out "
+            "with layers.exclude, or calibrate on more data"
+        ) from error
+
+
+def passes(
+    candidates: Sequence[Candidate], inputs: bool = True, outputs: bool = False, limit: int = MOMENT_BYTES
+) -> Iterator[list[Candidate]]:
+    """Cuts `candidates` into runs whose second moments (float32) fit into `limit` bytes.
+
+    Args:
+        candidates: in the order of execution.
+        inputs: a matrix [d_in, d_in] is kept per different input.
+        outputs: a matrix [d_out, d_out] is kept per layer.
+        limit: of a run; a candidate that is larger by itself makes a run of its own.
+    """
     run: list[Candidate] = []
     held: set[object] = set()
     size = 0
     for candidate in candidates:
-        fresh = {layer.input_key for layer in candidate.members} - held
-        added = 4 * candidate.fan_in**2 * len(fresh)
-        if run and size + added > limit:
+
+        def added(held: set[object], candidate: Candidate = candidate) -> int:
+            fresh = {layer.input_key for layer in candidate.members} - held
+            of_outputs = sum(width**2 for width in candidate.widths) if outputs else 0
+            return 4 * (of_outputs + (candidate.fan_in**2 * len(fresh) if inputs else 0))
+
+        if run and size + added(held) > limit:
             yield run
             run, held, size = [], set(), 0
-            fresh = {layer.input_key for layer in candidate.members}
-            added = 4 * candidate.fan_in**2 * len(fresh)
+        size += added(held)
         run.append(candidate)
-        held |= fresh
-        size += added
+        held |= {layer.input_key for layer in candidate.members}
     if run:
         yield run
 

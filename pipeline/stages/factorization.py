@@ -31,7 +31,7 @@ class Metric:
         moment: G [d, d], what errors are measured with.
         root: S [d, d] with ``SᵀS = G``, upper triangular unless `rung` is ``"eigenvalues"``.
         rung: how far down the ladder of METHODS §3.4 it took: ``"as_is" | "epsilon" | "10_epsilon" |
-            "rounding" | "eigenvalues" | "identity"``.
+            "rounding" | "eigenvalues" | "identity" | "diagonal"``.
     """
 
     moment: Tensor
@@ -46,6 +46,14 @@ class Metric:
             solution = torch.linalg.solve_triangular(self.root, right, upper=True)
         return solution
 
+    def solve_transposed(self, right: Tensor) -> Tensor:
+        """``S⁻ᵀ right``."""
+        if self.rung == "eigenvalues":
+            solution: Tensor = torch.linalg.solve(self.root.T, right)
+        else:
+            solution = torch.linalg.solve_triangular(self.root.T, right, upper=False)
+        return solution
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -56,8 +64,8 @@ class Factors:
         coefficients: per member C [rank, d_out].
         spectrum: eigenvalues of the joint problem, descending, [min(d_in, Σ d_out)].
         predicted_error: discarded share of the spectrum: the relative squared error in the group's norm.
-        errors: per member ``||X_i (W_i - B C_i)||²`` in its own norm.
-        energies: per member ``||X_i W_i||²``.
+        errors: per member ``||X_i (W_i - B C_i) L_i||²`` in its own norm; L_i is 1 without output roots.
+        energies: per member ``||X_i W_i L_i||²``.
     """
 
     basis: Tensor
@@ -102,6 +110,19 @@ def rank_for(keep: Fraction, d_in: int, d_outs: Sequence[int], align: int = 1) -
 def saves_weights(rank: int, d_in: int, d_outs: Sequence[int]) -> bool:
     """Whether factors of `rank` have fewer weights than the dense matrices."""
     return rank * (d_in + sum(d_outs)) < d_in * sum(d_outs)
+
+
+def diagonal_metric(scales: Tensor) -> Metric:
+    """The norm of ``S = diag(scales)``: every input column by itself (METHODS §3.11, ASVD and FWSVD).
+
+    Args:
+        scales: float64 [d], not negative; zeros become a millionth of the mean.
+    """
+    mean = float(scales.mean())
+    if mean <= 0.0:
+        return identity_metric(len(scales), scales.device)
+    scales = scales.clamp(min=_EPSILON * mean)
+    return Metric(torch.diag(scales**2), torch.diag(scales), "diagonal")
 
 
 def identity_metric(width: int, device: torch.device | None = None) -> Metric:
@@ -181,7 +202,7 @@ def shared_basis(matrix: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     return metric.solve(chosen * values[:rank].sqrt()), values
 
 
-def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric) -> Tensor:
+def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric, cross: Tensor | None = None) -> Tensor:
     """The best coefficients for a given basis, ``C = (BᵀGB)⁻¹ BᵀG W`` (METHODS §3.5).
 
     Solved as the least-squares problem ``min ||S(W - BC)||``, whose condition is the root of the formula's.
@@ -190,6 +211,8 @@ def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric) -> Tensor:
         basis: B [d_in, k].
         matrix: W [d_in, d_out].
         metric: the norm.
+        cross: ``X̃ᵀX`` [d_in, d_in], where the layer's input has become X̃, with G its second moment, and its output is
+            to stay ``X W``: then C is the least-squares solution of ``X̃ B C = X W``.
 
     Returns:
         C [k, d_out].
@@ -200,7 +223,7 @@ def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric) -> Tensor:
     scale = 1.0 / lengths.where(lengths > 0, torch.ones_like(lengths))
     with _few_threads(whitened.shape[1]):
         q, r = torch.linalg.qr(whitened * scale)
-    target = metric.root @ matrix
+    target = metric.root @ matrix if cross is None else metric.solve_transposed(cross @ matrix)
     if float(r.diagonal().abs().amin()) > _NEGLIGIBLE:
         solution = torch.linalg.solve_triangular(r, q.T @ target, upper=True)
     else:
@@ -236,27 +259,44 @@ def squared_norm(matrix: Tensor, moment: Tensor) -> float:
     return float((matrix * (moment @ matrix)).sum().clamp(min=0.0))
 
 
-def factorize(matrices: Sequence[Tensor], metrics: Sequence[Metric], rank: int, refit: Refit = "per_layer") -> Factors:
+def factorize(
+    matrices: Sequence[Tensor],
+    metrics: Sequence[Metric],
+    rank: int,
+    refit: Refit = "per_layer",
+    output_roots: Sequence[Tensor] | None = None,
+) -> Factors:
     """One basis for all `matrices`, and the coefficients of each.
+
+    With output roots, errors are weighted on both sides: ``tr(Δᵀ G Δ F)``, to second order what the loss grows by
+    (METHODS §3.5, item 6). Only the choice of the basis depends on F; the coefficients that are best for it do not.
 
     Args:
         matrices: per member W_i [d_in, d_out_i], float64.
         metrics: per member the norm of its own input; the same object for members with the same input.
         rank: wanted columns of the basis.
         refit: coefficients from each member's own norm (never worse there), or from the group's.
+        output_roots: per member L_i [d_out_i, d_out_i] with ``L Lᵀ = F_i``, the second moment of the loss's gradient
+            at its output.
     """
     joint = joint_metric(metrics)
-    basis, spectrum = shared_basis(torch.cat(list(matrices), dim=1), joint, rank)
+    roots: Sequence[Tensor | None] = [None] * len(matrices) if output_roots is None else output_roots
+    weighted = [_times(matrix, root) for matrix, root in zip(matrices, roots, strict=True)]
+    basis, spectrum = shared_basis(torch.cat(weighted, dim=1), joint, rank)
     coefficients, errors, energies = [], [], []
-    for matrix, metric in zip(matrices, metrics, strict=True):
+    for matrix, metric, root in zip(matrices, metrics, roots, strict=True):
         c = refit_coefficients(basis, matrix, metric if refit == "per_layer" else joint)
         coefficients.append(c)
-        errors.append(squared_norm(matrix - basis @ c, metric.moment))
-        energies.append(squared_norm(matrix, metric.moment))
+        errors.append(squared_norm(_times(matrix - basis @ c, root), metric.moment))
+        energies.append(squared_norm(_times(matrix, root), metric.moment))
     total = float(spectrum.sum())
     discarded = float(spectrum[basis.shape[1] :].sum())
     predicted = discarded / total if total > 0.0 else 0.0
     return Factors(basis, tuple(coefficients), spectrum, predicted, tuple(errors), tuple(energies))
+
+
+def _times(matrix: Tensor, root: Tensor | None) -> Tensor:
+    return matrix if root is None else matrix @ root
 
 
 def balanced(factors: Factors) -> Factors:

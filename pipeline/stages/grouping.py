@@ -85,7 +85,7 @@ def divide(candidate: Candidate, error_of: Callable[[Candidate], float]) -> Divi
     return Division(separate[1], separate[0], joint, separate[0])
 
 
-def candidates(layers: Iterable[Layer], mode: GroupMode, size: int) -> list[Candidate]:
+def candidates(layers: Iterable[Layer], mode: GroupMode, size: int, private: Sequence[str] = ()) -> list[Candidate]:
     """Cuts `layers` into candidate groups; every layer is in exactly one.
 
     Members have equal input width, and for convolutions equal kernels; stride, padding, dilation and output
@@ -96,17 +96,20 @@ def candidates(layers: Iterable[Layer], mode: GroupMode, size: int) -> list[Cand
         layers: in the order of execution.
         mode: what may share.
         size: how many neighbouring places.
+        private: glob patterns over paths of layers that share with nobody.
     """
     by_reader = mode in ("readers", "readers_and_layers")
     rows: dict[object, list[Layer]] = {}
     for layer in layers:
-        key = (layer.source, layer.shape_class) if by_reader else layer.path
+        alone = any(fnmatchcase(layer.path, pattern) for pattern in private)
+        key = (layer.source, layer.shape_class) if by_reader and not alone else layer.path
         rows.setdefault(key, []).append(layer)
     if mode in ("matrix", "readers"):
         return [Candidate((tuple(row),)) for row in rows.values()]
     runs: dict[object, list[tuple[Layer, ...]]] = {}
     for row in rows.values():
-        signature = (row[0].shape_class, *(layer.role for layer in row))
+        alone = any(fnmatchcase(row[0].path, pattern) for pattern in private)
+        signature = row[0].path if alone else (row[0].shape_class, *(layer.role for layer in row))
         runs.setdefault(signature, []).append(tuple(row))
     found = [Candidate(tuple(run[i : i + size])) for run in runs.values() for i in range(0, len(run), size)]
     return sorted(found, key=lambda candidate: candidate.members[0].order)

@@ -24,11 +24,13 @@ class SecondMoment:
         matrix: [d_in, d_in] on the CPU; float32, float64 beyond a million rows.
         rows: rows of X that were used.
         seen: rows that went by; more than `rows` where the cap bit.
+        magnitude: mean of ``|X|`` per column, float32 [d_in].
     """
 
     matrix: Tensor
     rows: int
     seen: int
+    magnitude: Tensor
 
 
 class _Sink:
@@ -40,6 +42,7 @@ class _Sink:
         self.generator = generator
         large = layer.rows * samples * self.share > _LARGE
         self.total = torch.zeros(layer.fan_in, layer.fan_in, dtype=torch.float64 if large else torch.float32)
+        self.magnitude = torch.zeros(layer.fan_in)
         self.rows = self.seen = self.batches = 0
 
     def take(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -55,12 +58,14 @@ class _Sink:
                     "layer out with layers.exclude"
                 )
             self.total += partial.to(self.total)
+            self.magnitude += rows.abs().sum(dim=0).to(self.magnitude)
             self.rows += rows.shape[0]
             self.seen += seen
 
     def result(self) -> SecondMoment:
         """The mean over all rows."""
-        return SecondMoment(self.total / max(1, self.rows), self.rows, self.seen)
+        count = max(1, self.rows)
+        return SecondMoment(self.total / count, self.rows, self.seen, self.magnitude / count)
 
 
 @torch.no_grad()

@@ -213,3 +213,22 @@ def test_failing_forward_says_what_happened_and_restores_the_model() -> None:
     with pytest.raises(StageError, match=r"shapes \[\(2, 3, 12, 12\)\].*RuntimeError"):
         discover(model, [torch.randn(2, 3, 12, 12)])
     assert all(a is b for a, b in zip(before, model.modules(), strict=True))
+
+
+def test_the_layer_before_a_tied_head_does_not_give_the_logits() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.fc = nn.Linear(8, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.fc(self.embedding(x)))
+            return logits
+
+    model = Tied().eval()
+    graph = discover(model, [torch.tensor([[1, 2], [3, 4]])])
+    assert [(layer.path, layer.logits) for layer in graph.layers] == [("fc", False)]
+    assert [s.path for s in graph.skipped] == ["head"] and not model.head._forward_hooks

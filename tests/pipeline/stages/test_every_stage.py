@@ -28,6 +28,12 @@ CASES = [
     ),
     StageCase("share-cnn", "basis_sharing"),
     StageCase("share-transformer", "basis_sharing", {}, tiny_transformer),
+    StageCase(
+        "share-by-loss",
+        "basis_sharing",
+        {"whitening": "two_sided", "ranks": "loss", "groups": "readers", "updates": 2},
+        tiny_transformer,
+    ),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
     StageCase(
         "exit-probability",

@@ -11,6 +11,7 @@ from torch import Tensor
 from edgewright.pipeline.stages.factorization import (
     Metric,
     balanced,
+    diagonal_metric,
     factorize,
     identity_metric,
     joint_metric,
@@ -232,3 +233,49 @@ def test_balancing_changes_scales_and_not_products() -> None:
     assert torch.allclose(rows, even.basis.norm(dim=0))
     zero = balanced(factorize([torch.zeros(4, 4, dtype=torch.float64)], [identity_metric(4)], 2))
     assert torch.isfinite(zero.basis).all() and torch.isfinite(zero.coefficients[0]).all()
+
+
+def test_two_sided_error_is_the_best_that_the_rank_allows() -> None:
+    w, g = matrix(12, 9), metric(12, 40)
+    f = metric_of(torch.diag(torch.logspace(-3, 2, 9, dtype=torch.float64)))
+    root = f.root.T
+    factors = factorize([w], [g], 4, output_roots=[root])
+    best = torch.linalg.svdvals(g.root @ w @ root)[4:].square().sum()
+    assert factors.error == pytest.approx(float(best), rel=1e-8)
+    one_sided = factorize([w], [g], 4)
+    assert squared_norm((w - one_sided.basis @ one_sided.coefficients[0]) @ root, g.moment) > 1.5 * factors.error
+
+
+def test_identity_roots_change_nothing_and_full_rank_is_exact() -> None:
+    ws, g = [matrix(10, 6), matrix(10, 7, 1)], metric(10, 30)
+    eyes = [torch.eye(6, dtype=torch.float64), torch.eye(7, dtype=torch.float64)]
+    plain, weighted = factorize(ws, [g, g], 5), factorize(ws, [g, g], 5, output_roots=eyes)
+    for a, b in zip(plain.coefficients, weighted.coefficients, strict=True):
+        assert torch.allclose(plain.basis @ a, weighted.basis @ b, atol=1e-10)
+    f = [metric(6, 20, 7).root.T, metric(7, 20, 8).root.T]
+    full = factorize(ws, [g, g], 10, output_roots=f)
+    assert all(torch.allclose(full.basis @ c, w, atol=1e-8) for w, c in zip(ws, full.coefficients, strict=True))
+
+
+def test_a_diagonal_norm_weighs_every_input_by_itself() -> None:
+    scales = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    made = diagonal_metric(scales)
+    assert torch.allclose(made.root @ made.root, made.moment) and float(made.moment[0, 0]) > 0
+    w = torch.diag(torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64))
+    factors = factorize([w], [made], 1)
+    # 4 * 0.5 is the largest although 0.5 is the smallest weight
+    assert (factors.basis @ factors.coefficients[0]).abs().argmax() == 8
+
+
+def test_a_refit_to_drifted_inputs_is_least_squares() -> None:
+    x = matrix(200, 8)
+    drifted = x + 0.3 * matrix(200, 8, 5) @ matrix(8, 8, 6)
+    w, basis = matrix(8, 6, 1), matrix(8, 3, 2)
+    own, cross = metric_of(drifted.T @ drifted / 200), drifted.T @ x / 200
+    c = refit_coefficients(basis, w, own, cross)
+    assert torch.allclose(c, torch.linalg.lstsq(drifted @ basis, x @ w).solution, atol=1e-9)
+    # nothing has drifted: the ordinary refit
+    same = metric_of(x.T @ x / 200)
+    assert torch.allclose(
+        refit_coefficients(basis, w, same, same.moment), refit_coefficients(basis, w, same), atol=1e-9
+    )

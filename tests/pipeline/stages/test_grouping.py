@@ -192,10 +192,10 @@ def test_calibration_passes_hold_a_bounded_number_of_moments() -> None:
     one_each = list(passes(found, limit=1))
     assert one_each == [[candidate] for candidate in found]
     limit = 4 * (2 * 16**2 + 32**2 * 2)
-    for run in passes(found, limit):
+    for run in passes(found, limit=limit):
         keys = {layer.input_key: layer.fan_in for candidate in run for layer in candidate.members}
         assert sum(4 * width**2 for width in keys.values()) <= limit or len(run) == 1
-    assert [c for run in passes(found, limit) for c in run] == found
+    assert [c for run in passes(found, limit=limit) for c in run] == found
 
 
 def test_macs_count_a_merged_projection_once() -> None:

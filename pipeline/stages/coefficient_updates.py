@@ -1,0 +1,155 @@
+"""Coefficients fitted once more, to the inputs that the compressed model itself gives (METHODS §3.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear
+
+from ..errors import StageError
+from ..graph import Layer, discover
+from ..stage import Context, Json
+from ..task import Batch, Task
+from .basis_config import BasisSharingConfig
+from .basis_fitting import Outcome, calibration_rows, matrix_of
+from .factorization import metric_of, refit_coefficients
+from .norms import numeric_device
+from .second_moments import input_rows
+
+
+@dataclass
+class _Pair:
+    """What one layer read before and reads now: X and X̃."""
+
+    own: Tensor
+    """``X̃ᵀX̃``, float32 [d_in, d_in]."""
+    cross: Tensor
+    """``X̃ᵀX``, likewise."""
+    rows: int = 0
+
+
+def updated(
+    dense: nn.Module, compressed: nn.Module, outcome: Outcome, task: Task, config: BasisSharingConfig, context: Context
+) -> Outcome:
+    """`outcome` with new coefficients, part of the layers after part, in the order of execution.
+
+    Args:
+        dense: the model as it was.
+        compressed: the same with the factors of `outcome`; gets the new coefficients.
+        outcome: what was fitted to the inputs of `dense`.
+        task: gives the calibration split.
+        config: `updates` parts.
+        context: see `Context`.
+
+    Raises:
+        StageError: an input is not finite; names the layer.
+    """
+    split = task.splits["calibration"]
+    rows = calibration_rows(split, config, context)
+    dense.to(context.device).eval()
+    compressed.to(context.device).eval()
+    graph = discover(dense, split.batch(rows[:2]).to(context.device).inputs)
+    places = {p: (i, j) for i, g in enumerate(outcome.data["groups"]) for j, p in enumerate(g["members"])}
+    layers = [layer for layer in graph.layers if layer.path in places]
+    tensors = dict(outcome.tensors)
+
+    def batches() -> Iterator[Batch]:
+        parts = torch.split(rows, config.calibration_batch)
+        for part in context.progress.track(parts, "basis_sharing: update", len(parts)):
+            yield split.batch(part).to(context.device)
+
+    for part in _parts(layers, config.updates):
+        share = min(1.0, config.max_rows / max(1, max(layer.rows for layer in part) * len(rows)))
+        pairs = _pairs(dense, compressed, part, batches(), share, context)
+        for layer in part:
+            i, j = places[layer.path]
+            pair = pairs[layer.input_key]
+            tensors[f"{i}.{j}"] = _refitted(dense, compressed, layer, pair, config, context)
+    metrics: dict[str, Json] = {**outcome.data["metrics"], "updates": config.updates}
+    return Outcome({**outcome.data, "metrics": metrics}, tensors)
+
+
+def _parts(layers: Sequence[Layer], count: int) -> list[list[Layer]]:
+    """`layers` in `count` stretches; layers with one input stay together."""
+    inputs = list(dict.fromkeys(layer.input_key for layer in layers))
+    count = min(count, len(inputs))
+    place = {key: position * count // len(inputs) for position, key in enumerate(inputs)}
+    return [[layer for layer in layers if place[layer.input_key] == k] for k in range(count)]
+
+
+@torch.no_grad()
+def _pairs(
+    dense: nn.Module,
+    compressed: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterator[Batch],
+    share: float,
+    context: Context,
+) -> dict[object, _Pair]:
+    """Both moments by `Layer.input_key`, from running both models side by side."""
+    first = {layer.input_key: layer for layer in reversed(layers)}
+    pairs: dict[object, _Pair] = {
+        k: _Pair(torch.zeros(x.fan_in, x.fan_in), torch.zeros(x.fan_in, x.fan_in)) for k, x in first.items()
+    }
+    for number, batch in enumerate(batches):
+        before = _inputs(dense, list(first.values()), batch)
+        after = _inputs(compressed, list(first.values()), batch)
+        for key, layer in first.items():
+            module, pair = dense.get_submodule(layer.path), pairs[key]
+            # the same rows of both
+            chosen = [context.generator("update rows", layer.path, number) for _ in range(2)]
+            old = input_rows(module, before[layer.path], share, chosen[0])
+            new = input_rows(module, after[layer.path], share, chosen[1])
+            for (x, _), (drifted, _) in zip(old, new, strict=True):
+                pair.own += (drifted.T @ drifted).to(pair.own)
+                pair.cross += (drifted.T @ x).to(pair.cross)
+                pair.rows += len(x)
+            if not bool(torch.isfinite(pair.own).all()):
+                raise StageError(
+                    f"the input of layer {layer.path!r} in the compressed model is not finite: lower ratio, or leave "
+                    "the updates out"
+                )
+    return pairs
+
+
+def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    handles = []
+    for layer in layers:
+
+        def take(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], path: str = layer.path
+        ) -> None:
+            del module
+            found[path] = args[0] if args else kwargs["input"]
+
+        handles.append(model.get_submodule(layer.path).register_forward_pre_hook(take, with_kwargs=True))
+    try:
+        model(*batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@torch.no_grad()
+def _refitted(
+    dense: nn.Module, compressed: nn.Module, layer: Layer, pair: _Pair, config: BasisSharingConfig, context: Context
+) -> Tensor:
+    """New coefficients of one layer, in its own layout; put into `compressed` as well."""
+    module = compressed.get_submodule(layer.path)
+    assert isinstance(module, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
+    device = numeric_device(context)
+    linear = isinstance(module, FactorizedLinear)
+    weight = module.basis.weight.detach().to(device, torch.float64)
+    basis = weight if linear else weight.flatten(1).T
+    matrix = matrix_of(dense, layer).to(device, torch.float64)
+    cross = (pair.cross / pair.rows).to(device, torch.float64) if config.update_target == "outputs" else None
+    c = refit_coefficients(basis, matrix, metric_of((pair.own / pair.rows).to(device)), cross)
+    new = c if linear else c.T
+    module.coefficients.copy_(new.reshape(module.coefficients.shape).to(module.coefficients))
+    return module.coefficients.detach().cpu().clone()
