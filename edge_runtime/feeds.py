@@ -46,8 +46,8 @@ class FeedChecker:
     threads.
     """
 
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._specs = tuple(specs)
+    def __init__(self, specs: Sequence[TensorSpec], no_rows: bool = False) -> None:
+        self._specs, self._no_rows = tuple(specs), no_rows
         self._names = tuple(spec.name for spec in self._specs)
         self._known: set[tuple[Any, ...]] = set()
 
@@ -61,14 +61,21 @@ class FeedChecker:
                 return arrays
         except KeyError:
             key = (None,)
-        arrays = check_feeds(self._specs, feeds)
+        arrays = check_feeds(self._specs, feeds, self._no_rows)
         if None not in key and len(self._known) < _MOST_KNOWN:
             self._known.add(key)
         return arrays
 
 
-def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def check_feeds(
+    specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]], no_rows: bool = False
+) -> dict[str, NDArray[Any]]:
     """Holds arrays against the specs of the inputs, without running anything.
+
+    Args:
+        specs: of the graph's inputs.
+        feeds: an array for each.
+        no_rows: whether a batch without rows is fine.
 
     Raises:
         InputError: a missing or unknown name, another dtype or shape, two sizes for one named axis, an empty
@@ -86,7 +93,7 @@ def check_feeds(specs: Sequence[TensorSpec], feeds: Mapping[str, NDArray[Any]]) 
         if spec.name not in feeds:
             raise InputError(f"input {spec.name!r} is missing: wanted {spec.dtype} {_shape_text(spec.shape)}")
         value = np.asarray(feeds[spec.name])
-        _check_one(spec, value, axes)
+        _check_one(spec, value, axes, no_rows)
         arrays[spec.name] = value
     return arrays
 
@@ -156,7 +163,7 @@ def prepare(
     return given
 
 
-def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int, str]]) -> None:
+def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int, str]], no_rows: bool) -> None:
     wanted = f"wanted {spec.dtype} {_shape_text(spec.shape)}"
     got = f"got {value.dtype} {list(value.shape)}"
     fits = len(value.shape) == len(spec.shape) and all(
@@ -169,7 +176,7 @@ def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int,
         single = spec.shape[:1] == (1,) and value.shape[1:] == tuple(spec.shape[1:])
         hint = ": the model takes one row a run, use predict() or run_rows()" if single else ""
         raise InputError(f"input {spec.name!r}: {wanted}, {got}{hint}")
-    if value.size == 0:
+    if value.size == 0 and not (no_rows and value.shape[0] == 0 and all(value.shape[1:])):
         raise InputError(f"input {spec.name!r} is empty: {wanted}, {got}")
     for want, have in zip(spec.shape, value.shape, strict=True):
         if isinstance(want, str):

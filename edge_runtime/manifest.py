@@ -234,7 +234,8 @@ class Manifest:
 
     name: str
     batch: str
-    """``"single"``: one row a run (models with exits); ``"dynamic"``: any number of rows."""
+    """``"single"``: one row a run; ``"dynamic"``: any number of rows, all run to the end; ``"compact"``: any number,
+    none included, and rows that an exit decides leave before the next level."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]

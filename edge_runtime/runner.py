@@ -110,7 +110,8 @@ class Runner:
         )
         self._preprocessing = manifest.preprocessing if manifest is not None else None
         self._meaning = _meaning(manifest)
-        self._checked = FeedChecker(self.inputs)
+        # with exits and any number of rows, all rows may have left: such a graph also takes none
+        self._checked = FeedChecker(self.inputs, no_rows=EXIT_INDEX in self._wanted and not self.takes_single_rows)
 
     @property
     def takes_single_rows(self) -> bool:

@@ -44,9 +44,10 @@ from .duplication import check_duplication
 from .ledger import build_ledger, optimized
 from .model_file import EXTERNAL_ABOVE, save_model
 from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
-from .options import ExportOptions
+from .options import Batch, ExportOptions
 from .parity import ParityResult, check_parity
 from .policy_graph import policy_graphs
+from .row_compaction import compact
 from .simplify import simplify
 from .source import Source
 
@@ -122,9 +123,10 @@ def export_bundle(
         with _scratch(target) as folder:
             work = Path(folder, "bundle")
             work.mkdir()
-            raw, flat, note, single = _flat_graph(model, source, chosen, options)
+            batch = batch_of(model, options)
+            raw, flat, note = _flat_graph(model, source, chosen, options, batch)
             flat_path = Path(folder, "flat.onnx")
-            final, more = _final_graph(model, flat, options)
+            final, more = _final_graph(model, flat, options, batch, source, chosen)
             _write_metadata(final, source, model)
             with _writing(target):
                 save_model(flat, flat_path, external_above)
@@ -146,7 +148,7 @@ def export_bundle(
             parity.require()
             manifest = _manifest(
                 model, source, options, flat, final, ledger, parity, work / MODEL_FILE, _example(source, chosen, 1),
-                operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, single=single,
+                operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
             )  # fmt: skip
             with _writing(target):
                 write_golden(work / GOLDEN_FILE, parity.golden)
@@ -207,17 +209,23 @@ def _example(source: Source, split: str, rows: int) -> tuple[Tensor, ...]:
     return data.batch([i % len(data) for i in range(rows)]).inputs
 
 
+def batch_of(model: nn.Module, options: ExportOptions) -> Batch:
+    """What the options mean for this model; without exits nothing is to be compacted."""
+    if isinstance(model, MultiExit):
+        if options.batch == "dynamic":
+            raise ExportError(
+                "export.batch `dynamic` runs every row to the end, and a model with exits is to save that: set it to "
+                "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
+            )
+        return "single" if options.batch == "auto" else options.batch
+    return "single" if options.batch == "single" else "dynamic"
+
+
 def _flat_graph(
-    model: nn.Module, source: Source, split: str, options: ExportOptions
-) -> tuple[ir.Model, ir.Model, str, bool]:
-    """The fresh capture, the simplified graph with a note on how it went, and whether it takes one row a run."""
-    with_exits = isinstance(model, MultiExit)
-    single = options.batch == "single" or (options.batch == "auto" and with_exits)
-    if with_exits and not single:
-        raise ExportError(
-            "a model with exits runs one row at a time: set export.batch to `single` (or `auto`), "
-            "or leave the early_exit stage out"
-        )
+    model: nn.Module, source: Source, split: str, options: ExportOptions, batch: Batch
+) -> tuple[ir.Model, ir.Model, str]:
+    """The fresh capture, and the simplified graph with a note on how it went."""
+    single = batch == "single"
     inputs = _example(source, split, 1 if single else 2)
     axes: list[Mapping[int, str]] | None = None if single else list(source.dynamic_axes)
     if single and any(set(a) - {0} for a in source.dynamic_axes):
@@ -227,17 +235,25 @@ def _flat_graph(
     flat, note = simplify(
         raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
     )
-    return raw, flat, note, single
+    return raw, flat, note
 
 
-def _final_graph(model: nn.Module, flat: ir.Model, options: ExportOptions) -> tuple[ir.Model, tuple[str, ...]]:
+def _final_graph(
+    model: nn.Module, flat: ir.Model, options: ExportOptions, batch: Batch, source: Source, split: str
+) -> tuple[ir.Model, tuple[str, ...]]:
     if not isinstance(model, MultiExit):
         final = flat.clone()
         next(v for v in final.graph.outputs if v.name == logits_name(0)).name = LOGITS
         return final, ()
     opset = flat.graph.opset_imports[""]
-    policy = policy_graphs(model.policy.name, model.classes, opset)
-    return sink(flat, policy, [float(t) for t in model.thresholds], options.shared_across_exits)
+    thresholds = [float(t) for t in model.thresholds]
+    policy = policy_graphs(model.policy.name, model.classes, opset, any_rows=batch == "compact")
+    if batch == "single":
+        return sink(flat, policy, thresholds, options.shared_across_exits)
+    arrays = {n: x.numpy() for n, x in zip(source.input_names, _example(source, split, 3), strict=True)}
+    # the same rows, fewer of them: only the row axes differ
+    feeds = [{name: array[:rows] for name, array in arrays.items()} for rows in (2, 3)]
+    return compact(flat, policy, thresholds, feeds, options.shared_across_exits)
 
 
 def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
@@ -273,7 +289,7 @@ def _manifest(
     edits: Sequence[Mapping[str, Any]],
     name: str,
     notes: tuple[str, ...],
-    single: bool,
+    batch: Batch,
 ) -> Manifest:
     policy: PolicySpec | None = None
     points: tuple[OperatingPoint, ...] = ()
@@ -293,7 +309,7 @@ def _manifest(
     session = session_on(model_path).session
     return Manifest(
         name=name,
-        batch="single" if single else "dynamic",
+        batch=batch,
         inputs=specs_of(session.get_inputs()),
         outputs=specs_of(session.get_outputs()),
         labels=tuple(source.labels),

@@ -16,6 +16,7 @@ Values of outer levels are captured by name, as ONNX allows. Weights go where `w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -43,6 +44,56 @@ def levels(graph: ir.Graph, heads: int) -> dict[ir.Node, int]:
     return level
 
 
+@dataclass(frozen=True)
+class TakenApart:
+    """A flat graph whose nodes belong to no graph any more, so that they can move into branches.
+
+    Attributes:
+        level: of every node that a head needs.
+        logits: of every head.
+        by_level: the nodes of each level, in order.
+        initializers: owned by no graph.
+        inputs: of the graph.
+    """
+
+    model: ir.Model
+    level: dict[ir.Node, int]
+    logits: tuple[ir.Value, ...]
+    by_level: tuple[list[ir.Node], ...]
+    initializers: tuple[ir.Value, ...]
+    inputs: tuple[ir.Value, ...]
+
+    def model_of(self, main: ir.Graph) -> ir.Model:
+        """A model with everything but the graph from the flat one."""
+        main.name = "main"
+        main.opset_imports.update(self.model.graph.opset_imports)
+        sunk = ir.Model(main, ir_version=self.model.ir_version, producer_name=self.model.producer_name)
+        sunk.metadata_props.update(self.model.metadata_props)
+        return sunk
+
+
+def take_apart(model: ir.Model) -> TakenApart:
+    """Takes a copy of a flat graph with outputs ``logits.0`` ... ``logits.K`` apart."""
+    model = model.clone()
+    flat = model.graph
+    heads = len(flat.outputs)
+    level = levels(flat, heads)
+    apart = TakenApart(
+        model,
+        level,
+        tuple(next(v for v in flat.outputs if v.name == logits_name(i)) for i in range(heads)),
+        tuple([node for node in flat if level.get(node) == k] for k in range(heads)),
+        tuple(flat.initializers.values()),
+        tuple(flat.inputs),
+    )
+    flat.outputs.clear()
+    flat.inputs.clear()
+    for node in list(flat):
+        flat.remove(node)
+    flat.initializers.clear()
+    return apart
+
+
 def sink(
     model: ir.Model,
     policy: PolicyGraphs,
@@ -60,59 +111,47 @@ def sink(
     Returns:
         A model with outputs label int64 [1], scores float32 [1, C], exit_index int64 [1], and notes for the manifest.
     """
-    model = model.clone()
-    flat = model.graph
-    heads = len(flat.outputs)
-    level = levels(flat, heads)
-    logits = [next(v for v in flat.outputs if v.name == logits_name(i)) for i in range(heads)]
-    by_level = [[node for node in flat if level.get(node) == k] for k in range(heads)]
-    initializers = list(flat.initializers.values())
-    inputs = list(flat.inputs)
-    opset = flat.opset_imports[""]
-    flat.outputs.clear()
-    flat.inputs.clear()
-    for node in list(flat):
-        flat.remove(node)
-    flat.initializers.clear()
+    apart = take_apart(model)
+    _copy_captured_inputs(apart)
+    builder = _Builder(policy, apart)
+    main = builder.main(thresholds)
+    notes = place_initializers(main, builder.level_graphs, apart.initializers, apart.level, placement)
+    return apart.model_of(main), notes
 
-    builder = _Builder(policy, logits, by_level, opset)
-    main = builder.main(inputs, thresholds)
-    notes = place_initializers(main, builder.level_graphs, initializers, level, placement)
-    sunk = ir.Model(main, ir_version=model.ir_version, producer_name=model.producer_name)
-    sunk.metadata_props.update(model.metadata_props)
-    return sunk, notes
+
+def _copy_captured_inputs(apart: TakenApart) -> None:
+    """Lets deeper levels read a copy of what they read of the graph's inputs.
+
+    On a GPU an input that a branch captures is copied to the device in every branch anew. A concatenation of one tensor
+    is the copy that ONNX Runtime does not optimize away.
+    """
+    for value in apart.inputs:
+        deeper = [(node, index) for node, index in value.uses() if apart.level.get(node, 0) > 0]
+        if not deeper:
+            continue
+        copy = ir.node("Concat", [value], {"axis": 0}, name=f"{value.name}/Concat", metadata_props={MODULE_KEY: ""})
+        output = copy.outputs[0]
+        output.name, output.type, output.shape = copy.name, value.type, value.shape
+        for node, index in deeper:
+            node.replace_input_with(index, output)
+        apart.by_level[0].insert(0, copy)
+        apart.level[copy] = 0
 
 
 class _Builder:
     """Assembles the nested graphs from the deepest level outwards."""
 
-    def __init__(
-        self,
-        policy: PolicyGraphs,
-        logits: Sequence[ir.Value],
-        by_level: Sequence[Sequence[ir.Node]],
-        opset: int,
-    ) -> None:
-        self.policy, self.logits, self.by_level = policy, logits, by_level
-        self.opset = opset
+    def __init__(self, policy: PolicyGraphs, apart: TakenApart) -> None:
+        self.policy, self.apart = policy, apart
+        self.logits, self.by_level = apart.logits, apart.by_level
         self.level_graphs: dict[int, ir.Graph] = {}
-        self.exits = len(logits) - 1
+        self.exits = len(self.logits) - 1
 
-    def main(self, inputs: Sequence[ir.Value], thresholds: Sequence[float]) -> ir.Graph:
+    def main(self, thresholds: Sequence[float]) -> ir.Graph:
         stored, split = threshold_values(thresholds)
         self.thresholds = list(split.outputs)
         graph = self._level(0, None)
-        nodes = list(graph)
-        graph.insert_before(nodes[0], split)
-        scores, exit_index = graph.outputs
-        label = _label(scores)
-        graph.append(label)
-        graph.outputs.clear()
-        graph.outputs.extend([label.outputs[0], scores, exit_index])
-        graph.initializers[THRESHOLDS] = stored
-        graph.inputs.extend([*inputs, stored])
-        graph.name = "main"
-        graph.opset_imports[""] = self.opset
+        complete_main(graph, self.apart.inputs, stored, split)
         return graph
 
     def _level(self, k: int, excluded: ir.Value | None) -> ir.Graph:
@@ -178,13 +217,29 @@ def threshold_values(thresholds: Sequence[float]) -> tuple[ir.Value, ir.Node]:
     return stored, split
 
 
-def _label(scores: ir.Value) -> ir.Node:
-    """The class of the largest score: one node behind all branches."""
-    node = ir.node("ArgMax", [scores], {"axis": 1, "keepdims": 0}, name="exits/ArgMax", metadata_props={MODULE_KEY: ""})
+def complete_main(graph: ir.Graph, inputs: Sequence[ir.Value], stored: ir.Value, split: ir.Node) -> None:
+    """Gives the outermost graph, which has outputs scores and exit_index so far, its inputs, thresholds and label.
+
+    Args:
+        graph: changed.
+        inputs: of the network.
+        stored: from `threshold_values`, as `split` is.
+        split: its node.
+    """
+    graph.insert_before(graph[0], split)
+    scores, exit_index = graph.outputs
+    # one node behind all branches
+    label = ir.node(
+        "ArgMax", [scores], {"axis": 1, "keepdims": 0}, name="exits/ArgMax", metadata_props={MODULE_KEY: ""}
+    )
     assert scores.shape is not None
-    node.outputs[0].name, node.outputs[0].type = LABEL, ir.TensorType(ir.DataType.INT64)
-    node.outputs[0].shape = ir.Shape([scores.shape[0]])
-    return node
+    label.outputs[0].name, label.outputs[0].type = LABEL, ir.TensorType(ir.DataType.INT64)
+    label.outputs[0].shape = ir.Shape([scores.shape[0]])
+    graph.append(label)
+    graph.outputs.clear()
+    graph.outputs.extend([label.outputs[0], scores, exit_index])
+    graph.initializers[THRESHOLDS] = stored
+    graph.inputs.extend([*inputs, stored])
 
 
 def _answer(k: int, scores: ir.Value, nodes: list[ir.Node]) -> list[ir.Value]:

@@ -25,7 +25,7 @@ _OF_SHAPES = ("Shape", "Size")
 """Their result is the same for every row."""
 
 
-def _measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
+def measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
     """Shapes of values when one row runs: also where axes are dynamic or folded into the batch."""
     with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
         path = Path(folder, "model.onnx")
@@ -60,7 +60,7 @@ def flat_costs(model: ir.Model, row: Feeds) -> dict[str, Macs]:
         if value is not None and value.name and value.name not in shapes
     )
     if needed:
-        shapes.update(_measured_shapes(model, list(needed), row))
+        shapes.update(measured_shapes(model, list(needed), row))
     constant = _constants(model)
     costs: dict[str, Macs] = {}
     for node, factors in products.items():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Batch: TypeAlias = Literal["single", "dynamic", "compact"]
+"""What a finished bundle takes; see `ExportOptions.batch`."""
 
 
 class ToleranceOptions(BaseModel):
@@ -23,9 +26,10 @@ class ExportOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    batch: Literal["auto", "single", "dynamic"] = "auto"
-    """`single`: one row a run, needed for exits; `dynamic`: any number of rows; `auto`: `single` for a model
-    with exits, else `dynamic`."""
+    batch: Literal["auto", "single", "dynamic", "compact"] = "auto"
+    """`single`: one row a run; `dynamic`: any number of rows, for a model without exits; `compact`: any number of
+    rows, and those that an exit decides leave before the next level; `auto`: `single` for a model with exits, else
+    `dynamic`."""
     opset: int | None = Field(default=None, ge=18)
     """ONNX opset; null takes the exporter's own."""
     simplify: Literal["none", "onnxscript", "onnxsim"] = "onnxscript"

@@ -24,6 +24,8 @@ _ERROR_ROWS = 256
 _LEVEL_ERROR_ROWS = 16
 _LEVEL_ROWS = 2
 _FORCED_ROWS = 32
+_MIXED_ROWS = 7
+_BISECTIONS = 8
 _GOLDEN_ROWS = 16
 _GOLDEN_FORCED_ROWS = 2
 _GOLDEN_BYTES = 2**26
@@ -128,6 +130,10 @@ class _Subject:
     def spread(self, count: int) -> list[int]:
         return [self.rows[i] for i in _spread(len(self.rows), count)]
 
+    @property
+    def single_rows(self) -> bool:
+        return session_on(self.model_path, threads=1).takes_single_rows
+
 
 def check_parity(
     model: nn.Module,
@@ -163,9 +169,9 @@ def check_parity(
     shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, "all", check))
     label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
-    levels = _levels(subject, forced_rows, check)
-    if not reference.exits:
-        _batch_sizes(subject, shifts, check)
+    mixing = _mixing_thresholds(subject) if reference.exits and not subject.single_rows else None
+    levels = _levels(subject, forced_rows, mixing, check)
+    _batch_sizes(subject, mixing, shifts, check, golden)
     report = ParityReport(
         max_abs_diff=check.max_abs,
         fraction_outside=check.outside / max(1, check.elements),
@@ -319,7 +325,9 @@ def _forced(
     return covered
 
 
-def _levels(subject: _Subject, forced_rows: Sequence[Sequence[int]], check: Agreement) -> dict[str, float]:
+def _levels(
+    subject: _Subject, forced_rows: Sequence[Sequence[int]], mixing: list[float] | None, check: Agreement
+) -> dict[str, float]:
     """Largest difference of the numbers at every graph optimization level, every exit forced.
 
     What may flip at a level is what the logits are off by at that level.
@@ -332,6 +340,8 @@ def _levels(subject: _Subject, forced_rows: Sequence[Sequence[int]], check: Agre
             for k, thresholds in enumerate(reference.forced() if reference.exits else ())
         ),
     ]
+    if mixing is not None:
+        settings.append((", rows leaving at different exits", mixing, subject.spread(_MIXED_ROWS)))
     found: dict[str, float] = {}
     for level in OPTIMIZATION_LEVELS:
         own = check.fresh()
@@ -347,17 +357,59 @@ def _levels(subject: _Subject, forced_rows: Sequence[Sequence[int]], check: Agre
     return found
 
 
-def _batch_sizes(subject: _Subject, shifts: Sequence[float], check: Agreement) -> None:
-    """A batch axis that is declared dynamic must take several sizes, one row included."""
-    runner = session_on(subject.model_path, threads=1)
-    if runner.takes_single_rows:
+def _mixing_thresholds(subject: _Subject) -> list[float]:
+    """Thresholds with which every exit, and the network's end, takes about as many of up to 32 rows as the others."""
+    model = subject.torch.model
+    assert isinstance(model, MultiExit)
+    logits = subject.torch.logits(subject.inputs(subject.spread(_FORCED_ROWS)))
+    exits = subject.torch.exits
+    thresholds = torch.full((exits,), model.policy.never, dtype=torch.float32)
+    for k in range(exits):
+        few, many = model.policy.never, model.policy.always
+        for _ in range(_BISECTIONS):
+            thresholds[k] = (few + many) / 2
+            gone = int((model.decide(logits, thresholds).exit_index <= k).sum())
+            if gone * (exits + 1) > len(logits[0]) * (k + 1):
+                many = float(thresholds[k])
+            else:
+                few = float(thresholds[k])
+        thresholds[k] = few
+    return [float(t) for t in thresholds]
+
+
+def _batch_sizes(
+    subject: _Subject,
+    mixing: list[float] | None,
+    shifts: Sequence[float],
+    check: Agreement,
+    golden: list[GoldenCase],
+) -> None:
+    """A batch axis that is declared dynamic must take several sizes, one row included; with exits, none too.
+
+    Rows that leave at different exits must not disturb each other, in whatever order they come.
+    """
+    if subject.single_rows:
         return
+    runner = session_on(subject.model_path, threads=1, thresholds=mixing)
     total = len(subject.source.splits[subject.split])
-    for size in (1, 2, 7):
-        rows = [i % total for i in range(size)]
+    rows_of = [[i % total for i in range(size)] for size in (1, 2, 7)]
+    if mixing is not None:
+        spread = subject.spread(_FORCED_ROWS)
+        rows_of += [spread, spread[::-1]]
+    for rows in rows_of:
         inputs = subject.inputs(rows)
-        want, margin = subject.torch.answer(subject.torch.logits(inputs), None, shifts)
+        want, margin = subject.torch.answer(subject.torch.logits(inputs), mixing, shifts)
         own = check.fresh()
         got = runner.run(subject.feeds(inputs))
-        own.answers(f"batch of {size}", subject.split, rows, got, want, margin, max(shifts))
+        what = f"batch of {len(rows)}" + (", rows leaving at different exits" if mixing is not None else "")
+        own.answers(what, subject.split, rows, got, want, margin, max(shifts))
         check.beside(own)
+    if mixing is None:
+        return
+    few = _spread(len(rows_of[-2]), _GOLDEN_ROWS)
+    inputs = subject.inputs([rows_of[-2][i] for i in few])
+    golden.append(_case(subject, inputs, runner.run(subject.feeds(inputs)), mixing, shifts))
+    nothing = runner.run(subject.feeds([x[:0] for x in inputs]))
+    for name, value in nothing.items():
+        if value.shape != (0, *want[name].shape[1:]):
+            check.failures.append(f"batch without rows: {name} has shape {list(value.shape)}")

@@ -34,7 +34,7 @@ class _Policy(nn.Module):
 
 @dataclass(frozen=True)
 class PolicyGraphs:
-    """Graphs for one row: inputs and outputs in the order of `ExitPolicy.decide` and `finish`.
+    """Graphs for one row, or for any number: inputs and outputs in the order of `ExitPolicy.decide` and `finish`.
 
     Attributes:
         first: (logits, threshold) -> (decided, scores[, excluded]).
@@ -50,10 +50,13 @@ class PolicyGraphs:
 
 
 @lru_cache(maxsize=8)
-def policy_graphs(name: str, classes: int, opset: int) -> PolicyGraphs:
-    """Captures the policy called `name` for logits float32 [1, classes]."""
+def policy_graphs(name: str, classes: int, opset: int, any_rows: bool = False) -> PolicyGraphs:
+    """Captures the policy called `name` for logits float32 [1, classes], or [N, classes] with `any_rows`."""
     policy = policy_named(name)
-    logits, threshold, excluded = torch.randn(1, classes), torch.tensor(0.5), torch.zeros(1, classes, dtype=torch.bool)
+    rows = 2 if any_rows else 1
+    logits, threshold = torch.randn(rows, classes), torch.tensor(0.5)
+    excluded = torch.zeros(rows, classes, dtype=torch.bool)
+    axis = {0: torch.export.Dim("rows")}
     stateful = policy.decide(logits, threshold, None).excluded is not None
     answer = ["decided", "scores", *(["excluded"] if stateful else [])]
     parts = {"first": answer, "next": answer, "finish": ["scores"]}
@@ -66,6 +69,7 @@ def policy_graphs(name: str, classes: int, opset: int) -> PolicyGraphs:
             verbose=False,
             external_data=False,
             opset_version=opset,
+            dynamic_shapes=(axis, None, axis) if any_rows else None,
             input_names=["logits", "threshold", "excluded"],
             output_names=[f"{part}.{output}" for part, outputs in parts.items() for output in outputs],
         )

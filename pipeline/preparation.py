@@ -184,7 +184,8 @@ def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
     check_model(model, inputs.task, name)
     check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
     alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
-    check_exportable(model, inputs.task, name, dynamic=recipe.export.batch != "single" and alone)
+    batch = recipe.export.batch
+    check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
     for split_name, split in inputs.task.splits.items():
         read_all = getattr(split, "read_all", None)
         if read_all is not None:
@@ -248,8 +249,8 @@ def _check_later_phases(recipe: Recipe) -> None:
     """
     if recipe.export.batch == "dynamic" and any(entry.name == "early_exit" for entry in recipe.stages):
         raise RecipeError(
-            "export.batch is `dynamic`, and a model with exits runs one row at a time: set it to `single` or `auto`, "
-            "or leave the early_exit stage out"
+            "export.batch `dynamic` runs every row to the end, and a model with exits is to save that: set it to "
+            "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
         )
     names = [entry.name for entry in recipe.stages]
     for asked, field, stage in (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exported import CASES, NETWORKS, share_conv_bases, share_linear_bases, with_exits
 from tiny import CLASSES
+from torch import nn
 
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.export.capture import capture
@@ -189,3 +190,28 @@ def test_a_caller_may_set_thresholds_per_run(tmp_path):
     for k, thresholds in enumerate([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]):
         feeds = {"image": x, "thresholds": np.asarray(thresholds, np.float32)}
         assert session.run(["exit_index"], feeds)[0] == [k]
+
+
+class ReadsTwice(nn.Module):
+    """Its second half reads the input again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(14, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(torch.cat([self.first(x), x], dim=1))))
+
+
+def test_no_branch_captures_an_input_of_the_graph(tmp_path):
+    torch.manual_seed(2)
+    model = MultiExit(ReadsTwice(), [HeadSpec("first", 8)], [2], CLASSES, "class_exclusion").eval()
+    x = torch.randn(1, 6)
+    flat = capture(model, (x,), ["x"])
+    policy = policy_graphs("class_exclusion", CLASSES, flat.graph.opset_imports[""])
+    ir.save(sink(flat, policy, [0.0])[0], tmp_path / "model.onnx")
+    got = session_on(tmp_path / "model.onnx", optimized_path=tmp_path / "optimized.onnx").run({"x": x.numpy()})
+    np.testing.assert_allclose(got["scores"], model(x).scores.detach(), atol=1e-6)
+    for name in ("model", "optimized"):
+        for path, graph in graphs(ir.load(tmp_path / f"{name}.onnx").graph):
+            assert not path or not any(v.name in ("x", "thresholds") for n in graph for v in n.inputs if v is not None)

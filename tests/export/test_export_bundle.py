@@ -122,7 +122,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(task, tmp_path):
 
 
 def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
-    with pytest.raises(ExportError, match="one row at a time"):
+    with pytest.raises(ExportError, match="`compact` for any number"):
         export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(batch="dynamic"))
 
 

@@ -122,7 +122,10 @@ def test_scientific_numbers_and_dates_mean_what_they_look_like(tmp_path: Path) -
         ({**SMALL, "stages": [{"epochs": 3}]}, ["'stages.0'", "a mapping with a `name`"]),
         ({**SMALL, "stages": "train"}, ["'stages' is 'train'", "tuple"]),
         ({**SMALL, "stages": [{"name": "train", "epochs": "many"}]}, ["'stages.0.epochs' is 'many'", "integer"]),
-        ({**SMALL, "export": {"batch": "all"}}, ["'export.batch' is 'all'", "'auto', 'single' or 'dynamic'"]),
+        (
+            {**SMALL, "export": {"batch": "all"}},
+            ["'export.batch' is 'all'", "'auto', 'single', 'dynamic' or 'compact'"],
+        ),
         ({**SMALL, "seed": -1}, ["'seed' is -1", "greater than or equal to 0"]),
         ({**SMALL, "export": {"tolerance": {"abs": float("nan")}}}, ["'export.tolerance.abs' is nan", "finite"]),
         ({**SMALL, "stages": [{"name": "train", "id": "a b"}]}, ["'stages.0.id'"]),

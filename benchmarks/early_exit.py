@@ -1,0 +1,303 @@
+"""What exits cost and what they save, on five networks with three exits each.
+
+For every network: the deepest path against the network without exits, the price per exit, the first exit against the
+same nodes exported alone, a batch of 32 whose rows leave at different exits against the levels run alone with the same
+rows (`compact_vs_ideal`) and against running all rows to the end, and the seconds that exporting six nested exits
+takes, parity at all four optimization levels included. Beside the deepest path, in the table only: the same with all
+weights in the outer graph, which is how `torch.cond` exports. Weights and inputs are random: thresholds are set so that
+about a quarter of the rows leaves at each exit.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgewright.edge_runtime.session import session_on
+from edgewright.export import ExportOptions, export_bundle
+from edgewright.export.capture import capture
+from edgewright.export.control_flow import sink, take_apart
+from edgewright.export.ledger import graphs
+from edgewright.export.policy_graph import policy_graphs
+from edgewright.export.row_compaction import compact
+from edgewright.export.simplify import simplify
+from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.models.registry import build
+from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.stages.exit_placement import choose_places
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import Figure, arguments, report
+
+CLASSES = 10
+EXITS = 3
+NESTED = 6
+ROWS = 32
+SMALL = (3, 32, 32)
+LARGE = (3, 224, 224)
+MODELS: dict[str, tuple[str, Mapping[str, Any], tuple[int, ...]]] = {
+    "vggsmall": ("zoo:vggsmall", {}, SMALL),
+    "resnet50_cifar": ("zoo:resnet50_cifar", {}, SMALL),
+    "resnet18": ("torchvision:resnet18", {"num_classes": CLASSES}, LARGE),
+    "mobilenet_v3_small": ("torchvision:mobilenet_v3_small", {"num_classes": CLASSES}, LARGE),
+    "vit_b_16": ("torchvision:vit_b_16", {"num_classes": CLASSES}, LARGE),
+}
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of one network, and what to feed them."""
+
+    plain: Path
+    single: Path
+    outer: Path
+    first: Path
+    batched: Path
+    plain_batched: Path
+    levels: tuple[tuple[Path, Arrays], ...]
+    thresholds: tuple[float, ...]
+    left: tuple[int, ...]
+
+
+def with_exits(name: str, count: int, shape: Sequence[int]) -> MultiExit:
+    """The network with `count` heads, spread evenly over its MACs."""
+    torch.manual_seed(0)
+    spec, args, _ = MODELS[name]
+    model = build(spec, args, Path.cwd()).eval()
+    shares = [(i + 1) / (count + 1) for i in range(count)]
+    places = choose_places(model, (torch.randn(1, *shape),), (), shares)
+    dims = [len(place.shape) for place in places]
+    return MultiExit(model, [place.head(1) for place in places], dims, CLASSES, "class_exclusion").eval()
+
+
+def flat_of(model: torch.nn.Module, x: Tensor, any_rows: bool) -> ir.Model:
+    """Captured and simplified, as the export does it."""
+    raw = capture(model, (x,), ["image"], [{0: "batch"}] if any_rows else None)
+    return simplify(raw, "onnxscript", {"image": x.numpy()})[0]
+
+
+def saved(model: ir.Model, path: Path) -> Path:
+    """Writes the model and gives the path back."""
+    ir.save(model, path)
+    return path
+
+
+def weights_outside(model: ir.Model) -> ir.Model:
+    """The same with all weights in the outermost graph."""
+    model = model.clone()
+    for path, graph in graphs(model.graph):
+        for name in list(graph.initializers) if path else []:
+            model.graph.initializers[name] = graph.initializers.pop(name)
+    return model
+
+
+def first_exit_alone(model: ir.Model) -> onnx.ModelProto:
+    """The nodes that a row needs that leaves at the first exit, without the `If`."""
+    proto = ir.to_proto(model)
+    place, branch = next((i, node) for i, node in enumerate(proto.graph.node) if node.op_type == "If")
+    then = next(a.g for a in branch.attribute if a.name == "then_branch")
+    nodes = [*proto.graph.node[:place], *then.node]
+    for inner, name in zip(then.output, branch.output, strict=True):
+        nodes.append(onnx.helper.make_node("Identity", [inner.name], [name]))
+    nodes += proto.graph.node[place + 1 :]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(then.initializer)
+    return proto
+
+
+def level_alone(flat: ir.Model, k: int) -> tuple[ir.Model, list[str]]:
+    """Level k as a model of its own, and the names of its inputs."""
+    apart = take_apart(flat)
+    nodes = apart.by_level[k]
+    own = {v for node in nodes for v in node.outputs}
+    reads = dict.fromkeys(v for node in nodes for v in node.inputs if v is not None and v not in own)
+    weights = [v for v in reads if v.const_value is not None and v.producer() is None]
+    inputs = []
+    for value in [v for v in reads if v not in weights]:
+        fed = ir.Value(name=value.name, type=value.type, shape=value.shape)
+        for node, index in [(n, i) for n, i in value.uses() if n in nodes]:
+            node.replace_input_with(index, fed)
+        inputs.append(fed)
+    deeper = {v for later in apart.by_level[k + 1 :] for node in later for v in node.inputs}
+    outputs = [apart.logits[k], *(v for v in own if v in deeper)]
+    for node in nodes:
+        for value in node.outputs:
+            value.shape = None
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=weights, name=f"level{k}")
+    return apart.model_of(graph), [v.name or "" for v in inputs]
+
+
+def values_of(flat: ir.Model, names: Sequence[str], x: NDArray[Any], folder: Path) -> Arrays:
+    """What the flat graph computes for `x`, by name."""
+    proto = ir.to_proto(flat)
+    known = {v.name for v in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=n) for n in names if n not in known and n != "image")
+    onnx.save(proto, str(folder / "values.onnx"))
+    outputs = session_on(folder / "values.onnx", optimization_level="disabled").run({"image": x})
+    return {name: x if name == "image" else outputs[name] for name in names}
+
+
+def mixing(model: MultiExit, x: Tensor) -> tuple[float, ...]:
+    """Thresholds with which every exit and the end take about as many rows as the others."""
+    with torch.no_grad():
+        logits = model.all_logits(x)
+    thresholds = torch.full((EXITS,), model.policy.never)
+    for k in range(EXITS):
+        few, many = model.policy.never, model.policy.always
+        for _ in range(20):
+            thresholds[k] = (few + many) / 2
+            gone = float((model.decide(logits, thresholds).exit_index <= k).float().mean())
+            few, many = (few, float(thresholds[k])) if gone > (k + 1) / (EXITS + 1) else (float(thresholds[k]), many)
+        thresholds[k] = few
+    return tuple(float(t) for t in thresholds)
+
+
+def export(name: str, shape: Sequence[int], x: Tensor, folder: Path) -> Files:
+    """Writes every file of one network."""
+    model = with_exits(name, EXITS, shape)
+    never = [model.policy.never] * EXITS
+    flat, flat_batched = flat_of(model, x[:1], False), flat_of(model, x[:2], True)
+    policies = [policy_graphs(model.policy.name, CLASSES, flat.graph.opset_imports[""], rows) for rows in (False, True)]
+    single, _ = sink(flat, policies[0], never)
+    arrays = x.numpy()
+    batched, _ = compact(flat_batched, policies[1], never, [{"image": arrays[:n]} for n in (2, 3)])
+    thresholds = mixing(model, x)
+    path = saved(batched, folder / "batched.onnx")
+    exits = session_on(path, thresholds=thresholds).run({"image": arrays})["exit_index"]
+    left = [int((exits >= k).sum()) for k in range(EXITS + 1)]
+    levels = []
+    for k, rows in enumerate(left):
+        alone, names = level_alone(flat_batched, k)
+        levels.append((saved(alone, folder / f"level{k}.onnx"), values_of(flat_batched, names, arrays[:rows], folder)))
+    onnx.save(first_exit_alone(single), str(folder / "first.onnx"))
+    return Files(
+        plain=saved(flat_of(model.base, x[:1], False), folder / "plain.onnx"),
+        single=saved(single, folder / "single.onnx"),
+        outer=saved(weights_outside(single), folder / "outer.onnx"),
+        first=folder / "first.onnx",
+        batched=path,
+        plain_batched=saved(flat_of(model.base, x[:2], True), folder / "plain_batched.onnx"),
+        levels=tuple(levels),
+        thresholds=thresholds,
+        left=tuple(left),
+    )
+
+
+def timed(runs: Mapping[str, Callable[[], object]], blocks: int, seconds: float) -> dict[str, NDArray[np.float64]]:
+    """Median microseconds of every run in every block; all run in each block, in random order."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    calls = {}
+    for name, run in runs.items():
+        run()
+        start = time.perf_counter_ns()
+        run()
+        calls[name] = max(2, min(30, int(seconds * 1e9 / max(1, time.perf_counter_ns() - start))))
+    order = np.random.default_rng(0)
+    for _ in range(blocks):
+        for name in order.permutation(list(runs)).tolist():
+            samples = []
+            for _ in range(calls[name]):
+                start = time.perf_counter_ns()
+                runs[name]()
+                samples.append(time.perf_counter_ns() - start)
+            times[name].append(float(np.median(samples)) / 1e3)
+    return {name: np.asarray(values) for name, values in times.items()}
+
+
+def figure(values: NDArray[np.float64]) -> Figure:
+    """Median over the blocks with a bootstrapped 95 % interval."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return Figure(float(np.median(values)), float(low), float(high))
+
+
+def call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float] | None = None) -> Callable[[], object]:
+    """One run of a file on fixed inputs."""
+    session = session_on(path, threads=threads, thresholds=thresholds).session
+    return lambda: session.run(None, feeds)
+
+
+def measure(name: str, shape: Sequence[int], blocks: int, threads: int) -> dict[str, Figure]:
+    """All figures of one network but the export's."""
+    x = torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(1))
+    with tempfile.TemporaryDirectory() as folder:
+        files = export(name, shape, x, Path(folder))
+        row, rows = {"image": x[:1].numpy()}, {"image": x.numpy()}
+        never, always = [0.0] * EXITS, [1.0] + [0.0] * (EXITS - 1)
+        one = timed(
+            {
+                "plain": call(files.plain, row, threads),
+                "deepest": call(files.single, row, threads, never),
+                "outer": call(files.outer, row, threads, never),
+                "first": call(files.single, row, threads, always),
+                "first alone": call(files.first, row, threads, always),
+            },
+            blocks,
+            0.05,
+        )
+        levels = {
+            f"level {k}": call(path, feeds, threads) for k, (path, feeds) in enumerate(files.levels) if files.left[k]
+        }
+        many = timed(
+            {
+                "compact": call(files.batched, rows, threads, files.thresholds),
+                "plain": call(files.plain_batched, rows, threads),
+                **levels,
+            },
+            blocks,
+            0.2,
+        )
+    ideal = np.sum([many[level] for level in levels], axis=0)
+    print(
+        f"{name}: plain {np.median(one['plain']) / 1e3:.3f} ms, weights outside (as torch.cond exports) "
+        f"x{np.median(one['outer'] / one['plain']):.3f}, {ROWS} rows with {list(files.left)} in the levels: "
+        f"x{np.median(many['compact'] / many['plain']):.3f} of all to the end"
+    )
+    return {
+        f"{name}.deepest_path_ratio": figure(one["deepest"] / one["plain"]),
+        f"{name}.overhead_us_per_exit": figure((one["deepest"] - one["plain"]) / EXITS),
+        f"{name}.first_exit_ratio": figure(one["first"] / one["first alone"]),
+        f"{name}.compact_vs_ideal": figure(many["compact"] / ideal),
+    }
+
+
+def export_seconds(name: str, shape: Sequence[int]) -> Figure:
+    """Seconds of one whole export with six nested exits, parity on eight rows at all optimization levels included."""
+    images = torch.randn(8, *shape, generator=torch.Generator().manual_seed(1))
+    task = ImageClassification({"test": (images, torch.arange(8) % CLASSES)}, [str(i) for i in range(CLASSES)])
+    model = with_exits(name, NESTED, shape)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        export_bundle(model, task, Path(folder, "bundle"), ExportOptions())
+        seconds = time.perf_counter() - start
+    return Figure(seconds, seconds, seconds)
+
+
+def main() -> None:
+    """Measures every network; with --quick the first one only, briefly."""
+    options = arguments(__doc__ or "")
+    figures: dict[str, Figure] = {}
+    for name in list(MODELS)[:1] if options.quick else MODELS:
+        shape = MODELS[name][2]
+        figures |= measure(name, shape, 8 if options.quick else 40, options.threads)
+        if not options.quick:
+            figures[f"{name}.export_seconds"] = export_seconds(name, shape)
+    report("early_exit", figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
