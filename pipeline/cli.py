@@ -88,6 +88,9 @@ def run_command(
             result = run(loaded, folder, fresh=fresh, progress=progress)
         console = _console()
         console.print(_steps_table(result))
+        for row in result.steps:
+            for note in row.notes:
+                console.print(f"{row.step}: {note}", soft_wrap=True, highlight=False, markup=False, style="dim")
         for name, path in (("bundle", result.bundle), ("report", result.report)):
             if path is not None:
                 console.print(f"{name}: {_shown(path)}", soft_wrap=True, highlight=False, markup=False)

@@ -31,7 +31,15 @@ def test_run_prints_a_row_per_step_and_where_things_lie(
     path = write_recipe(tmp_path / "user")
     code, out, error = call(capsys, "run", path, "--out", tmp_path / "out", "--set", "stages.1.epochs=1")
     assert code == 0
-    for text in ("base", "train", "tune *", "accuracy", "p90 ms", f"bundle: {tmp_path / 'out' / 'bundle'}"):
+    for text in (
+        "base",
+        "train",
+        "tune *",
+        "accuracy",
+        "p90 ms",
+        "train: training changes values",
+        f"bundle: {tmp_path / 'out' / 'bundle'}",
+    ):
         assert text in out
     assert "train: starts" in error and "base: quality and cost" in error
     result = json.loads(next((tmp_path / "out" / "checkpoints").glob("02-*/result.json")).read_text())
