@@ -249,7 +249,7 @@ def _check_later_phases(recipe: Recipe) -> None:
     """
     if recipe.export.batch == "dynamic" and any(entry.name == "early_exit" for entry in recipe.stages):
         raise RecipeError(
-            "export.batch `dynamic` runs every row to the end, and a model with exits is to save that: set it to "
+            "export.batch is `dynamic`: every row would run to the end, which exits are to save; set it to "
             "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
         )
     names = [entry.name for entry in recipe.stages]
