@@ -144,6 +144,8 @@ def test_the_whole_way(finished: Path) -> None:
         assert fields <= set(step)
         assert 0 < step["p50_ms"] <= step["p90_ms"] or step["p90_ms"] is None
     assert steps["class_aware_pruning"]["macs"] < 0.75 * steps["train"]["macs"]
+    filters = steps["class_aware_pruning"]["metrics"]["iterations"][-1]["filters"]
+    assert filters["mix.0.grouped"] == filters["mix.0.inner"] in (6, 12, 18), "whole groups of the grouped convolution"
     parity = report["parity"]
     assert parity["max_abs_diff"] <= 1e-4
     assert (parity["label_agreement"], parity["exit_agreement"]) == (1.0, 1.0)

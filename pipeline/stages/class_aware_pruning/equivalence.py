@@ -78,7 +78,10 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str 
             small = _outputs(pruned(model, keep), inputs)
         except Exception as error:  # a user's forward may raise anything when a width is written into it
             text = str(error).splitlines()[0] if str(error) else ""
-            return f"the model does not run with fewer of these channels ({type(error).__name__}: {text[:160]})"
+            return (
+                f"the model does not run with fewer of these channels ({type(error).__name__}: {text[:160]}): its code "
+                "counts on their number; to prune them it would have to read it off the layers"
+            )
     if len(small) != len(mask) or any(a.shape != b.shape for a, b in zip(small, mask, strict=True)):
         return "the model's output has another shape with fewer of these channels"
     for whole, expected, found in zip(dense, mask, small, strict=True):
