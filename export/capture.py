@@ -108,12 +108,12 @@ def capture(
                 opset_version=opset,
             )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(_explain(model, error)) from error
+        raise ExportError(explain(model, error)) from error
     assert program is not None
     captured: ir.Model = program.model
     if dynamic_axes is not None:
-        _name_axes(captured.graph, dynamic_axes)
-    _name_everything(captured.graph, _first_names(model))
+        name_axes(captured.graph, dynamic_axes)
+    name_everything(captured.graph, first_names(model))
     captured.metadata_props.clear()
     captured.doc_string = None
     captured.graph.name = "main"
@@ -135,7 +135,8 @@ def quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _explain(model: nn.Module, error: Exception) -> str:
+def explain(model: nn.Module, error: Exception) -> str:
+    """What stands in the way of an export, and what helps."""
     chain: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
@@ -149,7 +150,7 @@ def _explain(model: nn.Module, error: Exception) -> str:
     return f"{kind} cannot be exported, {step} failed: {root[:300]}. What helps: {fix}"
 
 
-def _name_axes(graph: ir.Graph, dynamic_axes: Sequence[Mapping[int, str]]) -> None:
+def name_axes(graph: ir.Graph, dynamic_axes: Sequence[Mapping[int, str]]) -> None:
     """Gives the symbolic axes (s0, s1, ...) the names that the task uses."""
     names: dict[str, str] = {}
     for value, axes in zip(graph.inputs, dynamic_axes, strict=True):
@@ -176,18 +177,19 @@ def _scope(node: ir.Node) -> str:
     return re.sub(r"@\d+", "", path).removeprefix("model").removeprefix(".")
 
 
-def _first_names(model: nn.Module) -> dict[str, str]:
+def first_names(model: nn.Module) -> dict[str, str]:
     """Every name of a shared parameter or buffer -> the first one, which is the one that a checkpoint uses."""
     first: dict[int, str] = {}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
-def _name_everything(graph: ir.Graph, first_names: Mapping[str, str]) -> None:
+def name_everything(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Names initializers after the state dict (`names`: see `first_names`), nodes and values after their modules."""
     for name in list(graph.initializers):
         value = graph.initializers.pop(name)
         own = name.removeprefix(_ROOT)
-        value.name = first_names.get(own, own)
+        value.name = names.get(own, own)
         graph.initializers[value.name] = value
     for node in graph:
         path = _scope(node)

@@ -1,0 +1,202 @@
+"""Generating tokens with an exported language model: numpy and ONNX Runtime, the cache never copied to numpy."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import EdgewrightError, InputError
+from .manifest import LOGITS
+from .session import session_on
+
+_PAST, _PRESENT = "past.", "present."
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out, and how long it took.
+
+    Attributes:
+        tokens: new tokens of every row, without what follows its stop token.
+        prompt_tokens: of all rows together.
+        prefill_seconds: until the first token of every row was known.
+        decode_seconds: for all further steps.
+        steps: further steps.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    steps: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens over the time to the first token."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Tokens of all rows per second after the first; None if there was one step only."""
+        return len(self.tokens) * self.steps / self.decode_seconds if self.steps else None
+
+
+class Generator:
+    """A session on a file that `export_generator` wrote, and its cache.
+
+    Args:
+        model: the ONNX file.
+        providers: as in `load`.
+        threads: as in `load`.
+
+    Raises:
+        InputError: no such file, or one without a cache among its inputs and outputs.
+        ProviderError: as in `load`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        providers: Sequence[str] | str | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self._session: Any = session_on(model, providers=providers, threads=threads).session
+        self._past = [i for i in self._session.get_inputs() if i.name.startswith(_PAST)]
+        outputs = {o.name for o in self._session.get_outputs()}
+        wanted = {LOGITS, *(i.name.replace(_PAST, _PRESENT, 1) for i in self._past)}
+        if not self._past or wanted - outputs:
+            raise InputError(
+                f"{model} has no cache (inputs {_PAST}*, outputs {LOGITS}, {_PRESENT}*): write it with export_generator"
+            )
+        self._cache: dict[str, Any] = {}
+        self._mask = np.zeros((0, 0), np.int64)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Forgets what was before and reads `prompts`, shorter ones padded on the left.
+
+        Returns:
+            Logits [N, longest, V]; those of the padding mean nothing.
+
+        Raises:
+            InputError: no prompt, or an empty one.
+        """
+        import onnxruntime
+
+        if not prompts or not all(prompts):
+            raise InputError("every prompt needs at least one token")
+        longest = max(map(len, prompts))
+        ids = np.zeros((len(prompts), longest), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        self._mask = mask[:, :0]
+        self._cache = {}
+        for spec in self._past:
+            heads, width = spec.shape[1], spec.shape[3]
+            empty = np.zeros((len(prompts), heads, 0, width), np.float32)
+            self._cache[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
+        return self._run(ids, mask)
+
+    def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Goes on with the tokens `ids` [N, S].
+
+        Returns:
+            Logits [N, S, V].
+
+        Raises:
+            InputError: before any prefill, or with another number of rows.
+        """
+        if len(ids) != len(self._mask) or not self._cache:
+            raise InputError(f"{len(ids)} rows cannot go on from {len(self._mask)}: prefill first")
+        return self._run(np.ascontiguousarray(ids, np.int64), np.ones(ids.shape, np.int64))
+
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._mask = np.concatenate([self._mask, mask], axis=1)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("input_ids", ids)
+        binding.bind_cpu_input("attention_mask", self._mask)
+        for name, value in self._cache.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(LOGITS)
+        names = [name.replace(_PAST, _PRESENT, 1) for name in self._cache]
+        for name in names:
+            binding.bind_output(name)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+            raise EdgewrightError(f"ONNX Runtime failed on {ids.shape[1]} new tokens: {error}") from error
+        logits, *present = binding.get_outputs()
+        # the new cache becomes the next past as it is, where it is
+        self._cache = dict(zip(self._cache, present, strict=True))
+        found: NDArray[np.float32] = logits.numpy()
+        return found
+
+
+def generate(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    stop: int | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """Continues every prompt by at most `tokens` tokens.
+
+    Args:
+        generator: a loaded model.
+        prompts: token ids per row.
+        tokens: at least 1.
+        temperature: 0 takes the likeliest token; above, tokens are drawn.
+        top_k: draws among so many likeliest tokens.
+        seed: of the draws.
+        stop: the token that ends a row.
+        on_token: called with row and token as soon as a token is known.
+
+    Raises:
+        InputError: options that make no sense; see `Generator.prefill`.
+    """
+    if tokens < 1 or temperature < 0.0 or (top_k is not None and top_k < 1):
+        raise InputError(f"tokens {tokens}, temperature {temperature}, top_k {top_k}: at least 1, 0 and 1")
+    random = np.random.default_rng(seed)
+    found: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
+
+    def take(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+        chosen = np.asarray([_chosen(row, temperature, top_k, random) for row in logits[:, -1]], np.int64)
+        for row, token in enumerate(chosen.tolist()):
+            if not ended[row]:
+                found[row].append(token)
+                ended[row] = token == stop
+                if on_token is not None:
+                    on_token(row, token)
+        return chosen[:, None]
+
+    start = time.perf_counter()
+    following = take(generator.prefill(prompts))
+    first = time.perf_counter()
+    steps = 0
+    while steps < tokens - 1 and not all(ended):
+        following = take(generator.step(following))
+        steps += 1
+    end = time.perf_counter()
+    return Generation(tuple(map(tuple, found)), sum(map(len, prompts)), first - start, end - first, steps)
+
+
+def _chosen(logits: NDArray[np.float32], temperature: float, top_k: int | None, random: np.random.Generator) -> int:
+    if temperature == 0.0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    if top_k is not None and top_k < scaled.size:
+        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
+    weights = np.exp(scaled - scaled.max())
+    return int(random.choice(scaled.size, p=weights / weights.sum()))

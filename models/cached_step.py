@@ -1,0 +1,74 @@
+"""A causal language model with its cache as plain tensors: one call that prefills, continues or decodes."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from .pretrained import LogitsOnly
+
+
+class CachedStep(nn.Module):
+    """``(input_ids, attention_mask, past...) -> (logits, present...)``.
+
+    `past` and `present` are keys and values of every layer in turn, ``[N, heads, tokens, width]``; `past` has no
+    tokens at the start. Rows of different length are padded on the left, with zeros in the mask.
+    """
+
+    def __init__(self, model: LogitsOnly) -> None:
+        """Wraps `model`, factorized or not.
+
+        Args:
+            model: a causal language model.
+
+        Raises:
+            ValueError: its forward takes no cache.
+        """
+        super().__init__()
+        accepted = inspect.signature(model.model.forward).parameters
+        if not {"attention_mask", "past_key_values", "use_cache"} <= accepted.keys():
+            raise ValueError(
+                f"{type(model.model).__name__} takes no cache (attention_mask, past_key_values, use_cache): only "
+                "causal language models generate"
+            )
+        # kept whole, so that weights are called as in its checkpoints
+        self.model = model
+        self.positions = "position_ids" in accepted
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        """One step.
+
+        Args:
+            input_ids: int64 [N, S], the new tokens.
+            attention_mask: int64 [N, P + S], ones for the tokens that count.
+            past: per layer keys and values [N, heads, P, width].
+
+        Returns:
+            Logits [N, S, V], then per layer keys and values [N, heads, P + S, width].
+        """
+        from transformers import DynamicCache
+
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        options = {}
+        if self.positions:
+            # padding has no position; what is written where it lies does not count
+            counted = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+            options["position_ids"] = counted[:, counted.shape[1] - input_ids.shape[1] :]
+        output = self.model.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache(pairs) if pairs else DynamicCache(),
+            use_cache=True,
+            **options,
+        )
+        present = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (output.logits, *present)
+
+    @torch.no_grad()
+    def empty_past(self, rows: int) -> tuple[Tensor, ...]:
+        """A past without tokens for `rows` rows."""
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        present = self(token, torch.ones_like(token))[1:]
+        return tuple(x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in present)
