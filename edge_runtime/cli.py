@@ -1,4 +1,4 @@
-"""The command line of the device: verify, predict, bench, doctor. Parsing and printing only.
+"""The command line of the device: verify, predict, bench, generate, doctor. Parsing and printing only.
 
 Exit codes: 0 done, 1 failed otherwise, 2 bad input (also if `predict` refused some rows), 3 parity failed, 5
 execution provider not available or, from `doctor`, a problem found, 130 interrupted.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
+from .generate_command import add_arguments
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -26,6 +27,7 @@ COMMANDS = {
     "verify": "Run every recorded case of a BUNDLE here and compare.",
     "predict": "Classify an INPUT (.npy, .npz or image) with a BUNDLE.",
     "bench": "Measure the latency of a BUNDLE here.",
+    "generate": "Continue a prompt with a language MODEL that has its cache.",
     "doctor": "Show this machine and what is wrong with it.",
 }
 """The commands and what they do; `edgewright` offers the same ones."""
@@ -117,16 +119,17 @@ def _parser(program: str) -> argparse.ArgumentParser:
     exits.add_argument("--operating-point", metavar="NAME", help="a setting of the bundle's manifest")
 
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    parents = {"verify": [common, session], "doctor": [common]}
-    run = {"verify": _verify, "predict": _predict, "bench": _bench, "doctor": _doctor}
+    parents = {"verify": [common, session], "generate": [common, session], "doctor": [common]}
+    run = {"verify": _verify, "predict": _predict, "bench": _bench, "generate": _generate, "doctor": _doctor}
     made = {}
     for name, what in COMMANDS.items():
         made[name] = commands.add_parser(
             name, parents=parents.get(name, [common, session, exits]), help=what, description=what
         )
         made[name].set_defaults(command=run[name], bundle=None, samples_file=None)
-        if name != "doctor":
+        if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
+    add_arguments(made["generate"])
     predict, bench = made["predict"], made["bench"]
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
     bench.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
@@ -194,6 +197,13 @@ def _bench(options: argparse.Namespace) -> int:
     print(bench_text(row))
     _write_json(options.json, row)
     return 0 if row["status"] == "ok" else EdgewrightError.exit_code
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .generate_command import run
+
+    _write_json(options.json, run(options, _session(options)))
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

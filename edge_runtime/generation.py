@@ -54,6 +54,8 @@ class Generator:
         model: the ONNX file.
         providers: as in `load`.
         threads: as in `load`.
+        allow_fallback: as in `load`.
+        optimization_level: as in `load`.
 
     Raises:
         InputError: no such file, or one without a cache among its inputs and outputs.
@@ -65,8 +67,16 @@ class Generator:
         model: str | os.PathLike[str],
         providers: Sequence[str] | str | None = None,
         threads: int | None = None,
+        allow_fallback: bool = False,
+        optimization_level: str = "all",
     ) -> None:
-        self._session: Any = session_on(model, providers=providers, threads=threads).session
+        self._session: Any = session_on(
+            model,
+            providers=providers,
+            threads=threads,
+            allow_fallback=allow_fallback,
+            optimization_level=optimization_level,
+        ).session
         self._past = [i for i in self._session.get_inputs() if i.name.startswith(_PAST)]
         outputs = {o.name for o in self._session.get_outputs()}
         wanted = {LOGITS, *(i.name.replace(_PAST, _PRESENT, 1) for i in self._past)}

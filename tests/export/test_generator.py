@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from language import write_llama
 
+from edgewright.edge_runtime.cli import main
 from edgewright.edge_runtime.errors import InputError
 from edgewright.edge_runtime.generation import Generator, generate
 from edgewright.export.generator import GeneratorExport, export_generator
@@ -84,3 +86,26 @@ def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, GeneratorExp
         generate(generator, [[1]], 3, temperature=-1.0)
     with pytest.raises(InputError, match="too few"):
         export_generator(factorized[0], IDS[:2], tmp_path)
+
+
+def test_the_command_prints_ids_or_text_and_says_how_fast(
+    factorized: tuple[LogitsOnly, GeneratorExport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = factorized[1].path.parent
+    greedy = generate(Generator(factorized[1].path, threads=1), [[65, 66]], 5).tokens[0]
+    options = ["--tokens", "5", "--threads", "1", "--json", str(tmp_path / "r.json")]
+    assert main(["generate", str(folder), "--ids", "65,66", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.split() == [str(token) for token in greedy] and "tokens/s" in shown.err
+    figures = json.loads((tmp_path / "r.json").read_text())
+    assert figures["tokens"] == list(greedy) and figures["prompt_tokens"] == 2
+    words = {f"w{i}": i for i in range(256)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    place = ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    assert main(["generate", str(folder), "--prompt", "w65 w66", *place, *options]) == 0
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy]
+    assert main(["generate", str(folder), "--prompt", "w65"]) == 2
+    assert "there is no tokenizer" in capsys.readouterr().err
