@@ -18,6 +18,9 @@ _PROFILES: dict[str, tuple[int, int]] = {
 }
 
 
+_AUTO_TARGET = 0.5
+
+
 class ClassAwarePruningConfig(StageConfig):
     """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
 
@@ -37,9 +40,11 @@ class ClassAwarePruningConfig(StageConfig):
     ] = "auto"
     """Which filters matter; see `criteria`. `auto`: `class_coverage_fpgm` with a target, and `class_count`, as
     published, without."""
-    target_mac_reduction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    target_mac_reduction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
-    and the criterion only which; there is no threshold. None: remove what is below the threshold, wherever it is."""
+    and the criterion only which; there is no threshold. `auto`: half of them, or what widths and floors allow, nothing
+    on a model without prunable layers; a number that is out of reach is refused. null, as published: remove what is
+    below the threshold, wherever it is."""
     target_steps: int | None = Field(default=None, ge=1)
     """Iterations in which a target is reached, each by the same ratio, instead of by `max_frac_per_iter`."""
     allocation: Literal["equal_share", "loss_per_mac"] = "equal_share"
@@ -119,9 +124,14 @@ class ClassAwarePruningConfig(StageConfig):
         """The criterion that `auto` stands for, or the one that was named."""
         if self.criterion != "auto":
             return self.criterion
-        return "class_count" if self.target_mac_reduction is None else "class_coverage_fpgm"
+        return "class_count" if self.target is None else "class_coverage_fpgm"
+
+    @property
+    def target(self) -> float | None:
+        """`target_mac_reduction` as a number; None without a target."""
+        return _AUTO_TARGET if self.target_mac_reduction == "auto" else self.target_mac_reduction
 
     @property
     def needs_loss(self) -> bool:
         """Whether the allocation asks for the Fisher loss, whatever the criterion."""
-        return self.target_mac_reduction is not None and self.allocation == "loss_per_mac"
+        return self.target is not None and self.allocation == "loss_per_mac"

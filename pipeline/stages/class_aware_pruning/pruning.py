@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -70,14 +71,20 @@ class _Work:
     @property
     def mac_limit(self) -> int | None:
         """MACs of the layers that the target leaves; the rest of the model keeps its own."""
-        share = self.config.target_mac_reduction
+        share = self.config.target
         if share is None:
             return None
-        return self._limit(1.0 - share)
+        limit = self._limit(1.0 - share)
+        return limit if self.config.target_mac_reduction != "auto" else max(limit, self.least)
+
+    @cached_property
+    def least(self) -> int:
+        """MACs of the layers at their smallest widths."""
+        return smallest_macs(self.channels, self.original, self.config)
 
     def next_limit(self, macs: int) -> int | None:
         """`mac_limit`, or with `target_steps` the first of the steps to it that layers of so many MACs do not meet."""
-        share, steps = self.config.target_mac_reduction, self.config.target_steps
+        share, steps = self.config.target, self.config.target_steps
         if share is None or steps is None:
             return self.mac_limit
         limits = [self._limit((1.0 - share) ** (step / steps)) for step in range(1, steps + 1)]
@@ -133,7 +140,7 @@ def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: 
     dense = count(model, inputs)
     work = _Work(task, config, context, inputs, model, opened, classes, base, channels, dense, fixed, baseline)
     _check_target(work)
-    progress = _resume(work)
+    progress = _resume(work) if channels.groups else _Progress(base, {}, stopped=_unprunable(channels.refused))
     while progress.stopped is None:
         _iterate(work, progress)
         _save(work, progress)
@@ -161,23 +168,24 @@ def _prunable(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePr
             refused.update(dict.fromkeys(group.producers, f"excluded by the recipe ({named[0]})"))
         else:
             groups.append(group)
-    if not groups:
-        reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(refused.items())[:8])
-        more = f"\n  and {len(refused) - 8} more" if len(refused) > 8 else ""
-        raise StageError(
-            f"{NAME}: no layer of this model can be pruned{':' if refused else ', it has no convolution or Linear'}"
-            f"{reasons}{more}\nRemove the stage, or change what the reasons name"
-        )
+    if not groups and (config.exclude or isinstance(config.target_mac_reduction, float)):
+        raise StageError(f"{NAME}: {_unprunable(refused)}\nRemove the stage, or change what the reasons name")
     return replace(channels, groups=tuple(groups), refused=refused)
+
+
+def _unprunable(refused: Mapping[str, str]) -> str:
+    reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(refused.items())[:8])
+    more = f"\n  and {len(refused) - 8} more" if len(refused) > 8 else ""
+    empty = ", it has no convolution or Linear"
+    return f"no layer of this model can be pruned{':' if refused else empty}{reasons}{more}"
 
 
 def _check_target(work: _Work) -> None:
     limit = work.mac_limit
     if limit is None:
         return
-    least = smallest_macs(work.channels, work.original, work.config)
-    if least > limit:
-        reachable = 1.0 - (work.fixed + least) / work.dense.macs
+    if work.least > limit:
+        reachable = 1.0 - (work.fixed + work.least) / work.dense.macs
         raise StageError(
             f"{NAME}: target_mac_reduction {work.config.target_mac_reduction} cannot be reached: with min_width "
             f"{work.config.min_width} and round_to {work.config.round_to} at most {reachable:.3f} of the MACs go: "
@@ -356,7 +364,7 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
     attributes = surgery.changed_attributes(work.given, keep)
     cost = count(progress.model, work.inputs)
     notes = list(progress.notes)
-    target = work.config.target_mac_reduction
+    target = work.config.target
     reduction = 1.0 - cost.macs / work.dense.macs
     if work.classes:
         notes.append(
@@ -365,8 +373,13 @@ def _result(work: _Work, progress: _Progress, quality: Score) -> StageResult:
         )
     if not narrowed:
         notes.append(f"nothing was removed, so MACs and parameters stay: {progress.stopped}")
+    elif target is not None and progress.stopped == "target reached" and reduction < target - 0.005:
+        notes.append(
+            f"{reduction:.3f} of the MACs went, not {target:g}: min_width {work.config.min_width:g} allows no more of "
+            "the layers that can be pruned; prune_residual adds the streams of residual networks"
+        )
     elif target is not None and progress.stopped != "target reached":
-        notes.append(f"target_mac_reduction {target} was not reached ({reduction:.3f}): {progress.stopped}")
+        notes.append(f"target_mac_reduction {target:g} was not reached ({reduction:.3f}): {progress.stopped}")
     elif target is not None and reduction > target + 0.005:
         notes.append(
             f"target_mac_reduction {target} was passed ({reduction:.3f}): widths go in steps, here of round_to "

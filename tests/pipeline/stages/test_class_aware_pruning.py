@@ -234,6 +234,25 @@ def test_nothing_to_prune_says_why_for_each_layer(tmp_path: Path) -> None:
         fit(tiny_residual(), tiny_task(), config(exclude=("blocks.*",)), FolderContext(tmp_path))
 
 
+def test_without_a_wish_a_model_that_cannot_be_pruned_is_left_as_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = fit(model, tiny_task(), ClassAwarePruningConfig(), FolderContext(tmp_path))
+    assert all(torch.equal(value, before[key]) for key, value in result.model.state_dict().items())
+    assert not result.edit.data["keep"]
+    assert any("nothing was removed" in note and "it produces the model's output" in note for note in result.notes)
+
+
+def test_without_a_wish_half_of_the_macs_go_or_what_the_widths_allow(tmp_path: Path) -> None:
+    fast = {"max_frac_per_iter": 0.5, "max_drop": 1.0, "retrain": {"epochs": 0}}
+    half = fit(tiny_residual(), tiny_task(), ClassAwarePruningConfig(**fast), FolderContext(tmp_path / "half"))
+    assert half.metrics["mac_reduction"] == pytest.approx(0.5, abs=0.06) and half.metrics["mac_reduction"] >= 0.5
+    wide = ClassAwarePruningConfig(**fast, min_width=0.8)
+    less = fit(tiny_residual(), tiny_task(), wide, FolderContext(tmp_path / "less"))
+    assert 0.0 < less.metrics["mac_reduction"] < 0.3 and less.metrics["stopped"] == "target reached"
+    assert any("min_width 0.8 allows no more" in note for note in less.notes)
+
+
 def test_target_out_of_reach_is_said_before_any_training(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"cannot be reached: .*at most 0\.[0-9]+ of the MACs"):
         fit(tiny_residual(), tiny_task(), config(target_mac_reduction=0.99), FolderContext(tmp_path))

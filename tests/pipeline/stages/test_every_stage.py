@@ -12,14 +12,20 @@ from edgewright.pipeline.stages import STAGE_NAMES, stage_named
 
 _SHORT = {"epochs": 2, "batch_size": 32}
 _ONCE = {"epochs": 1, "batch_size": 32}
+_HALF = {"max_frac_per_iter": 0.5, "retrain": _ONCE, "max_drop": 0.5}
 
 CASES = [
     StageCase("train-sgd", "train", _SHORT, tiny_residual),
     StageCase("train-adamw", "train", {**_SHORT, "optimizer": "adamw", "learning_rate": 1e-3}, tiny_transformer),
     StageCase("train-again", "train", _SHORT, tiny_residual, prior=(("train", _SHORT),)),
-    StageCase("prune-class-count", "class_aware_pruning", {"finetune": _ONCE}),
-    StageCase("prune-l1", "class_aware_pruning", {"finetune": _ONCE, "criterion": "l1"}),
-    StageCase("prune-threshold", "class_aware_pruning", {"max_iterations": 1, "retrain": _ONCE, "max_drop": 0.5}),
+    StageCase("prune-class-count", "class_aware_pruning", {"target_mac_reduction": None, "finetune": _ONCE}),
+    StageCase("prune-l1", "class_aware_pruning", {"finetune": _ONCE, "criterion": "l1", "target_mac_reduction": None}),
+    StageCase(
+        "prune-threshold",
+        "class_aware_pruning",
+        {"target_mac_reduction": None, "max_iterations": 1, "retrain": _ONCE, "max_drop": 0.5},
+    ),
+    StageCase("prune-auto", "class_aware_pruning", _HALF),
     StageCase(
         "prune-transformer",
         "class_aware_pruning",
@@ -45,7 +51,7 @@ CASES = [
         "prune-share-exit",
         "early_exit",
         {"training": _ONCE, "at": ("blocks.0", "blocks.1")},
-        prior=(("class_aware_pruning", {"finetune": _ONCE}), ("basis_sharing", {})),
+        prior=(("class_aware_pruning", _HALF), ("basis_sharing", {})),
     ),
 ]
 
