@@ -134,6 +134,7 @@ def finished(folder: Path) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_the_whole_way(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     assert report["schema_version"] == 1

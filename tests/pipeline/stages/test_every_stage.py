@@ -18,8 +18,10 @@ CASES = [
     StageCase("train-sgd", "train", _SHORT, tiny_residual),
     StageCase("train-adamw", "train", {**_SHORT, "optimizer": "adamw", "learning_rate": 1e-3}, tiny_transformer),
     StageCase("train-again", "train", _SHORT, tiny_residual, prior=(("train", _SHORT),)),
-    StageCase("prune-class-count", "class_aware_pruning", {"target_mac_reduction": None, "finetune": _ONCE}),
-    StageCase("prune-l1", "class_aware_pruning", {"finetune": _ONCE, "criterion": "l1", "target_mac_reduction": None}),
+    StageCase(
+        "prune-class-count", "class_aware_pruning", {"target_mac_reduction": None, "retrain": _ONCE, "finetune": _ONCE}
+    ),
+    StageCase("prune-l1", "class_aware_pruning", {**_HALF, "criterion": "l1", "finetune": _ONCE}),
     StageCase(
         "prune-threshold",
         "class_aware_pruning",
