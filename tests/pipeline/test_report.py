@@ -49,7 +49,7 @@ REPORT: dict[str, Any] = {
         "macs_reduction": 4.0,
         "bytes_reduction": 2.0,
         "parameters_reduction": 2.0,
-        "latency_ratio": None,
+        "latency_ratio": {"ratio": 0.5, "low": 0.4, "high": 0.625, "verdict": "faster", "statistic": "mean"},
     },
     "measurements": [],
     "parity": {
@@ -102,6 +102,7 @@ def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
     assert "<script>" not in page
     assert page.count("<svg") == 4
     assert "c (control)" in page
+    assert "mean latency</span><b>÷ 2.00</b>95 % 1.60 to 2.50" in page, "what was measured is what it is called"
 
 
 def test_a_model_without_exits_has_no_exit_section() -> None:
