@@ -171,23 +171,37 @@ class _Builder:
             leaving = [n for n in policy_nodes if n not in needed]
             then = ir.Graph([], _answer(k, scores, leaving), nodes=leaving, name=f"exit{k}_leave")
             deeper = self._level(k + 1, memory[0] if memory else None)
-            branch = ir.node(
-                "If",
-                [decided],
-                {"then_branch": then, "else_branch": deeper},
-                num_outputs=2,
-                name=f"exit{k}/If",
-                metadata_props={MODULE_KEY: ""},
-            )
+            prefix = "" if k == 0 else f"exit{k}/"
+            branch = exit_branch(k, decided, then, deeper, [f"{prefix}{name}" for name in (SCORES, EXIT_INDEX)])
             nodes.append(branch)
-            for value, name, like in zip(branch.outputs, (SCORES, EXIT_INDEX), deeper.outputs, strict=True):
-                value.name = name if k == 0 else f"exit{k}/{name}"
-                value.type, value.shape = like.type, like.shape
             graph = ir.Graph([], list(branch.outputs), nodes=nodes, name="main" if k == 0 else f"level{k}")
         self.level_graphs[k] = graph
         if k > 0:
             block_captured_maps(graph, self.by_level[k])
         return graph
+
+
+def exit_branch(k: int, condition: ir.Value, then: ir.Graph, deeper: ir.Graph, names: Sequence[str]) -> ir.Node:
+    """The `If` of exit k.
+
+    Args:
+        k: the exit.
+        condition: bool [1], whether `then` runs.
+        then: the branch without the deeper levels.
+        deeper: the branch with them; its outputs give types and shapes.
+        names: of the outputs.
+    """
+    branch = ir.node(
+        "If",
+        [condition],
+        {"then_branch": then, "else_branch": deeper},
+        num_outputs=len(names),
+        name=f"exit{k}/If",
+        metadata_props={MODULE_KEY: ""},
+    )
+    for value, name, like in zip(branch.outputs, names, deeper.outputs, strict=True):
+        value.name, value.type, value.shape = name, like.type, like.shape
+    return branch
 
 
 def threshold_values(thresholds: Sequence[float]) -> tuple[ir.Value, ir.Node]:

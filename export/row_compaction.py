@@ -24,7 +24,7 @@ from edgewright.edge_runtime.manifest import EXIT_INDEX, SCORES
 
 from .branch_layout import block_captured_maps
 from .capture import MODULE_KEY
-from .control_flow import TakenApart, complete_main, take_apart, threshold_values
+from .control_flow import TakenApart, complete_main, exit_branch, take_apart, threshold_values
 from .policy_graph import PolicyGraphs, splice
 from .row_axes import LocalSizes, RowAxes, size_nodes
 from .simplify import Feeds
@@ -231,16 +231,7 @@ class _Builder:
         deeper.outputs.clear()
         deeper.outputs.extend(merged)
         leave = ir.Graph([], then, nodes=leaving, name=f"exit{k}_all_leave")
-        branch = ir.node(
-            "If",
-            [nobody],
-            {"then_branch": leave, "else_branch": deeper},
-            num_outputs=2,
-            name=f"exit{k}/If",
-            metadata_props={MODULE_KEY: ""},
-        )
-        for value, name, like in zip(branch.outputs, names, merged, strict=True):
-            value.name, value.type, value.shape = f"exit{k}/{name}", like.type, like.shape
+        branch = exit_branch(k, nobody, leave, deeper, [f"exit{k}/{name}" for name in names])
         nodes.append(branch)
         return list(branch.outputs)
 

@@ -42,9 +42,7 @@ class WindowSplit:
     @property
     def targets(self) -> Tensor:
         """int64 [len, T]; -100 at the last position, whose successor lies in another window."""
-        following = self._windows.roll(-1, dims=1)
-        following[:, -1] = IGNORED
-        return following
+        return _following(self._windows)
 
     @property
     def sample_digests(self) -> Sequence[bytes]:
@@ -57,9 +55,14 @@ class WindowSplit:
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """The windows at `indices`."""
         chosen = self._windows[torch.as_tensor(indices)]
-        following = chosen.roll(-1, dims=1)
-        following[:, -1] = IGNORED
-        return Batch((chosen,), following)
+        return Batch((chosen,), _following(chosen))
+
+
+def _following(windows: Tensor) -> Tensor:
+    """The token after each of int64 [N, T]; -100 at the end of a window."""
+    following = windows.roll(-1, dims=1)
+    following[:, -1] = IGNORED
+    return following
 
 
 class CausalLM:

@@ -45,7 +45,7 @@ def open_attention(model: nn.Module, inputs: tuple[Tensor, ...], exclude: Iterab
             a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
             for a, b in zip(before, _outputs(model, inputs), strict=True)
         )
-    except Exception:
+    except Exception:  # a user's forward may do anything with the closed layer; what cannot run opened stays closed
         same = False
     if not same:
         for path, module in closed.items():
