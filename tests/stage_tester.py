@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from fresh_process import logits_in_a_fresh_process
 from tiny import tiny_residual, tiny_task
 from torch import Tensor, nn
 
@@ -231,42 +228,13 @@ def sharing(model: nn.Module) -> list[tuple[str, ...]]:
     return sorted(tuple(names) for names in groups.values() if len(names) > 1)
 
 
-_LOAD = """
-import sys
-from pathlib import Path
-import numpy as np, torch
-from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.pipeline.checkpoint import load_checkpoint
-folder, root, given, found, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-arrays = np.load(given)
-inputs = [torch.from_numpy(arrays[name]) for name in sorted(arrays.files)]
-model = load_checkpoint(Path(folder), Path(root))
-with torch.no_grad():
-    logits = model.all_logits(*inputs) if isinstance(model, MultiExit) else [model(*inputs)]
-np.savez(found, *[x.numpy() for x in logits])
-"""
-
-
 def _check_fresh_process(
     case: StageCase, edits: list[Edit], result: StageResult, inputs: tuple[Tensor, ...], tmp_path: Path
 ) -> None:
-    folder, given, found = tmp_path / "checkpoint", tmp_path / "inputs.npz", tmp_path / "logits.npz"
+    folder = tmp_path / "checkpoint"
     save_checkpoint(folder, case.base, [*edits, result.edit], result.model, result.metrics, root=TESTS)
-    np.savez(given, **{f"{i:03d}": x.numpy() for i, x in enumerate(inputs)})
     expected = logits_of(result.model, inputs)
-    arguments = [folder, TESTS, given, found, torch.get_num_threads()]
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    with np.load(found) as arrays:
-        logits = [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+    logits = logits_in_a_fresh_process(folder, TESTS, inputs)
     assert len(logits) == len(expected)
     for here, there in zip(expected, logits, strict=True):
         assert here.numpy().tobytes() == there.tobytes(), "a fresh process computes other logits"
