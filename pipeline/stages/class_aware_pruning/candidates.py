@@ -1,0 +1,61 @@
+"""What one iteration removes: scores of the model as it is, and the selection by them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...task import split_of
+from .criteria import CRITERIA, filter_scores, unit_scores
+from .groups import Channels
+from .iterations import Progress
+from .scores import FilterStatistics, collect
+from .selection import Selection, select
+from .setup import NAME, Setup
+
+
+def choose(setup: Setup, progress: Progress, channels: Channels, number: int) -> Selection:
+    """Scores the filters of `progress.model` and selects; leaves the scores in `progress.artifacts`.
+
+    Args:
+        setup: see there.
+        progress: notes are added in the first iteration.
+        channels: of `progress.model`.
+        number: of the iteration, from 1.
+    """
+    config, context, criterion = setup.config, setup.context, CRITERIA[setup.config.criterion_name]
+    layers = list(dict.fromkeys(path for group in channels.groups for path in group.producers))
+    statistics: dict[str, FilterStatistics] = {}
+    if criterion.needs_statistics or config.needs_loss:
+        split = split_of(setup.task, config.score_split, NAME)
+        statistics = collect(progress.model, layers, split, setup.task.labels, config.scoring(), context)
+    scores = filter_scores(criterion, progress.model, statistics, channels.groups, context, number)
+    units = {g.name: unit_scores(g, scores, statistics, progress.model) for g in channels.groups}
+    progress.artifacts = {f"scores.{path}": score.to(torch.float32) for path, score in scores.items()}
+    for path, found in statistics.items():
+        progress.artifacts[f"class_count.{path}"] = found.class_count
+        progress.artifacts[f"class_counts.{path}"] = found.per_class
+    if criterion.needs_statistics and number == 1:
+        _note_thresholds(setup, progress, statistics)
+    full_scale = criterion.full_scale(len(setup.task.labels))
+    return select(
+        channels, units, setup.target.original, full_scale, setup.target.next_limit(channels.macs({})), config
+    )
+
+
+def _note_thresholds(setup: Setup, progress: Progress, statistics: Mapping[str, FilterStatistics]) -> None:
+    """Says where class counts rest on a relative `tau`, and where they say nothing."""
+    relative = [path for path, found in statistics.items() if found.relative_tau is not None]
+    if relative and setup.config.tau_mode == "auto":
+        progress.notes.append(
+            f"{len(relative)} of {len(statistics)} layers, {relative[0]!r} first, are never exactly 0 (no ReLU behind "
+            f"them): a filter counts there above {statistics[relative[0]].relative_tau} times the layer's mean"
+        )
+    full = sum(int((s.class_count >= len(setup.task.labels)).sum()) for s in statistics.values())
+    total = sum(len(s.class_count) for s in statistics.values())
+    if full > 0.98 * total:
+        progress.notes.append(
+            f"{full} of {total} filters count for every class, so class counts say nothing: use tau_mode: relative "
+            "with a larger tau (0.3, 1.0)"
+        )

@@ -1,0 +1,103 @@
+"""What a run starts from: the given model, opened and specialised, and what of it can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from ...class_subset import ClassSubset, class_indices
+from ...cost import Cost, count
+from ...errors import StageError
+from ...evaluation import evaluate
+from ...metric import Score
+from ...stage import Context
+from ...task import Task, check_classes, split_of
+from . import surgery
+from .attention import open_attention
+from .config import ClassAwarePruningConfig
+from .groups import Channels, find_channels
+from .specialising import class_cut
+from .target import MacTarget
+
+NAME = "class_aware_pruning"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What does not change during a run.
+
+    Attributes:
+        task: with the chosen classes only.
+        inputs: one row.
+        given: the model of all classes.
+        opened: its attention layers of which heads can be taken.
+        classes: what of `given` the chosen classes leave.
+        base: that, the beginning of the iterations.
+        channels: of `base`.
+        dense: what `given` costs.
+        target: in MACs.
+        baseline: quality of `base` on the chosen classes.
+    """
+
+    task: Task
+    config: ClassAwarePruningConfig
+    context: Context
+    inputs: tuple[Tensor, ...]
+    given: nn.Module
+    opened: list[str]
+    classes: surgery.Keep
+    base: nn.Module
+    channels: Channels
+    dense: Cost
+    target: MacTarget
+    baseline: Score
+
+
+def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> Setup:
+    """Looks at everything before anything is trained.
+
+    Raises:
+        DataError: a class without images for the scores.
+        StageError: nothing can be pruned (with a reason per layer), or the target is out of reach.
+    """
+    chosen = class_indices(task.labels, config.classes, asked_by=f"stage {NAME!r}") if config.classes else ()
+    specialise = 0 < len(chosen) < len(task.labels)
+    task = ClassSubset(task, chosen) if specialise else task
+    check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
+    model.to("cpu").eval()
+    inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
+    opened = open_attention(model, inputs, config.exclude)
+    classes = class_cut(model, inputs, chosen) if specialise else {}
+    base = surgery.pruned(model, classes) if classes else model
+    channels = _prunable(base, inputs, config)
+    baseline = evaluate(base, task, "validation", context.device)
+    base.to("cpu")
+    dense = count(model, inputs)
+    target = MacTarget(config, channels, dense.macs, count(base, inputs).macs - channels.macs({}))
+    target.check()
+    return Setup(task, config, context, inputs, model, opened, classes, base, channels, dense, target, baseline)
+
+
+def unprunable(refused: Mapping[str, str]) -> str:
+    """One sentence with the reasons of the layers."""
+    reasons = "".join(f"\n  {path}: {reason}" for path, reason in list(refused.items())[:8])
+    more = f"\n  and {len(refused) - 8} more" if len(refused) > 8 else ""
+    empty = ", it has no convolution or Linear"
+    return f"no layer of this model can be pruned{':' if refused else empty}{reasons}{more}"
+
+
+def _prunable(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> Channels:
+    channels = find_channels(model, inputs, config.prune_residual)
+    groups, refused = [], dict(channels.refused)
+    for group in channels.groups:
+        named = [path for path in group.producers if any(fnmatchcase(path, pattern) for pattern in config.exclude)]
+        if named:
+            refused.update(dict.fromkeys(group.producers, f"excluded by the recipe ({named[0]})"))
+        else:
+            groups.append(group)
+    if not groups and (config.exclude or isinstance(config.target_mac_reduction, float)):
+        raise StageError(f"{NAME}: {unprunable(refused)}\nRemove the stage, or change what the reasons name")
+    return replace(channels, groups=tuple(groups), refused=refused)

@@ -1,0 +1,78 @@
+"""Down to how many MACs an iteration goes, and whether they can be reached at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...errors import StageError
+from .config import ClassAwarePruningConfig
+from .groups import Channels
+from .selection import smallest_macs
+
+
+@dataclass(frozen=True)
+class MacTarget:
+    """The target of a run, in MACs of the layers that `channels` counts.
+
+    Attributes:
+        config: see there; without a target every limit is None.
+        channels: of the model that the iterations begin with.
+        dense_macs: of the given model, which the target is a share of.
+        fixed: MACs outside the layers that `channels` counts.
+    """
+
+    config: ClassAwarePruningConfig
+    channels: Channels
+    dense_macs: int
+    fixed: int
+
+    @property
+    def limit(self) -> int | None:
+        """MACs of the layers that the target leaves; the rest of the model keeps its own."""
+        share = self.config.target
+        if share is None:
+            return None
+        limit = self._limit(1.0 - share)
+        return limit if self.config.target_mac_reduction != "auto" else max(limit, self.least)
+
+    @cached_property
+    def least(self) -> int:
+        """MACs of the layers at their smallest widths."""
+        return smallest_macs(self.channels, self.original, self.config)
+
+    @property
+    def original(self) -> Mapping[str, int]:
+        """Units of every group before the first iteration."""
+        return {group.name: group.units for group in self.channels.groups}
+
+    def next_limit(self, macs: int) -> int | None:
+        """`limit`, or with `target_steps` the first of the steps to it that layers of so many MACs do not meet."""
+        share, steps = self.config.target, self.config.target_steps
+        if share is None or steps is None:
+            return self.limit
+        limits = [self._limit((1.0 - share) ** (step / steps)) for step in range(1, steps + 1)]
+        return next((limit for limit in limits if limit < macs), limits[-1])
+
+    def reached(self, macs: int) -> bool:
+        """Whether there is a target and layers of so many MACs meet it."""
+        return self.limit is not None and macs <= self.limit
+
+    def check(self) -> None:
+        """Before anything is trained.
+
+        Raises:
+            StageError: the target is out of reach.
+        """
+        if self.limit is None or self.least <= self.limit:
+            return
+        config, reachable = self.config, 1.0 - (self.fixed + self.least) / self.dense_macs
+        raise StageError(
+            f"class_aware_pruning: target_mac_reduction {config.target_mac_reduction} cannot be reached: with "
+            f"min_width {config.min_width} and round_to {config.round_to} at most {reachable:.3f} of the MACs go: "
+            f"lower these or the target, or set prune_residual (now {config.prune_residual})"
+        )
+
+    def _limit(self, share: float) -> int:
+        return int(share * self.dense_macs) - self.fixed
