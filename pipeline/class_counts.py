@@ -26,12 +26,12 @@ def class_counts(step: str, checkpoint: Path, labels: Sequence[str], layer: str 
         step: its id.
         checkpoint: its folder.
         labels: of the classes that were scored.
-        layer: to show class by class; default the one whose filters differ most.
+        layer: to show class by class; None, or one that has no scores: the one whose filters differ most.
 
     Returns:
-        ``{"step", "classes", "edges", "layers": [{"path", "filters", "histogram"}], "layer": {"path", "labels",
-        "table"}}``; `table` has a row per class and a column per filter, by rising class count, both thinned out where
-        there are very many.
+        ``{"step", "classes", "edges", "layers": [{"path", "filters", "histogram"}], "layer": {"path", "asked",
+        "labels", "table"}}``; `asked` says whether it is the layer that was asked for; `table` has a row per class and
+        a column per filter, by rising class count, both thinned out where there are very many.
     """
     arrays = read_artifacts(checkpoint)
     counts = {name.removeprefix(COUNT): array for name, array in arrays.items() if name.startswith(COUNT)}
@@ -47,7 +47,7 @@ def class_counts(step: str, checkpoint: Path, labels: Sequence[str], layer: str 
         "classes": len(labels),
         "edges": edges.tolist(),
         "layers": layers,
-        "layer": _table(chosen, counts[chosen], arrays, labels),
+        "layer": {"asked": chosen == layer, **_table(chosen, counts[chosen], arrays, labels)},
     }
 
 
@@ -56,7 +56,9 @@ def _histogram(count: NDArray[Any], edges: NDArray[np.float64]) -> list[int]:
     return [int(n) for n in np.histogram(np.clip(count, edges[0], edges[-1]), edges)[0]]
 
 
-def _table(path: str, count: NDArray[Any], arrays: Mapping[str, NDArray[Any]], labels: Sequence[str]) -> Json:
+def _table(
+    path: str, count: NDArray[Any], arrays: Mapping[str, NDArray[Any]], labels: Sequence[str]
+) -> dict[str, Json]:
     shares = arrays[COUNTS + path]
     columns = _thinned(np.argsort(count, kind="stable"), _MOST_FILTERS)
     rows = _thinned(np.arange(len(labels)), _MOST_CLASSES)

@@ -133,6 +133,13 @@ class Requirements(_Section):
     """Every exit is taken by at least one test row."""
 
 
+class ReportOptions(_Section):
+    """What the report page shows; changing it runs nothing again."""
+
+    layer: str | None = None
+    """Layer of a pruned model whose filters are drawn class by class; null: the one whose filters differ most."""
+
+
 class Recipe(_Section):
     """Everything a run depends on, apart from the files it names."""
 
@@ -155,6 +162,7 @@ class Recipe(_Section):
     control: ControlSpec | None = None
     """A row beside the stages that shows what a network built small reaches."""
     require: Requirements = Requirements()
+    report: ReportOptions = ReportOptions()
 
     @model_validator(mode="after")
     def _ids_differ(self) -> Recipe:

@@ -55,6 +55,8 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
     chain = [row for row in result.steps if row.step not in result.controls]
     final, reference = chain[-1], next(row for row in chain if row.step == result.reference)
     model = load_checkpoint(result.out / final.checkpoint, root)
+    layer = result.recipe.report.layer
+    counts = [found for row in chain if (found := _class_counts(row, result.out, task, layer)) is not None]
     exits: dict[str, Json] | None = None
     if isinstance(model, MultiExit):
         measured = next((m for m in result.measurements if m["step"] == final.step), None)
@@ -76,11 +78,12 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
         "measurements": [dict(m) for m in result.measurements],
         "parity": dataclasses.asdict(manifest.parity),
         "exits": exits,
-        "class_counts": [found for row in chain if (found := _class_counts(row, result.out, task)) is not None],
+        "class_counts": counts,
         "operating_points": [dataclasses.asdict(p) for p in manifest.operating_points],
         "ledger": {k: v for k, v in dataclasses.asdict(manifest.ledger).items() if k != "rows"},
         "notes": [f"{row.step}: {note}" for row in result.steps for note in row.notes]
-        + [f"export: {note}" for note in manifest.notes],
+        + [f"export: {note}" for note in manifest.notes]
+        + _layer_not_found(layer, counts),
         "environment": versions(LIBRARIES),
         "bundle": result.bundle.relative_to(result.out).as_posix(),
     }
@@ -106,8 +109,16 @@ def _change(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def _class_counts(row: StepRow, out: Path, task: Task) -> Json | None:
-    return class_counts(row.step, out / row.checkpoint, row.metrics.get("classes") or task.labels)
+def _class_counts(row: StepRow, out: Path, task: Task, layer: str | None) -> Json | None:
+    return class_counts(row.step, out / row.checkpoint, row.metrics.get("classes") or task.labels, layer)
+
+
+def _layer_not_found(layer: str | None, counts: Sequence[Json]) -> list[str]:
+    if layer is None or any(found["layer"]["asked"] for found in counts):
+        return []
+    scored = list(dict.fromkeys(entry["path"] for found in counts for entry in found["layers"]))
+    known = f"layers with class counts are {', '.join(scored)}" if scored else "no stage of this run counted classes"
+    return [f"report.layer names {layer!r}, which has none to draw: {known}"]
 
 
 def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None) -> dict[str, Json]:

@@ -135,10 +135,14 @@ def test_class_counts_are_condensed_and_drawn(tmp_path: Path) -> None:
     assert found["layers"][0]["histogram"][0] == 1 and found["layers"][0]["histogram"][-1] == 2
     assert found["layer"]["path"] == "a", "its filters differ most"
     assert found["layer"]["table"] == [[0, 0.5, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], "columns by rising count"
-    asked = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="b")
-    assert asked is not None and asked["layer"]["path"] == "b"
     page = render_html({**copy.deepcopy(REPORT), "class_counts": [found]})
-    assert page.count("<svg") == 6 and "Class counts: prune" in page
+    assert page.count("<svg") == 6 and "Class counts: prune" in page and "differ most, <code>a</code>" in page
+    asked = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="b")
+    assert asked is not None and asked["layer"]["path"] == "b" and asked["layer"]["asked"]
+    page = render_html({**copy.deepcopy(REPORT), "class_counts": [asked]})
+    assert "<figcaption>The layer <code>b</code>" in page
+    other = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="c")
+    assert other is not None and other["layer"]["path"] == "a" and not other["layer"]["asked"]
 
 
 def test_steps_without_scores_have_no_class_counts(tmp_path: Path) -> None:

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from recipes_on_disk import without_later_phases
 
+from edgewright.pipeline import runner
+from edgewright.pipeline.class_counts import class_counts
 from edgewright.pipeline.errors import DataError
+from edgewright.pipeline.recipe import load_recipe
 from edgewright.pipeline.task import batches, check_classes, data_digests
 from edgewright.pipeline.tasks import build_task
 from edgewright.pipeline.tasks.augmentation import flip_and_crop
@@ -138,3 +142,25 @@ def test_hashes_and_places_are_checked(tmp_path: Path) -> None:
     hundred(tmp_path / "cifar-100-binary")
     with pytest.raises(DataError, match="both data sets"):
         cifar(str(tmp_path))
+
+
+def test_published_recipe_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_later_phases(monkeypatch)
+    ten(tmp_path / "cifar-10-batches-bin")
+    training = {"epochs": 1, "batch_size": 32}
+    changes = [
+        f"task.args.path={tmp_path}",
+        "model={name: 'zoo:resnet_small', args: {in_channels: 3, widths: [4, 8], blocks: 1}}",
+        "stages.0.epochs=1",
+        *(f"stages.1.{name}.{key}={v}" for name in ("prepare", "retrain", "finetune") for key, v in training.items()),
+        "stages.1.max_drop=1.0",
+        "stages.1.max_iterations=1",
+        "stages.1.threshold_frac=1.01",
+    ]
+    recipe = load_recipe(Path(runner.__file__).parent / "recipes/cifar10_resnet56.yaml", changes)
+    result = runner.run(recipe, tmp_path / "out")
+    metrics = result.steps[-1].metrics
+    assert metrics["criterion"] == "class_count" and metrics["stopped"] == "max_iterations"
+    assert metrics["macs"] < metrics["macs_before"]
+    counts = class_counts("prune", tmp_path / "out" / result.steps[-1].checkpoint, [f"thing{i}" for i in range(10)])
+    assert counts is not None and len(counts["layer"]["table"]) == 10
