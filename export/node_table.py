@@ -153,7 +153,8 @@ def on_the_graph(
         metrics = {**point.metrics, "mean_macs": mean, "mac_share": mean / max(1, exits[-1].macs)}
         if abs(mean - given) > 1e-6 * max(mean, given):
             # found under the search's costs, and its shares are not known
-            metrics.pop("greedy_mean_macs", None)
+            for other in ("greedy_mean_macs", "geometric_mean_macs"):
+                metrics.pop(other, None)
             notes.append(
                 f"operating point {point.name}: the mean row costs {mean:.0f} MACs in the exported graph, the search "
                 f"counted {given:.0f}: exits in parallel branches do not need all that PyTorch runs before them"
