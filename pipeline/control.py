@@ -13,6 +13,7 @@ from .determinism import seeded
 from .errors import ModelError, RecipeError
 from .preparation import Inputs
 from .recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
+from .stages import stage_named
 
 CONTROL = "control"
 """Id of the control's step in a report."""
@@ -44,6 +45,9 @@ def check_control(inputs: Inputs, spec: ControlSpec) -> None:
 def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
     """The recipe of the control: the base model at the width whose MACs are nearest to `macs`, and one training.
 
+    Where stages keep some classes only, so does the control, before it is trained; the classifier's rows of the others
+    count in the search for the width.
+
     Args:
         inputs: of the run.
         spec: which argument of the model to vary, and how to train.
@@ -69,8 +73,24 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
     recipe = inputs.recipe
     model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: _argument(spec, value)})
     training = StageEntry(name="train", id=CONTROL, config=spec.training)
-    changes = {"model": model, "stages": (training,), "control": None, "require": Requirements()}
+    changes = {
+        "model": model,
+        "stages": (*_same_classes(recipe), training),
+        "control": None,
+        "require": Requirements(),
+    }
     return recipe.model_copy(update=changes)
+
+
+def _same_classes(recipe: Recipe) -> tuple[StageEntry, ...]:
+    """Stages that leave a model the classes that the recipe's stages leave, and everything else as it is."""
+    found: list[StageEntry] = []
+    for entry in recipe.stages:
+        stage = stage_named(entry.name)
+        if stage.classes is not None and stage.classes_alone is not None and stage.classes(entry.config):
+            place = f"{CONTROL}-{len(found) + 1}"
+            found.append(StageEntry(name=entry.name, id=place, config=stage.classes_alone(entry.config)))
+    return tuple(found)
 
 
 def _macs(inputs: Inputs, spec: ControlSpec, value: float) -> int:

@@ -147,13 +147,15 @@ class _Run:
         """Trains and exports the control beside the chain; its checkpoints and its bundle are kept like all others."""
         recipe = control_recipe(self.inputs, spec, macs)
         beside = _Run(prepare(recipe), self.out, self.fresh, self.progress)
-        entry = beside._stage(1, recipe.stages[0], beside._base())
-        row = beside._row(1, CONTROL, entry)
+        entry = beside._base()
+        for position, stage in enumerate(recipe.stages, start=1):
+            entry = beside._stage(position, stage, entry)
+        row = beside._row(len(recipe.stages), CONTROL, entry)
         self.seconds.update(beside.seconds)
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
             made[CONTROL] = export_step(
-                beside, row, entry, target, recipe.export.model_copy(update={"zip": False}), beside.inputs.task
+                beside, row, entry, target, recipe.export.model_copy(update={"zip": False}), beside.inputs.tasks[-1]
             )
             row = bundles.with_bundle(row, made[CONTROL])
         return row

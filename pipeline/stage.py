@@ -155,6 +155,8 @@ class Stage(Generic[C]):
             it does not have; raises an `InputError`.
         classes: the classes (names or indices) that a model made under a configuration still knows, () for all. What
             comes after, export and report included, gets the task with these classes only.
+        classes_alone: a configuration of the same stage that keeps the same classes and does nothing else to the model;
+            what a control is given. Required with `classes`.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Stage(Generic[C]):
     per_class: bool = False
     check: Callable[[nn.Module, Task, C], None] | None = None
     classes: Callable[[C], Sequence[str | int]] | None = None
+    classes_alone: Callable[[C], C] | None = None
 
     def needed_splits(self, config: C) -> tuple[SplitName, ...]:
         """The splits that `fit` reads under `config`."""

@@ -103,16 +103,19 @@ def test_a_specialised_run_exports_the_chosen_labels(tmp_path: Path) -> None:
     ]
     model = {"name": "python:net.py:net", "args": {"width": 12}}
     task = {"name": "python:data.py:task", "args": {"splits": ["train", "calibration", "validation", "test"]}}
-    result = run(write_recipe(tmp_path, model=model, task=task, stages=stages), tmp_path / "out")
-    assert [len(step.per_class) for step in result.steps] == [3, 3, 2, 2]
-    assert result.steps[-1].accuracy is not None and result.steps[-1].accuracy > 0.9
+    control = {"argument": "width", "between": [2, 12], "training": {"epochs": 3, "batch_size": 16}}
+    recipe = write_recipe(tmp_path, model=model, task=task, stages=stages, control=control)
+    result = run(recipe, tmp_path / "out")
+    assert [len(step.per_class) for step in result.steps] == [3, 3, 2, 2, 2], "the control knows the same classes"
+    assert [step.accuracy is not None and step.accuracy > 0.9 for step in result.steps[2:]] == [True] * 3
+    assert result.controls == (result.steps[-1].step,) == ("control",)
     manifest = json.loads((result.bundle / "manifest.json").read_text())
     assert manifest["labels"] == ["label0", "label2"]
     edge_runtime.verify(result.bundle).raise_if_failed()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["task"]["labels"] == ["label0", "label2"] and report["summary"]["accuracy_change"] is None
     assert any("label0, label2" in note for note in report["notes"])
-    again = run(write_recipe(tmp_path, model=model, task=task, stages=stages), tmp_path / "out")
+    again = run(recipe, tmp_path / "out")
     assert again.steps == result.steps
     wrong = [{**prune, "classes": ["label7", 0]}]
     with pytest.raises(DataError, match="no class 'label7'"):

@@ -134,6 +134,13 @@ def _splits(config: ClassAwarePruningConfig) -> tuple[SplitName, ...]:
     return ("train", "validation") if config.score_split == "train" else ("train", "calibration", "validation")
 
 
+def _classes_alone(config: ClassAwarePruningConfig) -> ClassAwarePruningConfig:
+    """Keeps the classes of `config`; no filter scores below a threshold of 0, so all of them stay."""
+    return ClassAwarePruningConfig(
+        classes=config.classes, criterion="l1", target_mac_reduction=None, mode="threshold_only", threshold_frac=0.0
+    )
+
+
 STAGE = Stage(
     name=NAME,
     config=ClassAwarePruningConfig,
@@ -143,4 +150,5 @@ STAGE = Stage(
     splits_for=_splits,
     per_class=True,
     classes=lambda config: config.classes,
+    classes_alone=_classes_alone,
 )
