@@ -4,6 +4,9 @@ Every network is pruned by the stage itself (l1, equal shares, widths for the CP
 values), has to compute what the masked dense network computes, is exported with parity, and is measured against the
 dense one in interleaved blocks of random order. ``ARCH.speedup`` is dense over pruned latency, ``ARCH.mac_reduction``
 dense over pruned MACs, ``ARCH.realised`` the first over the second: how much of the arithmetic that went was time.
+
+``--bundles FOLDER`` keeps what was exported, and measures what it finds there without pruning again; with
+``--prepare-only`` as well, nothing is timed, so that the minutes of pruning need no quiet machine.
 """
 
 from __future__ import annotations
@@ -35,10 +38,10 @@ ARCHITECTURES = (
     "mobilenet_v3_small", "efficientnet_b0", "mnasnet1_0", "densenet121", "regnet_y_400mf", "convnext_tiny",
     "squeezenet1_1", "inception_v3", "googlenet", "shufflenet_v2_x1_0", "vit_b_16", "swin_t",
 )  # fmt: skip
-CLASSES = 10
+CLASSES = 4
 
 
-def random_task(rows: int = 10, size: int = 224) -> ImageClassification:
+def random_task(rows: int = 4, size: int = 224) -> ImageClassification:
     """Noise: neither l1 nor latency looks at it."""
     generator = torch.Generator().manual_seed(1)
     splits = {
@@ -96,22 +99,27 @@ def prune(
     return result.model, result.metrics["macs_before"] / result.metrics["macs"]
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Figure]:
-    """The three figures of one architecture."""
+def prepare(name: str, options: argparse.Namespace, folder: Path) -> None:
+    """Exports one architecture dense and pruned; the file ``mac_reduction`` is written last."""
     task = random_task()
     model = network(name, task.splits["train"].batch([0, 1, 2, 3]).inputs[0])
-    with tempfile.TemporaryDirectory() as folder:
-        plain, small = Path(folder, "dense"), Path(folder, "pruned")
-        export_bundle(model, task, plain, ExportOptions(batch="single"))
-        pruned, fewer = prune(model, task, options, Path(folder, "state"))
-        parity = export_bundle(pruned, task, small, ExportOptions(batch="single")).manifest.parity
-        print(f"  parity {parity.max_abs_diff:.1e}")
-        measured = interleaved(
-            {"dense": plain, "pruned": small},
-            threads=options.threads,
-            blocks=10 if options.quick else 30,
-            block_runs=3 if options.quick else 5,
-        )
+    export_bundle(model, task, folder / "dense", ExportOptions(batch="single"))
+    with tempfile.TemporaryDirectory() as state:
+        pruned, fewer = prune(model, task, options, Path(state))
+    parity = export_bundle(pruned, task, folder / "pruned", ExportOptions(batch="single")).manifest.parity
+    print(f"  {fewer:.2f} times fewer MACs, parity {parity.max_abs_diff:.1e}", flush=True)
+    (folder / "mac_reduction").write_text(f"{fewer!r}\n", encoding="utf-8")
+
+
+def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Figure]:
+    """The three figures of one architecture."""
+    fewer = float((folder / "mac_reduction").read_text(encoding="utf-8"))
+    measured = interleaved(
+        {"dense": folder / "dense", "pruned": folder / "pruned"},
+        threads=options.threads,
+        blocks=10 if options.quick else 30,
+        block_runs=3 if options.quick else 5,
+    )
     print(measured.text(), flush=True)
     ratio = measured.ratios["pruned"]
     speedup = Figure(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
@@ -126,6 +134,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, help="default all, with --quick resnet18")
     parser.add_argument("--round-to", default="cpu", help="as in recipes: cpu, tensorrt or a number")
     parser.add_argument("--prune-residual", action="store_true", help="also narrow residual streams")
+    parser.add_argument("--bundles", type=Path, metavar="FOLDER", help="keep the exported bundles here, and reuse them")
+    parser.add_argument("--prepare-only", action="store_true", help="prune and export, measure nothing")
 
 
 def main() -> None:
@@ -135,10 +145,16 @@ def main() -> None:
     # the exporter warns of what torchvision does in its own code
     warnings.filterwarnings("ignore", module="torch")
     figures = {}
-    for name in options.arch or (("resnet18",) if options.quick else ARCHITECTURES):
-        print(name, flush=True)
-        figures.update(measure(name, options))
-    report("pruning_speed", figures, options.json)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in options.arch or (("resnet18",) if options.quick else ARCHITECTURES):
+            print(name, flush=True)
+            folder = (options.bundles or Path(scratch)) / name
+            if not (folder / "mac_reduction").exists():
+                prepare(name, options, folder)
+            if not options.prepare_only:
+                figures.update(measure(name, options, folder))
+    if figures:
+        report("pruning_speed", figures, options.json)
 
 
 if __name__ == "__main__":

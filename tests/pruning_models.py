@@ -9,7 +9,7 @@ import torchvision.models as tv
 from tiny import CLASSES, tiny_residual, tiny_transformer
 from torch import Tensor, nn
 from torchvision.models.googlenet import BasicConv2d, Inception
-from torchvision.models.inception import InceptionA, InceptionB, InceptionE
+from torchvision.models.inception import InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
 
 class Patchwork(nn.Module):
@@ -86,12 +86,35 @@ class TwoInputs(nn.Module):
         return logits
 
 
+def _vgg() -> nn.Module:
+    model = tv.VGG(tv.vgg.make_layers([8, "M", 12, 12, "M"], batch_norm=True), init_weights=False)
+    # the original classifier alone would have a hundred million weights
+    model.classifier = nn.Sequential(nn.Linear(12 * 49, 24), nn.ReLU(True), nn.Dropout(), nn.Linear(24, CLASSES))
+    return model
+
+
+def _bottleneck() -> nn.Module:
+    """ResNet-50's blocks, and, with another width, those of the wide ResNets."""
+    return tv.ResNet(tv.resnet.Bottleneck, [2, 1, 1, 1], CLASSES, width_per_group=16)
+
+
 def _basic() -> nn.Module:
     return tv.resnet.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=CLASSES)
 
 
 def _resnext() -> nn.Module:
     return tv.resnet.ResNet(tv.resnet.Bottleneck, [1, 2, 1, 1], CLASSES, groups=4, width_per_group=8)
+
+
+def _mobilenet_v2() -> nn.Module:
+    blocks = [[1, 8, 1, 1], [6, 12, 2, 2], [6, 16, 2, 1]]
+    return tv.MobileNetV2(CLASSES, 0.5, inverted_residual_setting=blocks)
+
+
+def _mobilenet_v3() -> nn.Module:
+    config = tv.mobilenetv3.InvertedResidualConfig
+    rows = [(8, 3, 8, 8, True, "RE", 1), (8, 3, 32, 12, False, "RE", 2), (12, 5, 48, 12, True, "HS", 1)]
+    return tv.MobileNetV3([config(*row, dilation=1, width_mult=1) for row in rows], 48, CLASSES)
 
 
 def _efficientnet() -> nn.Module:
@@ -113,7 +136,7 @@ def _convnext() -> nn.Module:
 def _inception() -> nn.Module:
     """The blocks of GoogLeNet and of Inception v3, one of each kind."""
     parts = [BasicConv2d(3, 12, kernel_size=3, stride=2), Inception(12, 4, 4, 8, 2, 4, 4)]
-    parts += [InceptionA(20, 6), InceptionB(230), InceptionE(710)]
+    parts += [InceptionA(20, 6), InceptionB(230), InceptionC(710, 16), InceptionD(768), InceptionE(1280)]
     return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, CLASSES))
 
 
@@ -126,10 +149,12 @@ def _swin() -> nn.Module:
 
 
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
+    "vgg": _vgg,
     "resnet": _basic,
+    "resnet_bottleneck": _bottleneck,
     "resnext": _resnext,
-    "mobilenet_v2": lambda: tv.mobilenet_v2(num_classes=CLASSES, width_mult=0.25),
-    "mobilenet_v3": lambda: tv.mobilenet_v3_small(num_classes=CLASSES, width_mult=0.35),
+    "mobilenet_v2": _mobilenet_v2,
+    "mobilenet_v3": _mobilenet_v3,
     "efficientnet": _efficientnet,
     "mnasnet": lambda: tv.MNASNet(0.25, CLASSES),
     "densenet": lambda: tv.DenseNet(8, (2, 2), 16, 2, num_classes=CLASSES),
@@ -141,7 +166,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "vit": _vit,
     "swin": _swin,
 }
-"""Small networks made of torchvision's own blocks; all take [N, 3, 32, 32]."""
+"""Small networks made of torchvision's own blocks, one of every family; all take [N, 3, 32, 32]."""
 
 
 def lively(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

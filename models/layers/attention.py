@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,8 +46,8 @@ class OpenAttention(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, module: nn.MultiheadAttention) -> OpenAttention:
-        """One that computes what `module` computes, with copies of its weights."""
+    def of(cls, module: Any) -> OpenAttention:
+        """One that computes what `module`, see `can_open`, computes, with copies of its weights."""
         bias = module.in_proj_bias is not None
         new = cls(
             module.embed_dim, module.kdim or module.embed_dim, module.vdim or module.embed_dim, module.num_heads,

@@ -1,4 +1,4 @@
-"""Opens PyTorch's own attention layers, so that whole heads can go: replayable from the paths alone."""
+"""Opens the attention layers of PyTorch and torchvision, so that whole heads can go: replayable from paths alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edgewright.models.layers.attention import OpenAttention
+from edgewright.models.layers.window_attention import OpenWindowAttention
 
 from ...errors import CheckpointError
-from .tracing import plain_eval
+from .modes import plain_eval
+
+_KINDS: tuple[type[OpenAttention] | type[OpenWindowAttention], ...] = (OpenAttention, OpenWindowAttention)
 
 
 def open_attention(model: nn.Module, inputs: tuple[Tensor, ...], exclude: Iterable[str] = ()) -> list[str]:
-    """Replaces every `nn.MultiheadAttention` in place by layers that can be narrowed, if the outputs stay the same.
+    """Replaces attention layers in place by others that can be narrowed, if the outputs stay the same.
 
     Args:
-        model: left as it is where its code needs what only PyTorch's layer has.
+        model: left as it is where its code needs what only the original layer has.
         inputs: one row, positional.
         exclude: module paths, with ``*`` and ``?``, that stay.
 
@@ -31,7 +34,7 @@ def open_attention(model: nn.Module, inputs: tuple[Tensor, ...], exclude: Iterab
     paths = [
         path
         for path, module in model.named_modules()
-        if OpenAttention.can_open(module)
+        if any(kind.can_open(module) for kind in _KINDS)
         and all(owners[id(p)] == 1 for p in module.parameters())
         and not any(fnmatchcase(path, pattern) for pattern in exclude)
     ]
@@ -63,11 +66,12 @@ def reopen(model: nn.Module, paths: Iterable[str]) -> None:
     modules = dict(model.named_modules())
     for path in paths:
         module = modules.get(path)
-        if not isinstance(module, nn.MultiheadAttention):
+        kind = next((kind for kind in _KINDS if module is not None and kind.can_open(module)), None)
+        if module is None or kind is None:
             raise CheckpointError(
                 f"the edit opens the attention layer {path!r}, which this model does not have: was it made for another?"
             )
-        _replace(model, module, OpenAttention.of(module))
+        _replace(model, module, kind.of(module))
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

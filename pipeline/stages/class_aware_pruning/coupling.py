@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .axes import Side, block, is_convolution, is_following, is_mixing, sliced_tensors, width
-from .tracing import OUTPUT, Axis, Flow
+from .flow import OUTPUT, Axis, Flow
 
 
 class Union:
@@ -80,6 +80,8 @@ def _fixed_axes(model: nn.Module, flow: Flow, outputs: bool) -> Iterator[tuple[A
     modules = dict(model.named_modules())
     for axis in flow.outputs if outputs else ():
         yield axis, "it produces the model's output"
+    for path in sorted(flow.training_only) if outputs else ():
+        yield (path, "out"), "it runs in training only (an auxiliary head), where nothing is to be gained"
     for axis, reader in flow.mixed.items():
         if axis[0] in modules:
             yield axis, _mixed_reason(reader)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...errors import StageError
+from .modes import plain_eval
 from .surgery import Keep, masked, pruned
-from .tracing import plain_eval
 
 
 def failures(
@@ -95,6 +95,25 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str 
                 f"the narrowed model differs from the masked one by {distance:.2g}: an operation between its layers "
                 "depends on the number or the order of these channels"
             )
+    return None
+
+
+@torch.no_grad()
+def fails_in_training(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str | None:
+    """Why the narrowed model cannot be trained, although the way that `model` goes in training works; else None.
+
+    Only tried: dropout of other shapes draws other noise, so that there is nothing to compare.
+    """
+    small = pruned(model, keep)
+    try:
+        with plain_eval(small, training_branches=True):
+            small(*inputs)
+    except Exception as error:  # a user's forward may raise anything
+        text = str(error).splitlines()[0] if str(error) else ""
+        return (
+            f"with fewer of these channels the model does not run as it does in training ({type(error).__name__}: "
+            f"{text[:160]}): a branch that only training uses counts on their number; build the model without it"
+        )
     return None
 
 

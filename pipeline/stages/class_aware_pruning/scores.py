@@ -14,7 +14,7 @@ from ...errors import StageError
 from ...stage import Context
 from ...task import Batch, Split
 from .axes import channel_dim
-from .tracing import hooked, plain_eval
+from .modes import hooked, plain_eval
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from ...task import Task, check_classes, split_of
 from . import surgery
 from .attention import open_attention
 from .config import ClassAwarePruningConfig
-from .groups import Channels, find_channels
+from .finding import find_channels
+from .groups import Channels
 from .specialising import class_cut
 from .target import MacTarget
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ...errors import StageError
 from . import surgery
 from .equivalence import probe
-from .groups import find_outputs
-from .tracing import plain_eval
+from .finding import find_outputs
+from .modes import plain_eval
 
 
 @torch.no_grad()

@@ -11,95 +11,23 @@ names of autograd nodes, does not end on swin_t and fails on shufflenet_v2; this
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from ...errors import StageError
 from .axes import Side, channel_dim, is_depthwise, is_following, is_mixing, width
+from .flow import OUTPUT, Axis, Call, Flow
+from .modes import hooked, plain_eval
 
-Axis: TypeAlias = tuple[str, str]
-"""(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
-OUTPUT: Axis = ("", "columns")
-"""The columns of what the model returns, if that is one tensor [N, columns]; read like a layer's input."""
 Marks: TypeAlias = Mapping[Axis, Tensor]
 """Bool [channels] per source: where NaN is put."""
 _MANY = -1
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one clean pass says about a mixing layer, over all its calls.
-
-    Attributes:
-        macs: multiply-accumulates of one row.
-        positions: most output positions (pixels, tokens) of one call and row.
-        dense: every output channel reads every input channel; else each reads a fixed number of them.
-    """
-
-    macs: int
-    positions: int
-    dense: bool = True
-
-
-@dataclass
-class Flow:
-    """Where the output channels of every source arrive.
-
-    Attributes:
-        widths: channels of every axis seen.
-        calls: mixing layers that ran.
-        feeds: per source and reader axis: int64 [channels of the reader], the source channel, or -1 where it does not
-            arrive.
-        mixed: sources whose channels cannot be told apart at some reader, with the readers' paths.
-        mixed_at: per such source: reader axis -> bool [channels], where several of its channels arrive.
-        blocks: sources whose channels are mixed in blocks only, as those of attention heads: bool [channels] of each
-            block, and per reader axis bool [channels] where the block arrives.
-        outputs: sources that reach the model's output directly.
-        opaque: layers with a forward of their own, whose channels are elsewhere than those of their type.
-    """
-
-    widths: dict[Axis, int] = field(default_factory=dict)
-    calls: dict[str, Call] = field(default_factory=dict)
-    feeds: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
-    mixed: dict[Axis, str] = field(default_factory=dict)
-    mixed_at: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
-    blocks: dict[Axis, list[tuple[Tensor, dict[Axis, Tensor]]]] = field(default_factory=dict)
-    outputs: set[Axis] = field(default_factory=set)
-    opaque: set[str] = field(default_factory=set)
-
-
-@contextmanager
-def plain_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode without PyTorch's fused attention, which passes hooks by and swallows NaN; restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def hooked(handles: Iterable[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    """Removes hooks at the end."""
-    kept = list(handles)
-    try:
-        yield
-    finally:
-        for handle in kept:
-            handle.remove()
+_TRAINING_RUNS = 3
 
 
 class Tracer:
@@ -119,15 +47,50 @@ class Tracer:
         """Finds the flow.
 
         Raises:
-            StageError: the model does not run on the inputs.
+            StageError: the model does not run on the inputs, or leaves layers out in training that it needs otherwise.
         """
         with torch.no_grad(), plain_eval(self.model), hooked(self._watch_calls()):
             self._forward()
-        with torch.no_grad(), plain_eval(self.model), hooked(self._watch_channels()), self._replayed():
+        self.flow.training_only = self._training_only()
+        branches = bool(self.flow.training_only)
+        with torch.no_grad(), plain_eval(self.model, branches), hooked(self._watch_channels()), self._replayed():
             reach = self._reach()
             self._decode(reach)
             self._find_blocks(reach)
         return self.flow
+
+    def _training_only(self) -> frozenset[str]:
+        """Looks for layers that run in training alone; if there are any, `flow.calls` is of that way through the model.
+
+        Code that leaves blocks out at random is asked several times.
+        """
+        called, clean = self.flow.calls, self._clean
+        idle = [path for path, m in self._layers() if path not in called and (is_mixing(m) or is_depthwise(m))]
+        missing: set[str] = set()
+        for attempt in range(_TRAINING_RUNS if idle else 0):
+            self.flow.calls, self._clean = {}, {}
+            try:
+                with torch.random.fork_rng(devices=[]), torch.no_grad(), hooked(self._watch_calls()):
+                    torch.manual_seed(attempt)
+                    with plain_eval(self.model, training_branches=True):
+                        self._forward()
+            except StageError:
+                # a model that does not run this way cannot be trained this way either
+                break
+            more, missing = self.flow.calls.keys() - called.keys(), called.keys() - self.flow.calls.keys()
+            if not more:
+                break
+            if not missing:
+                return frozenset(more)
+            idle = sorted(more)
+        self.flow.calls, self._clean = called, clean
+        if missing:
+            raise StageError(
+                f"the model runs {idle[0]!r} in training only, and leaves {min(missing)!r} out there, so what is "
+                "removed from one cannot be followed to the other: build it without the branch for training, or turn "
+                "it into its inference form first"
+            )
+        return frozenset()
 
     @contextmanager
     def _replayed(self) -> Iterator[None]:
@@ -280,13 +243,14 @@ class Tracer:
             there, came_out = self._run({whole: torch.ones(tensor.shape[-1], dtype=torch.bool)})
             if came_out or not there:
                 continue
-            # only a dimension as wide as a reader, or as a layer that arrives at the same places, can hold channels
+            # channels, or units such as heads: as many as a reader has, or a layer that arrives at the same places, or
+            # a divisor of that
             beside = {self.flow.widths[reader] for reader in there}
             for axis, reached in layers.items():
                 if any(bool((reached[r] & mark).any()) for r, mark in there.items() if r in reached):
                     beside.add(self.flow.widths[axis])
             for dim, size in enumerate(tensor.shape):
-                if size in beside:
+                if size > 1 and any(many % size == 0 for many in beside):
                     self.flow.widths[(name, str(dim))] = size
                     reach[(name, str(dim))] = there
         return reach
@@ -305,6 +269,10 @@ class Tracer:
             found = self._numbers(together, reach)
             for axis in together:
                 self._accept(axis, reach[axis], found)
+        # a plain tensor's dimension that cannot be told apart counts something else, tokens for example
+        for axis in [a for a in self.flow.mixed if a[1] not in ("in", "out")]:
+            for table in (self.flow.mixed, self.flow.mixed_at, self.flow.feeds, self.flow.widths):
+                del table[axis]
 
     def _numbers(self, sources: list[Axis], reach: Mapping[Axis, Any] | None = None) -> dict[Axis, Tensor]:
         """Source channel int64 [channels] per reader axis: `_MANY` for several; meaningful where a source arrives.
@@ -347,17 +315,8 @@ class Tracer:
         """Looks whether mixed sources are mixed in blocks of neighbours only, as attention heads are.
 
         However the channels are cut into blocks, joining a block with all that it reaches couples too much at worst.
-        The size tried is the number of channels that the first channel reaches: q and k channels reach their head.
         """
-        sizes: dict[Axis, int] = {}
-        for axis in self.flow.mixed:
-            first = torch.zeros(self.flow.widths[axis], dtype=torch.bool)
-            first[0] = True
-            there, _ = self._run({axis: first})
-            size = max((int(reached.sum()) for reached in there.values()), default=0)
-            part = all(int(there[r].sum()) < int(reach[axis][r].sum()) for r in there if r in reach[axis])
-            if size and part and len(first) % size == 0 and len(first) > size:
-                sizes[axis] = size
+        sizes = {axis: size for axis in self.flow.mixed if (size := self._block_size(axis))}
         for together in _apart(list(sizes), reach):
             for number in range(max(self.flow.widths[axis] // sizes[axis] for axis in together)):
                 marks = {}
@@ -372,6 +331,30 @@ class Tracer:
                     self.flow.blocks.setdefault(axis, []).append((mark, arrived))
         for axis in sizes:
             del self.flow.mixed[axis], self.flow.mixed_at[axis]
+
+    def _block_size(self, axis: Axis) -> int:
+        """How many of the first channels reach exactly what the first one reaches; 0 if those after them reach it too.
+
+        A key that several query heads share reaches more channels than its own head has, so these are not counted.
+        """
+        whole = self.flow.widths[axis]
+
+        def reached(start: int, stop: int) -> dict[Axis, Tensor]:
+            mark = torch.zeros(whole, dtype=torch.bool)
+            mark[start:stop] = True
+            return self._run({axis: mark})[0]
+
+        first = reached(0, 1)
+        size = 1
+        for longer in (n for n in range(2, whole + 1) if whole % n == 0):
+            there = reached(0, longer)
+            if there.keys() != first.keys() or not all(torch.equal(there[r], first[r]) for r in first):
+                break
+            size = longer
+        if size == whole:
+            return 0
+        after = reached(size, 2 * size)
+        return 0 if any(bool((after[r] & first[r]).any()) for r in after.keys() & first.keys()) else size
 
 
 def _apart(sources: list[Axis], reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> list[list[Axis]]:

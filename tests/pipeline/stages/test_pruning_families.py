@@ -8,17 +8,19 @@ from pathlib import Path
 import pruning_models
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from edgewright.export import export_bundle
+from edgewright.export import ExportOptions, export_bundle
 from edgewright.models import registry
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, rebuild, surgery
 from edgewright.pipeline.stages.class_aware_pruning.attention import open_attention
-from edgewright.pipeline.stages.class_aware_pruning.groups import Channels, find_channels
+from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
+from edgewright.pipeline.stages.class_aware_pruning.groups import Channels
 from edgewright.pipeline.stages.class_aware_pruning.specialising import class_cut
 from edgewright.pipeline.task import SPLITS
 
@@ -72,6 +74,23 @@ def test_whole_heads_of_attention_go() -> None:
     assert heads.units == 4 and heads.unit_width == 8 and not heads.residual
     assert heads.members[(heads.name, "out")].tolist() == torch.arange(32).view(4, 8).tolist()
     assert {path.rpartition(".")[2] for path in heads.producers} == {"q", "k", "v"}
+
+
+def test_whole_heads_of_window_attention_go_with_their_position_biases() -> None:
+    _, channels = found("swin")
+    heads = next(g for g in channels.groups if g.name == "features.3.0.attn.q")
+    assert heads.units == 4 and heads.unit_width == 8
+    assert heads.members[("features.3.0.attn.bias_table", "1")].flatten().tolist() == [0, 1, 2, 3]
+    cosine = torchvision.models.SwinTransformer(
+        [4, 4], 16, [2], [2], [4, 4], num_classes=4, block=torchvision.models.swin_transformer.SwinTransformerBlockV2
+    ).eval()
+    before = cosine(IMAGES)
+    assert open_attention(cosine, (IMAGES[:1],)) == ["features.1.0.attn", "features.1.1.attn"]
+    with torch.no_grad():
+        assert torch.allclose(cosine(IMAGES), before, atol=1e-5)
+    two = next(g for g in find_channels(cosine, (IMAGES[:1],)).groups if g.name == "features.1.0.attn.q")
+    assert two.members[("features.1.0.attn.logit_scale", "0")].flatten().tolist() == [0, 1]
+    assert "features.1.0.attn.bias_network.2" in two.producers
 
 
 def test_numbers_of_heads_that_a_module_writes_down_go_along() -> None:
@@ -134,5 +153,6 @@ def test_what_other_pruners_fail_on_prunes_and_exports(name: str, target: float,
         assert torch.equal(rebuilt.eval()(IMAGES), result.model(IMAGES))
         expected = surgery.masked(dense, surgery.from_json(result.edit.data["keep"]))(IMAGES)
         assert torch.allclose(result.model(IMAGES), expected, atol=1e-5)
-    parity = export_bundle(result.model, task, tmp_path / "bundle").manifest.parity
+    options = ExportOptions(batch="single", simplify="none")
+    parity = export_bundle(result.model, task, tmp_path / "bundle", options).manifest.parity
     assert parity.max_abs_diff <= 1e-4 and parity.label_agreement == 1.0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from edgewright.pipeline.cost import count
 from edgewright.pipeline.errors import CheckpointError, StageError
 from edgewright.pipeline.stages.class_aware_pruning import surgery
-from edgewright.pipeline.stages.class_aware_pruning.groups import ChannelGroup, Channels, find_channels
+from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
+from edgewright.pipeline.stages.class_aware_pruning.groups import ChannelGroup, Channels
 
 IMAGES = torch.randn(3, 1, 12, 12, generator=torch.Generator().manual_seed(5))
 CASES = [(name, residual) for name in pruning_models.MODELS for residual in (False, True)]

@@ -14,7 +14,7 @@ from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stages.class_aware_pruning.axes import filters
 from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer, coupled_weights
-from edgewright.pipeline.stages.class_aware_pruning.groups import find_channels
+from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
 from edgewright.pipeline.stages.class_aware_pruning.loss import modified_loss, orthogonality, penalty
 from edgewright.pipeline.stages.class_aware_pruning.scores import (
     RELATIVE_TAU,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from edgewright.pipeline.stages.class_aware_pruning.config import ClassAwarePruningConfig
 from edgewright.pipeline.stages.class_aware_pruning.criteria import UnitScores
+from edgewright.pipeline.stages.class_aware_pruning.flow import Axis, Call
 from edgewright.pipeline.stages.class_aware_pruning.groups import ChannelGroup, Channels
 from edgewright.pipeline.stages.class_aware_pruning.selection import Selection, select, smallest_macs, step_units
-from edgewright.pipeline.stages.class_aware_pruning.tracing import Axis, Call
 
 
 def chain(*widths: int, unit: int = 1) -> Channels:
