@@ -3,13 +3,20 @@
 For every network: the deepest path against the network without exits, the price per exit, the first exit against the
 same nodes exported alone, a batch of 32 whose rows leave at different exits against the levels run alone with the same
 rows (`compact_vs_ideal`) and against running all rows to the end, and the seconds that exporting six nested exits
-takes, parity at all four optimization levels included. Beside the deepest path, in the table only: the same with all
-weights in the outer graph, which is how `torch.cond` exports. Weights and inputs are random: thresholds are set so that
-about a quarter of the rows leaves at each exit.
+takes, parity at all four optimization levels included. In the table only: the deepest path of the same network with
+nested `torch.cond` (`cond_export`), with ONNX Runtime's memory patterns, of the split layout, and of the file for any
+batch at one row.
+
+Weights and inputs are random: thresholds are set so that about a quarter of the rows leaves at each exit. All runs of a
+comparison are interleaved, in blocks of random order. A figure is the median over the blocks; beside it the table has
+the 5 % quantile of single runs and, with one thread, the processor time of the calling thread, which other processes on
+the machine disturb less.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import tempfile
 import time
@@ -21,24 +28,28 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgewright.edge_runtime.manifest import THRESHOLDS
 from edgewright.edge_runtime.session import session_on
+from edgewright.edge_runtime.split_session import SplitSession
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.export.capture import capture
 from edgewright.export.control_flow import sink, take_apart
-from edgewright.export.ledger import graphs
 from edgewright.export.policy_graph import policy_graphs
 from edgewright.export.row_compaction import compact
 from edgewright.export.simplify import simplify
+from edgewright.export.split_levels import split_levels
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stages.exit_placement import choose_places
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cond_export import export_cond
 from figures import Figure, arguments, report
 
 CLASSES = 10
@@ -49,7 +60,7 @@ SMALL = (3, 32, 32)
 LARGE = (3, 224, 224)
 MODELS: dict[str, tuple[str, Mapping[str, Any], tuple[int, ...]]] = {
     "vggsmall": ("zoo:vggsmall", {}, SMALL),
-    "resnet50_cifar": ("zoo:resnet50_cifar", {}, SMALL),
+    "resnet50_cifar": ("zoo:resnet50_cifar", {"classes": CLASSES}, SMALL),
     "resnet18": ("torchvision:resnet18", {"num_classes": CLASSES}, LARGE),
     "mobilenet_v3_small": ("torchvision:mobilenet_v3_small", {"num_classes": CLASSES}, LARGE),
     "vit_b_16": ("torchvision:vit_b_16", {"num_classes": CLASSES}, LARGE),
@@ -63,7 +74,8 @@ class Files:
 
     plain: Path
     single: Path
-    outer: Path
+    split: tuple[Path, ...]
+    cond: Path | None
     first: Path
     batched: Path
     plain_batched: Path
@@ -93,15 +105,6 @@ def saved(model: ir.Model, path: Path) -> Path:
     """Writes the model and gives the path back."""
     ir.save(model, path)
     return path
-
-
-def weights_outside(model: ir.Model) -> ir.Model:
-    """The same with all weights in the outermost graph."""
-    model = model.clone()
-    for path, graph in graphs(model.graph):
-        for name in list(graph.initializers) if path else []:
-            model.graph.initializers[name] = graph.initializers.pop(name)
-    return model
 
 
 def first_exit_alone(model: ir.Model) -> onnx.ModelProto:
@@ -184,10 +187,16 @@ def export(name: str, shape: Sequence[int], x: Tensor, folder: Path) -> Files:
         alone, names = level_alone(flat_batched, k)
         levels.append((saved(alone, folder / f"level{k}.onnx"), values_of(flat_batched, names, arrays[:rows], folder)))
     onnx.save(first_exit_alone(single), str(folder / "first.onnx"))
+    split = split_levels(flat, policies[0], never, [{"image": arrays[:1]}]).models
+    model.thresholds.fill_(model.policy.never)
+    failed = export_cond(model, x[:1], folder / "cond.onnx")
+    if failed is not None:
+        print(f"{name}: torch.cond cannot be exported: {failed}")
     return Files(
         plain=saved(flat_of(model.base, x[:1], False), folder / "plain.onnx"),
         single=saved(single, folder / "single.onnx"),
-        outer=saved(weights_outside(single), folder / "outer.onnx"),
+        split=tuple(saved(level, folder / f"split{k}.onnx") for k, level in enumerate(split)),
+        cond=folder / "cond.onnx" if failed is None else None,
         first=folder / "first.onnx",
         batched=path,
         plain_batched=saved(flat_of(model.base, x[:2], True), folder / "plain_batched.onnx"),
@@ -197,25 +206,67 @@ def export(name: str, shape: Sequence[int], x: Tensor, folder: Path) -> Files:
     )
 
 
-def timed(runs: Mapping[str, Callable[[], object]], blocks: int, seconds: float) -> dict[str, NDArray[np.float64]]:
-    """Median microseconds of every run in every block; all run in each block, in random order."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one contender.
+
+    Attributes:
+        blocks: median of every block.
+        runs: every run.
+        cpu: every run, processor time of the calling thread.
+    """
+
+    blocks: NDArray[np.float64]
+    runs: NDArray[np.float64]
+    cpu: NDArray[np.float64]
+
+
+def timed(runs: Mapping[str, Callable[[], object]], blocks: int, seconds: float) -> dict[str, Times]:
+    """Every contender in every block, in random order; `seconds` for all, but at least five blocks."""
+    kept: dict[str, list[tuple[list[int], list[int]]]] = {name: [] for name in runs}
     calls = {}
     for name, run in runs.items():
         run()
         start = time.perf_counter_ns()
         run()
-        calls[name] = max(2, min(30, int(seconds * 1e9 / max(1, time.perf_counter_ns() - start))))
+        once = max(1, time.perf_counter_ns() - start)
+        calls[name] = max(1, min(20, int(seconds * 1e9 / blocks / len(runs) / once)))
     order = np.random.default_rng(0)
-    for _ in range(blocks):
+    begin = time.perf_counter()
+    for block in range(blocks):
+        if block >= 5 and time.perf_counter() - begin > seconds:
+            break
         for name in order.permutation(list(runs)).tolist():
-            samples = []
+            wall, cpu = [], []
+            if calls[name] > 1:
+                runs[name]()  # brings its weights back into the caches
             for _ in range(calls[name]):
-                start = time.perf_counter_ns()
+                busy, start = time.thread_time_ns(), time.perf_counter_ns()
                 runs[name]()
-                samples.append(time.perf_counter_ns() - start)
-            times[name].append(float(np.median(samples)) / 1e3)
-    return {name: np.asarray(values) for name, values in times.items()}
+                wall.append(time.perf_counter_ns() - start)
+                cpu.append(time.thread_time_ns() - busy)
+            kept[name].append((wall, cpu))
+    return {
+        name: Times(
+            np.asarray([np.median(wall) for wall, _ in samples]) / 1e3,
+            np.concatenate([wall for wall, _ in samples]) / 1e3,
+            np.concatenate([cpu for _, cpu in samples]) / 1e3,
+        )
+        for name, samples in kept.items()
+    }
+
+
+def table(title: str, times: Mapping[str, Times], baseline: str) -> None:
+    """Prints every contender: median and 5 % quantile of the runs, and of their processor time, and the ratios."""
+    print(title)
+    base = times[baseline]
+    for name, own in times.items():
+        line = f"  {name:<20}"
+        for what, mine, other in (("", own.runs, base.runs), (" cpu", own.cpu, base.cpu)):
+            for quantile in (0.5, 0.05):
+                value = float(np.quantile(mine, quantile))
+                line += f"  p{100 * quantile:g}{what} {value:9.1f} us x{value / np.quantile(other, quantile):.3f}"
+        print(line, flush=True)
 
 
 def figure(values: NDArray[np.float64]) -> Figure:
@@ -231,24 +282,40 @@ def call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float] | 
     return lambda: session.run(None, feeds)
 
 
-def measure(name: str, shape: Sequence[int], blocks: int, threads: int) -> dict[str, Figure]:
+def patterned_call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float]) -> Callable[[], object]:
+    """One run of a file with exits with ONNX Runtime's memory patterns, which `edge_runtime` switches off for it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    given = {**feeds, THRESHOLDS: np.asarray(thresholds, np.float32)}
+    return lambda: session.run(None, given)
+
+
+def split_call(files: Sequence[Path], feeds: Arrays, threads: int) -> Callable[[], object]:
+    """One run of the split layout to its end, with the thresholds that its files store."""
+    chain = SplitSession([session_on(path, threads=threads).session for path in files], list(feeds), {})
+    return lambda: chain.run(None, feeds)
+
+
+def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, threads: int) -> dict[str, Figure]:
     """All figures of one network but the export's."""
     x = torch.randn(ROWS, *shape, generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as folder:
         files = export(name, shape, x, Path(folder))
         row, rows = {"image": x[:1].numpy()}, {"image": x.numpy()}
         never, always = [0.0] * EXITS, [1.0] + [0.0] * (EXITS - 1)
-        one = timed(
-            {
-                "plain": call(files.plain, row, threads),
-                "deepest": call(files.single, row, threads, never),
-                "outer": call(files.outer, row, threads, never),
-                "first": call(files.single, row, threads, always),
-                "first alone": call(files.first, row, threads, always),
-            },
-            blocks,
-            0.05,
-        )
+        contenders = {
+            "plain": call(files.plain, row, threads),
+            "deepest": call(files.single, row, threads, never),
+            "deepest, patterns": patterned_call(files.single, row, threads, never),
+            "deepest, split": split_call(files.split, row, threads),
+            "deepest, any batch": call(files.batched, row, threads, never),
+            "first": call(files.single, row, threads, always),
+            "first alone": call(files.first, row, threads, always),
+        }
+        if files.cond is not None:
+            contenders["deepest, torch.cond"] = call(files.cond, row, threads)
+        one = timed(contenders, blocks, seconds)
         levels = {
             f"level {k}": call(path, feeds, threads) for k, (path, feeds) in enumerate(files.levels) if files.left[k]
         }
@@ -259,19 +326,16 @@ def measure(name: str, shape: Sequence[int], blocks: int, threads: int) -> dict[
                 **levels,
             },
             blocks,
-            0.2,
+            seconds,
         )
-    ideal = np.sum([many[level] for level in levels], axis=0)
-    print(
-        f"{name}: plain {np.median(one['plain']) / 1e3:.3f} ms, weights outside (as torch.cond exports) "
-        f"x{np.median(one['outer'] / one['plain']):.3f}, {ROWS} rows with {list(files.left)} in the levels: "
-        f"x{np.median(many['compact'] / many['plain']):.3f} of all to the end"
-    )
+    table(f"{name}, one row, {threads} threads", one, "plain")
+    table(f"{name}, {ROWS} rows of which {list(files.left)} reach the levels", many, "plain")
+    ideal = np.sum([many[level].blocks for level in levels], axis=0)
     return {
-        f"{name}.deepest_path_ratio": figure(one["deepest"] / one["plain"]),
-        f"{name}.overhead_us_per_exit": figure((one["deepest"] - one["plain"]) / EXITS),
-        f"{name}.first_exit_ratio": figure(one["first"] / one["first alone"]),
-        f"{name}.compact_vs_ideal": figure(many["compact"] / ideal),
+        f"{name}.deepest_path_ratio": figure(one["deepest"].blocks / one["plain"].blocks),
+        f"{name}.overhead_us_per_exit": figure((one["deepest"].blocks - one["plain"].blocks) / EXITS),
+        f"{name}.first_exit_ratio": figure(one["first"].blocks / one["first alone"].blocks),
+        f"{name}.compact_vs_ideal": figure(many["compact"].blocks / ideal),
     }
 
 
@@ -281,19 +345,31 @@ def export_seconds(name: str, shape: Sequence[int]) -> Figure:
     task = ImageClassification({"test": (images, torch.arange(8) % CLASSES)}, [str(i) for i in range(CLASSES)])
     model = with_exits(name, NESTED, shape)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        export_bundle(model, task, Path(folder, "bundle"), ExportOptions())
-        seconds = time.perf_counter() - start
+        start, before = time.perf_counter(), os.times()
+        manifest = export_bundle(model, task, Path(folder, "bundle"), ExportOptions()).manifest
+        seconds, after = time.perf_counter() - start, os.times()
+    busy = sum(after[:4]) - sum(before[:4])
+    levels = ", ".join(f"{level} {worst:.1e}" for level, worst in manifest.parity.optimization_levels.items())
+    print(
+        f"{name}: {len(model.specs)} nested exits exported in {seconds:.1f} s ({busy:.1f} s of processor time); "
+        f"{manifest.parity.exits_covered} of {manifest.parity.exits_total} ways out proven, max |diff| at {levels}",
+        flush=True,
+    )
     return Figure(seconds, seconds, seconds)
 
 
 def main() -> None:
     """Measures every network; with --quick the first one only, briefly."""
-    options = arguments(__doc__ or "")
+
+    def more(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--models", nargs="+", choices=MODELS, help="which networks; default all")
+
+    options = arguments(__doc__ or "", more)
     figures: dict[str, Figure] = {}
-    for name in list(MODELS)[:1] if options.quick else MODELS:
+    for name in options.models or (list(MODELS)[:1] if options.quick else MODELS):
         shape = MODELS[name][2]
-        figures |= measure(name, shape, 8 if options.quick else 40, options.threads)
+        blocks, seconds = (8, 10.0) if options.quick else (60, 60.0)
+        figures |= measure(name, shape, blocks, seconds, options.threads)
         if not options.quick:
             figures[f"{name}.export_seconds"] = export_seconds(name, shape)
     report("early_exit", figures, options.json)

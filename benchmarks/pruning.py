@@ -10,7 +10,7 @@ side as interval.
 
     python benchmarks/pruning.py                        glyphs (62 classes), out of the box
     python benchmarks/pruning.py --task digits
-    python benchmarks/pruning.py --model zoo:resnet_small --targets 4
+    python benchmarks/pruning.py --model zoo:resnet_small --model-args "{width_factor: 0.5}" --targets 4
     python benchmarks/pruning.py --task cifar --path cifar-10-batches-bin --model zoo:resnet56 --epochs 60
 """
 
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from edgewright.edge_runtime import interleaved
@@ -98,8 +99,10 @@ def options_of(description: str) -> argparse.Namespace:
     parser.add_argument("--task", choices=sorted(TASKS), default="glyphs")
     parser.add_argument("--path", type=Path, help="folder of the data, for cifar")
     parser.add_argument("--model", default="plain", help="plain, or a name as in recipes (zoo:resnet56)")
+    parser.add_argument("--model-args", type=yaml.safe_load, default={}, metavar="YAML", help="its keyword arguments")
     parser.add_argument("--criteria", nargs="+", choices=sorted(CRITERIA), default=sorted(CRITERIA))
     parser.add_argument("--allocation", choices=("equal_share", "loss_per_mac"), default="equal_share")
+    parser.add_argument("--round-to", choices=("cpu", "tensorrt"), help="widths as this device likes them")
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="how many times fewer MACs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="validation: for experiments")
@@ -124,7 +127,7 @@ def dense(task: Task, options: argparse.Namespace, seed: int, folder: Path) -> n
     model = (
         Plain(classes, x.shape[1])
         if options.model == "plain"
-        else build(options.model, {"classes": classes, "in_channels": x.shape[1]}, Path.cwd())
+        else build(options.model, {"classes": classes, "in_channels": x.shape[1], **options.model_args}, Path.cwd())
     )
     training = TrainingConfig(epochs=options.epochs, batch_size=64, learning_rate=0.1, warmup=0.1)
     train_model(model, task, training, FolderContext(folder, seed), "dense")
@@ -140,6 +143,7 @@ def pruned(
         target_mac_reduction=1.0 - 1.0 / target,
         target_steps=3,
         allocation=options.allocation,
+        round_to=options.round_to,
         lambda1=0.0,
         lambda_o=0.0,
         retrain=TrainingConfig(epochs=options.retrain, batch_size=64, learning_rate=0.05),
@@ -189,8 +193,9 @@ class Rows:
     """Results as they come, one line of JSON each, so that a run that was stopped goes on where it was."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        names = ("task", "model", "allocation", "epochs", "retrain", "finetune", "split")
+        names = ("task", "model", "allocation", "round_to", "epochs", "retrain", "finetune", "split")
         self.protocol = {name: getattr(options, name) for name in names}
+        self.protocol.update({f"model.{name}": value for name, value in options.model_args.items()})
         self.file: Path | None = options.rows
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file and self.file.exists() else []
         rows = [row for row in map(json.loads, lines) if row["protocol"] == self.protocol]

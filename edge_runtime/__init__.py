@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ProviderError,
         QualityFloorError,
     )
+    from .exit_latency import latency_table
     from .golden import read_golden, write_golden
     from .interleave import Contender, Interleaved, interleaved
     from .manifest import GoldenCase, Manifest
@@ -65,6 +66,7 @@ _WHERE = {
     "file_sha256": "bundle",
     "fingerprint": "device",
     "interleaved": "interleave",
+    "latency_table": "exit_latency",
     "load": "session",
     "open_bundle": "bundle",
     "pack_zip": "bundle",
@@ -104,6 +106,7 @@ __all__ = [
     "file_sha256",
     "fingerprint",
     "interleaved",
+    "latency_table",
     "load",
     "open_bundle",
     "pack_zip",

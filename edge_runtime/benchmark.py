@@ -22,7 +22,7 @@ from .device import collect_facts, fingerprint
 from .errors import InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE, Manifest
 from .providers import provider_names, warn_of_fallback
-from .session import OPTIMIZATION_LEVELS, explicit_thresholds
+from .session import OPTIMIZATION_LEVELS, explicit_thresholds, require_layout
 
 SCHEMA_VERSION = 1
 _PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -37,6 +37,7 @@ def bench(
     *,
     allow_fallback: bool = False,
     optimization_level: str = "all",
+    layout: str = "file",
     inputs: str | os.PathLike[str] | NDArray[Any] | Mapping[str, NDArray[Any]] | None = None,
     rows: int = 1,
     percentiles: Sequence[float] = (),
@@ -57,6 +58,7 @@ def bench(
         operating_point: as in `session.load`.
         allow_fallback: as in `session.load`.
         optimization_level: as in `session.load`.
+        layout: as in `session.load`.
         inputs: .npy or .npz file, array or mapping; None: the bundle's own natural golden inputs.
         rows: rows per run; more than 1 needs a bundle with a dynamic batch.
         percentiles: percentiles that must be there: the run is long enough for each.
@@ -92,6 +94,7 @@ def bench(
         "threads": threads,
         "allow_fallback": allow_fallback,
         "optimization_level": optimization_level,
+        "layout": layout,
         "min_seconds": min_seconds,
         "min_samples": min_samples,
         "max_seconds": max_seconds,
@@ -102,7 +105,8 @@ def bench(
         manifest = opened.manifest
         feeds, source = _feeds(opened, inputs, rows)
         chosen = explicit_thresholds(manifest, thresholds, operating_point)
-        artefact = Artefact(manifest.name, opened.path(MODEL_FILE), feeds, opened.path(MANIFEST_FILE), chosen)
+        require_layout(manifest, layout)
+        artefact = Artefact(manifest.name, opened.path(MODEL_FILE), feeds, opened.path(MANIFEST_FILE), chosen, layout)
         row = _row_head(opened, settings, chosen, operating_point)
         result = run_child([artefact], settings, timeout_s)
     row["scenario"] = {
@@ -237,6 +241,7 @@ def _row_head(
             "cuda_graph": False,
             "thresholds": list(points[0].thresholds if stored else thresholds or []),
             "operating_point": points[0].name if stored else point,
+            "layout": settings["layout"],
         },
         "boundary": "host",
     }

@@ -45,6 +45,7 @@ class Artefact:
         feeds: inputs, one mapping a run.
         manifest: its manifest.json, if it comes from a bundle.
         thresholds: for its exits.
+        layout: of a bundle, see `session.Layout`.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Artefact:
     feeds: Sequence[Feed]
     manifest: Path | None = None
     thresholds: tuple[float, ...] | None = None
+    layout: str = "file"
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[s
             "manifest": str(artefact.manifest.resolve()) if artefact.manifest else None,
             "inputs": str(inputs),
             "thresholds": list(artefact.thresholds) if artefact.thresholds is not None else None,
+            "layout": artefact.layout,
         }
         entries.append(entry)
     path = folder / "spec.json"

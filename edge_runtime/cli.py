@@ -1,4 +1,4 @@
-"""The command line of the device: verify, predict, bench, generate, doctor. Parsing and printing only.
+"""The command line of the device: verify, predict, bench, latency-table, generate, doctor. Parsing and printing only.
 
 Exit codes: 0 done, 1 failed otherwise, 2 bad input (also if `predict` refused some rows), 3 parity failed, 5
 execution provider not available or, from `doctor`, a problem found, 130 interrupted.
@@ -27,6 +27,7 @@ COMMANDS = {
     "verify": "Run every recorded case of a BUNDLE here and compare.",
     "predict": "Classify an INPUT (.npy, .npz or image) with a BUNDLE.",
     "bench": "Measure the latency of a BUNDLE here.",
+    "latency-table": "Measure what a row costs that leaves a BUNDLE at each of its exits, for the threshold search.",
     "generate": "Continue a prompt with a language MODEL that has its cache.",
     "doctor": "Show this machine and what is wrong with it.",
 }
@@ -115,29 +116,50 @@ def _parser(program: str) -> argparse.ArgumentParser:
         "--optimization-level", default="all", metavar="LEVEL", help="disabled, basic, extended or all"
     )
     exits = argparse.ArgumentParser(add_help=False)
-    exits.add_argument("--thresholds", metavar="T,T,...", type=_numbers, help="thresholds of the exits")
+    exits.add_argument(
+        "--thresholds",
+        metavar="T,T,...|NAME",
+        type=_thresholds,
+        help="one number for every exit, or as --operating-point",
+    )
     exits.add_argument("--operating-point", metavar="NAME", help="a setting of the bundle's manifest")
+    layout = argparse.ArgumentParser(add_help=False)
+    layout.add_argument("--layout", default="file", metavar="LAYOUT", help="file (default), or split where exported")
 
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    parents = {"verify": [common, session], "generate": [common, session], "doctor": [common]}
-    run = {"verify": _verify, "predict": _predict, "bench": _bench, "generate": _generate, "doctor": _doctor}
+    parents = {
+        "generate": [common, session],
+        "doctor": [common],
+        "latency-table": [common, session, layout],
+    }
+    run = {
+        "verify": _verify,
+        "predict": _predict,
+        "bench": _bench,
+        "latency-table": _latency_table,
+        "generate": _generate,
+        "doctor": _doctor,
+    }
     made = {}
     for name, what in COMMANDS.items():
         made[name] = commands.add_parser(
-            name, parents=parents.get(name, [common, session, exits]), help=what, description=what
+            name, parents=parents.get(name, [common, session, exits, layout]), help=what, description=what
         )
         made[name].set_defaults(command=run[name], bundle=None, samples_file=None)
         if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
     add_arguments(made["generate"])
-    predict, bench = made["predict"], made["bench"]
+    predict, bench, table = made["predict"], made["bench"], made["latency-table"]
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
-    bench.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
+    for measuring in (bench, table):
+        measuring.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
+        measuring.add_argument("--seed", type=int, default=0, help="of the order of the inputs")
+    table.add_argument("--blocks", type=int, default=40, metavar="N", help="default 40")
+    table.add_argument("--block-runs", type=int, default=5, metavar="N", help="of every exit in a block; default 5")
     bench.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="default 3")
     bench.add_argument("--min-samples", type=int, default=64, metavar="N", help="default 64")
     bench.add_argument("--percentiles", type=_numbers, default=[], metavar="P,P,...", help="run long enough for")
     bench.add_argument("--samples-file", type=Path, metavar="FILE", help=".npy for the samples, int64 ns")
-    bench.add_argument("--seed", type=int, default=0, help="of the order of the inputs")
     return parser
 
 
@@ -152,13 +174,19 @@ def _session(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _exits(options: argparse.Namespace) -> dict[str, Any]:
-    return {"thresholds": options.thresholds, "operating_point": options.operating_point}
+    """The options on exits that verify, predict and bench pass on."""
+    thresholds, point = options.thresholds, options.operating_point
+    if isinstance(thresholds, str):
+        if point is not None:
+            raise InputError("give --thresholds or --operating-point, not both")
+        thresholds, point = None, thresholds
+    return {"thresholds": thresholds, "operating_point": point, "layout": options.layout}
 
 
 def _verify(options: argparse.Namespace) -> int:
     from .verification import verify
 
-    report = verify(options.bundle, **_session(options))
+    report = verify(options.bundle, **_session(options), **_exits(options))
     print(report.text())
     _write_json(options.json, report.to_dict())
     return 0 if report.passed else ParityError.exit_code
@@ -197,6 +225,23 @@ def _bench(options: argparse.Namespace) -> int:
     print(bench_text(row))
     _write_json(options.json, row)
     return 0 if row["status"] == "ok" else EdgewrightError.exit_code
+
+
+def _latency_table(options: argparse.Namespace) -> int:
+    from .exit_latency import latency_table, latency_table_text
+
+    table = latency_table(
+        options.bundle,
+        **_session(options),
+        layout=options.layout,
+        inputs=options.inputs,
+        blocks=options.blocks,
+        block_runs=options.block_runs,
+        seed=options.seed,
+    )
+    print(latency_table_text(table))
+    _write_json(options.json, table)
+    return 0
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -288,6 +333,16 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like 0.5,0.9") from None
+
+
+def _thresholds(text: str) -> list[float] | str:
+    """Numbers, or the name of an operating point: what has no comma and is no number."""
+    try:
+        return _numbers(text)
+    except argparse.ArgumentTypeError:
+        if "," in text:
+            raise
+        return text
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ def check_consistency(manifest: Manifest) -> None:
     _check_labels(manifest)
     _check_exits(manifest)
     _check_preprocessing(manifest)
+    _check_split(manifest)
 
 
 def threshold_out_of_range(policy: PolicySpec, value: float) -> str | None:
@@ -100,6 +101,23 @@ def _check_preprocessing(manifest: Manifest) -> None:
             raise _contradiction(f"preprocessing.{name} has {len(values)} values for {given.channels} channels")
     if 0 in given.std:
         raise _contradiction("preprocessing divides by a standard deviation of 0")
+
+
+def _check_split(manifest: Manifest) -> None:
+    split = manifest.split
+    if split is None:
+        return
+    if manifest.policy is None:
+        raise _contradiction("split lists files and there is no exit policy")
+    if len(split.files) != len(manifest.exits):
+        raise _contradiction(f"split lists {len(split.files)} files for {len(manifest.exits)} exits")
+    # before a manifest is written, its files are not listed yet
+    missing = [name for name in split.files if manifest.files and name not in manifest.files]
+    if missing:
+        raise _contradiction(f"split lists {missing[0]!r}, which is none of the bundle's files")
+    for name, axis in split.row_axes.items():
+        if axis < 0:
+            raise _contradiction(f"split says that the rows of {name!r} lie in axis {axis}")
 
 
 def _contradiction(what: str) -> BundleError:

@@ -24,7 +24,7 @@ from .child import Artefact, run_child
 from .errors import EdgewrightError, InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE
 from .providers import provider_names, warn_of_fallback
-from .session import explicit_thresholds
+from .session import explicit_thresholds, require_layout
 
 _STATISTICS = ("median", "mean")
 
@@ -39,12 +39,14 @@ class Contender:
             instead of the golden inputs for a bundle.
         thresholds: for its exits; None: those stored in the graph.
         operating_point: of a bundle, instead of `thresholds`.
+        layout: of a bundle, see `session.Layout`.
     """
 
     path: str | os.PathLike[str]
     inputs: str | os.PathLike[str] | None = None
     thresholds: Sequence[float] | None = None
     operating_point: str | None = None
+    layout: str = "file"
 
 
 @dataclass(frozen=True)
@@ -211,8 +213,8 @@ def _artefact(
     if path.is_file() and path.suffix == ".onnx":
         if not isinstance(given, dict):
             raise InputError(f"{path} is a bare model: give its inputs as an .npz with one array per input")
-        if side.operating_point is not None:
-            raise InputError(f"{path} is a bare model and has no operating points: give thresholds")
+        if side.operating_point is not None or side.layout != "file":
+            raise InputError(f"{path} is a bare model and has neither operating points nor layouts: give thresholds")
         thresholds = tuple(side.thresholds) if side.thresholds is not None else None
         return Artefact(name, path, not_zero(cut(given, rows)[:MOST_FEEDS]), None, thresholds)
     bundle = stack.enter_context(open_bundle(path))
@@ -222,4 +224,5 @@ def _artefact(
     else:
         feeds = user_feeds(given, manifest.inputs, manifest.preprocessing, rows)
     thresholds = explicit_thresholds(manifest, side.thresholds, side.operating_point)
-    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle.path(MANIFEST_FILE), thresholds)
+    require_layout(manifest, side.layout)
+    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle.path(MANIFEST_FILE), thresholds, side.layout)

@@ -6,6 +6,7 @@ A bundle is an immutable folder, or the same files in a zip::
     manifest.sha256    sha256 of manifest.json, hex, one line
     model.onnx         also carries labels, preprocessing and exits in its metadata
     model.onnx.data    only for models whose weights are stored externally
+    split/level0.onnx  only with `split`: the same network, a file for every exit and one for its end
     golden.npz         cases with inputs and expected outputs, see `GoldenCase`
     edge_runtime.pyz   this package, runnable with numpy and onnxruntime
 
@@ -34,9 +35,13 @@ MANIFEST_HASH_FILE = "manifest.sha256"
 MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
 RUNTIME_FILE = "edge_runtime.pyz"
+SPLIT_FOLDER = "split"
 
 LABEL, SCORES, EXIT_INDEX, LOGITS = "label", "scores", "exit_index", "logits"
 """Output names. A model with exits has LABEL, SCORES, EXIT_INDEX; one without has LOGITS."""
+
+DECIDED = "decided"
+"""Output of a file of `SplitSpec`, bool [N]: which rows leave behind it. The last file has none."""
 
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
@@ -229,6 +234,25 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class SplitSpec:
+    """The network with exits as files that a host runs in turn, each with the rows that the earlier ones left.
+
+    A file reads inputs of the network and outputs of earlier files, by name. Beside what later files read it gives
+    label int64 [N], scores float32 [N, C] and, but for the last, `DECIDED`. It has an initializer `THRESHOLDS` [1].
+    """
+
+    files: tuple[str, ...]
+    """one for every exit, in order."""
+    row_axes: Mapping[str, int]
+    """value that later files read -> its axis that counts the rows; a value not listed has none. Empty with
+    ``batch: single``."""
+    unique_weight_bytes: int
+    """distinct initializer contents of all files."""
+    stored_weight_bytes: int
+    """all initializers of all files: what several levels read is in each of their files."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a device needs to know about a bundle, and everything a reader needs to trust it."""
 
@@ -255,6 +279,8 @@ class Manifest:
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
     """decisions worth knowing, e.g. why a simplifier's result was not kept."""
+    split: SplitSpec | None = None
+    """the levels as files of their own, if the export was asked for them."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 

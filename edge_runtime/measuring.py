@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from .errors import EdgewrightError
 from .feeds import check_feeds
 from .golden import read_npz, write_npz
-from .manifest import EXIT_INDEX, Manifest
+from .manifest import EXIT_INDEX, THRESHOLDS, Manifest
 from .runner import Runner
-from .session import session_on
+from .session import bundle_session, session_on
 
 WINDOW = 20
 """Runs in one warm-up window."""
@@ -103,6 +103,10 @@ class Subject:
         self._last = run(None, feed)
         return time.perf_counter_ns() - start
 
+    def forced(self, thresholds: NDArray[np.float32]) -> Subject:
+        """The same session and inputs with thresholds that go in at every run."""
+        return Subject(self.runner, [{**feed, THRESHOLDS: thresholds} for feed in self.feeds])
+
     def last_exit(self) -> int:
         """Deepest exit of the last run's rows; -1 for a model without exits."""
         return int(self._last[self._exit_at].max()) if self._exit_at is not None else -1
@@ -122,7 +126,7 @@ def main(started_ns: int, spec_path: str) -> None:
     folder = Path(spec["result"])
     answer: dict[str, Any]
     try:
-        measure = _interleaved if spec["mode"] == "interleaved" else _single
+        measure = {"single": _single, "interleaved": _interleaved, "exits": _exits}[spec["mode"]]
         answer, arrays = measure(spec)
         answer["phases_ms"] = {"import": (imported_ns - started_ns) / 1e6, **answer["phases_ms"]}
         write_npz(folder / "samples.npz", arrays)
@@ -207,6 +211,37 @@ def _interleaved(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArra
     return answer, {"samples": samples, "exits": exits}
 
 
+def _exits(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Every artefact with every setting of the thresholds, which go in as an input of each run."""
+    settings = [np.asarray(values, np.float32) for values in spec["exit_thresholds"]]
+    subjects, phases, warm = [], {}, []
+    for artefact in spec["artefacts"]:
+        subject, phases[artefact["name"]], _ = _subject(artefact, spec)
+        subjects.append([subject.forced(values) for values in settings])
+        for forced in subjects[-1]:
+            warm.append(asdict(warm_up(forced.run_once, min_seconds=0.1, max_seconds=spec["warmup_seconds"])))
+    blocks, runs = spec["blocks"], spec["block_runs"]
+    samples = np.zeros((len(subjects), len(settings), blocks, runs), np.int64)
+    exits = np.zeros_like(samples)
+    rng = np.random.default_rng(spec["seed"])
+    places = [(which, k) for which in range(len(subjects)) for k in range(len(settings))]
+    order = _shuffled_cycle(len(subjects[0][0].feeds), spec["seed"])
+    gc.collect()
+    gc.disable()
+    for block in range(blocks):
+        inputs = list(itertools.islice(order, runs))
+        for place in rng.permutation(len(places)).tolist():
+            which, k = places[place]
+            subject = subjects[which][k]
+            subject.run_once(inputs[-1])  # brings its weights back into the caches, untimed
+            for run, index in enumerate(inputs):
+                samples[which, k, block, run] = subject.run_once(index)
+                exits[which, k, block, run] = subject.last_exit()
+    gc.enable()
+    placements = [forced[0].runner.placement.to_dict() for forced in subjects]
+    return {"phases_ms": phases, "placement": placements, "warmup": warm}, {"samples": samples, "exits": exits}
+
+
 def _subject(artefact: dict[str, Any], spec: dict[str, Any]) -> tuple[Subject, dict[str, float], int | None]:
     """Creates the session; returns it with its phases in ms and the bytes that creating it took."""
     manifest = None
@@ -215,15 +250,15 @@ def _subject(artefact: dict[str, Any], spec: dict[str, Any]) -> tuple[Subject, d
     feeds = read_feeds(artefact["inputs"])
     resident = _status_bytes("VmRSS")
     start = time.perf_counter_ns()
-    runner = session_on(
-        artefact["model"],
-        providers=spec["providers"],
-        threads=spec["threads"],
-        thresholds=artefact["thresholds"],
-        allow_fallback=spec["allow_fallback"],
-        optimization_level=spec["optimization_level"],
-        manifest=manifest,
-    )
+    options = {
+        "thresholds": artefact["thresholds"],
+        **{key: spec[key] for key in ("providers", "threads", "allow_fallback", "optimization_level")},
+    }
+    model = Path(artefact["model"])
+    if manifest is None:
+        runner = session_on(model, **options)
+    else:
+        runner = bundle_session(model.parent, manifest, artefact["layout"], **options)
     created = time.perf_counter_ns()
     now_resident = _status_bytes("VmRSS")
     taken = now_resident - resident if now_resident is not None and resident is not None else None

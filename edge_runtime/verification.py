@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle, open_bundle
 from .comparison import Comparison, compare, exclusion_differs
-from .errors import ParityError
+from .errors import InputError, ParityError
 from .manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
 from .providers import Placement
-from .session import load
+from .session import explicit_thresholds, load
 
 EXCLUDED = "excluded"
 """`ExcusedFlip.output` where only the set of excluded classes differs."""
@@ -77,6 +77,7 @@ class VerifyReport:
     placement: Placement
     threads: int | None
     optimization_level: str
+    layout: str
     tolerances: Tolerances
     cases: int
     rows: int
@@ -123,7 +124,8 @@ class VerifyReport:
         ]
         lines = [
             f"{self.name}: {'verified' if self.passed else 'FAILED'}   {self.bundle}",
-            f"  onnxruntime {self.onnxruntime}, {self.placement.text()}, optimization {self.optimization_level}",
+            f"  onnxruntime {self.onnxruntime}, {self.placement.text()}, optimization {self.optimization_level}"
+            + (", split" if self.layout == "split" else ""),
             *(f"  FALLBACK: {reason}" for reason in self.placement.fallback),
             f"  {self.cases} cases, {self.rows} rows, exits covered {self.exits_covered} of {self.exits_total}",
         ]
@@ -145,6 +147,9 @@ def verify(
     threads: int | None = None,
     optimization_level: str = "all",
     allow_fallback: bool = False,
+    layout: str = "file",
+    thresholds: Sequence[float] | None = None,
+    operating_point: str | None = None,
 ) -> VerifyReport:
     """Runs every golden case of a bundle and compares.
 
@@ -154,34 +159,46 @@ def verify(
         threads: as in `load`.
         optimization_level: as in `load`.
         allow_fallback: as in `load`.
+        layout: as in `load`; what was recorded is what `model.onnx` answered, for both.
+        thresholds: run the cases alone that were recorded with these.
+        operating_point: the same, by its name.
 
     Returns:
         The report; call `raise_if_failed` for the exception.
 
     Raises:
         BundleError: the bundle is not intact.
+        InputError: an option that does not fit, or thresholds with which nothing was recorded.
         ProviderError: see `load`.
     """
     if not isinstance(bundle, Bundle):
         with open_bundle(bundle) as opened:
-            return verify(opened, providers, threads, optimization_level, allow_fallback)
+            return verify(
+                opened, providers, threads, optimization_level, allow_fallback, layout, thresholds, operating_point
+            )
     cases = bundle.golden()
     check = _Check(bundle.manifest)
     placement = None
-    for thresholds, indices in _by_thresholds(cases):
+    groups = list(_by_thresholds(cases))
+    chosen = explicit_thresholds(bundle.manifest, thresholds, operating_point)
+    if chosen is not None:
+        groups = _recorded_with(groups, chosen, bundle.manifest)
+    for values, indices in groups:
         with load(
             bundle,
             providers=providers,
             threads=threads,
-            thresholds=thresholds,
+            thresholds=values,
             allow_fallback=allow_fallback,
             optimization_level=optimization_level,
+            layout=layout,
         ) as runner:
             placement = runner.placement
             for index in indices:
                 check.case(index, cases[index], runner.run_rows(cases[index].inputs))
     assert placement is not None  # golden.npz with no case does not load
-    check.coverage()
+    if chosen is None:
+        check.coverage()
     import onnxruntime
 
     return VerifyReport(
@@ -192,8 +209,9 @@ def verify(
         placement=placement,
         threads=threads,
         optimization_level=optimization_level,
+        layout=layout,
         tolerances=bundle.manifest.tolerances,
-        cases=len(cases),
+        cases=sum(len(indices) for _, indices in groups),
         rows=check.rows,
         max_abs_diff=check.max_abs,
         fraction_outside={k: check.outside[k] / max(n, 1) for k, n in check.elements.items()},
@@ -347,6 +365,31 @@ def _by_thresholds(cases: Sequence[GoldenCase]) -> Iterator[tuple[list[float] | 
         groups.setdefault(key, []).append(index)
     for key, indices in groups.items():
         yield (None if key is None else list(key)), indices
+
+
+def _recorded_with(
+    groups: Sequence[tuple[list[float] | None, list[int]]], chosen: Sequence[float], manifest: Manifest
+) -> list[tuple[list[float] | None, list[int]]]:
+    """The groups with these thresholds.
+
+    Raises:
+        InputError: there is none; names the operating points that were recorded.
+    """
+    found = [group for group in groups if group[0] is not None and _same(group[0], chosen)]
+    if not found:
+        known = [values for values, _ in groups if values is not None]
+        names = (
+            ", ".join(p.name for p in manifest.operating_points if any(_same(p.thresholds, v) for v in known)) or "none"
+        )
+        raise InputError(
+            f"nothing was recorded with the thresholds {[round(float(t), 6) for t in chosen]}, so there is nothing to "
+            f"compare with: verify an operating point ({names}), or leave them out, which runs every recorded case"
+        )
+    return found
+
+
+def _same(a: Sequence[float], b: Sequence[float]) -> bool:
+    return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def _margin(case: GoldenCase, row: int) -> float | None:

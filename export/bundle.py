@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from edgewright.edge_runtime.manifest import (
     Manifest,
     OperatingPoint,
     PolicySpec,
+    SplitSpec,
     Tolerances,
 )
 from edgewright.edge_runtime.session import session_on
@@ -42,14 +42,16 @@ from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .duplication import check_duplication
 from .ledger import build_ledger, optimized
-from .model_file import EXTERNAL_ABOVE, save_model
+from .model_file import EXTERNAL_ABOVE, check_file, save_model
 from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
 from .options import Batch, ExportOptions
 from .parity import ParityResult, check_parity
-from .policy_graph import policy_graphs
+from .policy_graph import PolicyGraphs, policy_graphs
 from .row_compaction import compact
-from .simplify import simplify
+from .simplify import Feeds, simplify
 from .source import Source
+from .split_files import prove_split, write_split
+from .split_levels import split_levels
 
 _DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -131,7 +133,7 @@ def export_bundle(
             with _writing(target):
                 save_model(flat, flat_path, external_above)
                 save_model(final, work / MODEL_FILE, external_above)
-            _check_file(work / MODEL_FILE)
+            check_file(work / MODEL_FILE)
             runtime = optimized(work / MODEL_FILE)
             ledger = build_ledger(model, raw, final, runtime, options.shared_across_exits == "latency")
             notes = (note, *more, *check_duplication(model, raw, final, runtime, ledger))
@@ -144,16 +146,27 @@ def export_bundle(
                 abs_tol=options.tolerance.abs,
                 rel_tol=options.tolerance.rel,
                 rows=parity_rows,
+                points={point.name: point.thresholds for point in operating_points[1:]},
             )
             parity.require()
+            split_spec: SplitSpec | None = None
+            if options.split and isinstance(model, MultiExit):
+                split_graphs = split_levels(flat, *_exits_of(model, flat, batch), _row_feeds(batch, source, chosen))
+                with _writing(target):
+                    split_spec, note = write_split(split_graphs, work, external_above)
+                notes = (*notes, note)
             manifest = _manifest(
                 model, source, options, flat, final, ledger, parity, work / MODEL_FILE, _example(source, chosen, 1),
                 operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
+                split=split_spec,
             )  # fmt: skip
             with _writing(target):
                 write_golden(work / GOLDEN_FILE, parity.golden)
                 write_runtime_archive(work / RUNTIME_FILE)
                 manifest = write_manifest(work, manifest)
+            if split_spec is not None:
+                prove_split(work)
+            with _writing(target):
                 _replace(work, target)
     finally:
         for module, training in modes.items():
@@ -245,15 +258,23 @@ def _final_graph(
         final = flat.clone()
         next(v for v in final.graph.outputs if v.name == logits_name(0)).name = LOGITS
         return final, ()
-    opset = flat.graph.opset_imports[""]
-    thresholds = [float(t) for t in model.thresholds]
-    policy = policy_graphs(model.policy.name, model.classes, opset, any_rows=batch == "compact")
+    policy, thresholds = _exits_of(model, flat, batch)
+    feeds = _row_feeds(batch, source, split)
     if batch == "single":
         return sink(flat, policy, thresholds, options.shared_across_exits)
-    arrays = {n: x.numpy() for n, x in zip(source.input_names, _example(source, split, 3), strict=True)}
-    # the same rows, fewer of them: only the row axes differ
-    feeds = [{name: array[:rows] for name, array in arrays.items()} for rows in (2, 3)]
     return compact(flat, policy, thresholds, feeds, options.shared_across_exits)
+
+
+def _exits_of(model: MultiExit, flat: ir.Model, batch: Batch) -> tuple[PolicyGraphs, list[float]]:
+    opset = flat.graph.opset_imports[""]
+    policy = policy_graphs(model.policy.name, model.classes, opset, any_rows=batch == "compact")
+    return policy, [float(t) for t in model.thresholds]
+
+
+def _row_feeds(batch: Batch, source: Source, split: str) -> list[Feeds]:
+    """The same rows, two and three of them, so that only the row axes differ; one for a file that takes one."""
+    arrays = {n: x.numpy() for n, x in zip(source.input_names, _example(source, split, 3), strict=True)}
+    return [{name: array[:rows] for name, array in arrays.items()} for rows in ((1,) if batch == "single" else (2, 3))]
 
 
 def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
@@ -265,13 +286,6 @@ def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
             "edgewright.exits": json.dumps(exits),
         }
     )
-
-
-def _check_file(path: Path) -> None:
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX, please report it: {str(error)[:500]}") from error
 
 
 def _manifest(
@@ -290,6 +304,7 @@ def _manifest(
     name: str,
     notes: tuple[str, ...],
     batch: Batch,
+    split: SplitSpec | None,
 ) -> Manifest:
     policy: PolicySpec | None = None
     points: tuple[OperatingPoint, ...] = ()
@@ -332,4 +347,5 @@ def _manifest(
         ir_version=final.ir_version,
         versions=versions(_DISTRIBUTIONS),
         notes=(*notes, *uncounted(flat), *costed),
+        split=split,
     )

@@ -59,9 +59,9 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for _, _, tensor in _initializers(model))
 
 
-def unique_bytes(model: ir.Model) -> int:
-    """Bytes of distinct weight initializer contents."""
-    return sum({_digest(tensor): tensor.nbytes for _, _, tensor in _initializers(model)}.values())
+def unique_bytes(*models: ir.Model) -> int:
+    """Bytes of distinct weight initializer contents of one model, or of several together."""
+    return sum({_digest(t): t.nbytes for model in models for _, _, t in _initializers(model)}.values())
 
 
 def ledger_rows(model: ir.Model) -> tuple[LedgerRow, ...]:

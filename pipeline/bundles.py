@@ -98,6 +98,8 @@ def _archive(bundle: Path) -> Path:
 
 
 def _files(bundle: Path) -> dict[str, str]:
-    found = {path.name: sha256_of(path) for path in sorted(bundle.iterdir()) if path.is_file()}
+    found = {
+        path.relative_to(bundle).as_posix(): sha256_of(path) for path in sorted(bundle.rglob("*")) if path.is_file()
+    }
     archive = _archive(bundle)
     return found | ({archive.name: sha256_of(archive)} if archive.is_file() else {})

@@ -146,6 +146,30 @@ def cuts(
 
 
 @app.command()
+def mix(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its report.json.")],
+    shares: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Share of the rows at each exit, the end last.")
+    ] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Microseconds per exit on another device, JSON.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """What a row costs on average for another mix of exits, and when exits pay.
+
+    Without --shares the mix of the test split.
+    """
+    with _errors(debug):
+        from .exit_mix import mix_of_report, mix_text, numbers_of, read_json, read_report
+
+        report = read_report(run)
+        table = None if latency_table is None else read_json(latency_table)
+        cost = mix_of_report(report, None if shares is None else numbers_of(shares), table)
+        typer.echo(mix_text(cost, [row["name"] for row in report["exits"]["table"]]))
+
+
+@app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, ValidationInfo, model_validator
 
 from edgewright.export.options import ExportOptions
 
@@ -72,7 +72,7 @@ class StageEntry(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _inline(cls, value: Any) -> Any:
+    def _inline(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or isinstance(value.get("config"), StageConfig):
@@ -86,7 +86,7 @@ class StageEntry(_Section):
         own = {key: item for key, item in value.items() if key in ("name", "id")}
         fields = {key: item for key, item in value.items() if key not in own}
         try:
-            return {**own, "config": kind.model_validate(fields)}
+            return {**own, "config": kind.model_validate(fields, context=info.context)}
         except ValidationError as error:
             raise SectionError(error, kind, beside=("name", "id")) from None
 
@@ -247,12 +247,13 @@ def parse_recipe(
     if not whole.get("name"):
         whole["name"] = name
     try:
-        recipe = Recipe.model_validate(whole)
+        # files that a value names are read from the same folder as all others
+        folder = root.absolute() / Path(str(whole.get("root") or "")).expanduser()
+        recipe = Recipe.model_validate(whole, context={"folder": folder})
     except ValidationError as error:
         sentences = explain(error, Recipe)
         start = f"{source}: " if len(sentences) == 1 else f"{source}:\n  "
         raise RecipeError(start + "\n  ".join(sentences)) from None
-    folder = root.absolute() if recipe.root is None else root.absolute() / recipe.root.expanduser()
     if not folder.is_dir():
         raise RecipeError(f"{source}: 'root' names {folder}, which is no folder: correct it or leave it out")
     stages = tuple(

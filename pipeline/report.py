@@ -18,6 +18,7 @@ from .atomic import plain, pretty_json, write_text
 from .checkpoint import LIBRARIES, load_checkpoint
 from .class_counts import class_counts
 from .exit_analysis import ExitAnalysis, analyse_exits
+from .exit_mix import break_even_text, mix_cost
 from .stage import Json
 from .steps import StepRow
 from .task import Task, split_of
@@ -59,9 +60,11 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
     counts = [found for row in chain if (found := _class_counts(row, result.out, task, layer)) is not None]
     exits: dict[str, Json] | None = None
     if isinstance(model, MultiExit):
-        measured = next((m for m in result.measurements if m["step"] == final.step), None)
+        by_step = {m["step"]: m for m in result.measurements if m["status"] == "ok"}
+        measured = by_step.get(final.step)
+        before = by_step.get(chain[-2].step) if len(chain) > 1 else None
         analysis = analyse_exits(model, split_of(task, "test", needed_by="the report"))
-        exits = _exits(analysis, manifest, measured)
+        exits = _exits(analysis, manifest, measured, None if before is None else before["latency_ms"]["p50"])
     return {
         "schema_version": SCHEMA_VERSION,
         "name": result.recipe.name or task.name,
@@ -121,7 +124,9 @@ def _layer_not_found(layer: str | None, counts: Sequence[Json]) -> list[str]:
     return [f"report.layer names {layer!r}, which has none to draw: {known}"]
 
 
-def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None) -> dict[str, Json]:
+def _exits(
+    analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Json] | None, plain_ms: float | None
+) -> dict[str, Json]:
     total = max(1, sum(analysis.rows))
     latency: Sequence[float | None] = [None] * len(analysis.rows)
     if measured is not None and measured.get("exits"):
@@ -139,7 +144,14 @@ def _exits(analysis: ExitAnalysis, manifest: Manifest, measured: Mapping[str, Js
         }
         for spec in manifest.exits
     ]
-    return {"policy": manifest.policy.name if manifest.policy else None, "table": table, **dataclasses.asdict(analysis)}
+    mix = [rows / total for rows in analysis.rows]
+    cost = mix_cost(mix, latency, plain_ms, [spec.macs for spec in manifest.exits])
+    return {
+        "policy": manifest.policy.name if manifest.policy else None,
+        "table": table,
+        "cost": {**dataclasses.asdict(cost), "break_even_text": break_even_text(cost)},
+        **dataclasses.asdict(analysis),
+    }
 
 
 def render_html(report: Mapping[str, Json]) -> str:

@@ -13,10 +13,18 @@ NETWORKS = {
     "residual": (tiny_residual, ("stem", "blocks.1"), 8, 4),
     "transformer": (tiny_transformer, ("layers.0", "layers.1"), 16, 3),
 }
-THRESHOLDS = {"class_exclusion": 0.9, "max_probability": 0.34, "class_exclusion_permanent": 0.9, "entropy": 0.95}
+THRESHOLDS = {
+    "class_exclusion": 0.9,
+    "max_probability": 0.34,
+    "class_exclusion_permanent": 0.9,
+    "class_exclusion_softmax": 0.95,
+    "entropy": 0.95,
+}
+
 CASES = [
     *((network, policy) for network in NETWORKS for policy in ("class_exclusion", "max_probability")),
     ("residual", "class_exclusion_permanent"),
+    ("residual", "class_exclusion_softmax"),
     ("transformer", "entropy"),
 ]
 """Every policy, and both networks."""

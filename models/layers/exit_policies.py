@@ -41,6 +41,8 @@ class ExitPolicy(Protocol):
     """a threshold with which every row leaves (rows whose two best classes tie exactly may stay)."""
     excludes: ClassVar[bool]
     """True if it rules classes out, which it then remembers from exit to exit."""
+    one_against_rest: ClassVar[bool]
+    """True if it reads each logit through its own sigmoid, False if it reads their softmax: so heads are trained."""
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """Judges one exit.
@@ -83,6 +85,11 @@ class ClassExclusion:
     never: ClassVar[float] = 0.0
     always: ClassVar[float] = 1.0
     excludes: ClassVar[bool] = True
+    one_against_rest: ClassVar[bool] = True
+
+    def log_strength(self, logits: Tensor) -> Tensor:
+        """Float64 [N, C]: logarithms of what is compared, up to a constant of the row."""
+        return torch.nn.functional.logsigmoid(logits.to(torch.float64))
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """See `ExitPolicy.decide`; scores are 1 for the survivor.
@@ -114,7 +121,7 @@ class ClassExclusion:
         The favourite stays whatever beta is, so it counts only where it comes back from exclusion: then the
         runner-up could take its place.
         """
-        log_q = torch.nn.functional.logsigmoid(logits.to(torch.float64))
+        log_q = self.log_strength(logits)
         best = log_q.topk(min(2, log_q.shape[1]), dim=1)
         favourite, lead = best.values[:, :1], best.values[:, 0] - best.values[:, -1]
         line = favourite + threshold.to(torch.float64).log()
@@ -150,7 +157,7 @@ class PermanentExclusion(ClassExclusion):
         """See `ExitPolicy.margin`: of the classes that are left, the one closest to its line."""
         if excluded is None:
             return super().margin(logits, threshold, None)
-        log_q = torch.nn.functional.logsigmoid(logits.to(torch.float64))
+        log_q = self.log_strength(logits)
         favourite, index = log_q.masked_fill(excluded, -torch.inf).max(dim=1, keepdim=True)
         line = favourite + threshold.to(torch.float64).log()
         distance = (log_q - line).abs().masked_fill(excluded, torch.inf).scatter(1, index, torch.inf)
@@ -158,10 +165,39 @@ class PermanentExclusion(ClassExclusion):
         return torch.where(log_q.isnan().any(dim=1), torch.nan, distance.amin(dim=1) / 2)
 
 
+class SoftmaxExclusion(ClassExclusion):
+    """Class exclusion on the softmax: a class stays while its probability is at least ``beta`` times the largest.
+
+    Memory and readmission as in `ClassExclusion`, heads trained by cross entropy, as for the policies on probabilities:
+    linear heads are right more often with it than with one binary cross entropy per class.
+    """
+
+    name: ClassVar[str] = "class_exclusion_softmax"
+    one_against_rest: ClassVar[bool] = False
+
+    def log_strength(self, logits: Tensor) -> Tensor:
+        """Float64 [N, C]: the logits themselves."""
+        return logits.to(torch.float64)
+
+    def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
+        """See `ExitPolicy.decide`; scores are 1 for the survivor.
+
+        Compared are the ratios ``exp(z - max(z))`` of the probabilities to the largest. They are 1 for the favourite,
+        so that 1 in place of beta keeps out what is out already and readmits the favourite.
+        """
+        logits = logits.to(torch.float32)
+        ratio = torch.exp(logits - logits.amax(dim=1, keepdim=True))
+        share = threshold if excluded is None else torch.maximum(excluded.to(torch.float32), threshold)
+        weak = ratio < share
+        out = weak.to(torch.float32)
+        return Decision(weak, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
+
+
 class _Softmax:
     """What the policies have in common that judge a softmax: no memory, and probabilities at the end."""
 
     excludes: ClassVar[bool] = False
+    one_against_rest: ClassVar[bool] = False
 
     def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:
         """Softmax of the last head."""
@@ -227,7 +263,7 @@ class Entropy(_Softmax):
 
 
 POLICIES: dict[str, Callable[[], ExitPolicy]] = {
-    policy.name: policy for policy in (ClassExclusion, PermanentExclusion, MaxProbability, Entropy)
+    policy.name: policy for policy in (ClassExclusion, PermanentExclusion, SoftmaxExclusion, MaxProbability, Entropy)
 }
 """Every policy by name; MultiExit, the search and the export look here and nowhere else."""
 

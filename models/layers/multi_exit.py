@@ -1,4 +1,4 @@
-"""A network with intermediate heads: any base module, linear heads on its submodules' outputs, one policy."""
+"""A network with intermediate heads: any base module, small heads on its submodules' outputs, one policy."""
 
 from __future__ import annotations
 
@@ -23,16 +23,22 @@ class HeadSpec:
         axis: the feature axis; None is axis 1 of [N, C, H, W] and [N, C], the last axis of [N, T, C].
             Swin-like networks have maps [N, H, W, C] (axis 3), one-dimensional convolutions [N, C, T] (axis
             1).
+        token: read this token of [N, T, C] alone (0: the class token) instead of the mean over all.
+        mask: which input of the base, [N, T], says by non-zero values which tokens count in the mean of [N, T, C].
+        hidden: width of a hidden layer with ReLU; 0: the head is linear.
     """
 
     at: str
     features: int
     pool: int = 1
     axis: int | None = None
+    token: int | None = None
+    mask: int | None = None
+    hidden: int = 0
 
 
 class ExitPool(nn.Module):
-    """Averages ``[N, C, H, W] | [N, H, W, C] | [N, T, C] | [N, C, T] | [N, C]`` over the positions.
+    """Averages ``[N, C, H, W] | [N, H, W, C] | [N, T, C] | [N, C, T] | [N, C]`` over the positions, or picks a token.
 
     The result is [N, features], or [N, features * pool * pool] of a map that is pooled to ``pool x pool``.
     """
@@ -44,12 +50,21 @@ class ExitPool(nn.Module):
         self.dims = dims
         self.side = spec.pool if dims == 4 else 1
         self.axis = spec.axis if spec.axis is not None else (2 if dims == 3 else 1)
+        if (spec.token is not None or spec.mask is not None) and (dims, self.axis) != (3, 2):
+            raise ValueError(f"the output of {spec.at!r} is no sequence of tokens [N, T, C]: a head can only pool it")
+        self.token = spec.token
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Float [N, width]."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Float [N, width]; `mask` [N, T] is non-zero where a token counts, a row without any has zeros."""
         if self.dims == 2:
             # a copy, because an in-place activation may follow and training needs the value; no ONNX node
             return x.clone()
+        if self.token is not None:
+            return x[:, self.token].clone()
+        if mask is not None:
+            weight = (mask != 0).to(x.dtype)
+            weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1.0)
+            return torch.bmm(weight[:, None, :], x)[:, 0]
         if self.side == 1:
             # the mean is the same as pooling to 1x1 and becomes one ONNX node
             return x.mean(dim=[a for a in range(1, self.dims) if a != self.axis])
@@ -59,17 +74,35 @@ class ExitPool(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """Pool, flatten, one linear layer: a feature to logits [N, classes] (METHODS §2.1)."""
+    """Pool, flatten, one linear layer (METHODS §2.1), or two with ReLU between: a feature to logits [N, classes]."""
 
     def __init__(self, spec: HeadSpec, classes: int, dims: int) -> None:
         super().__init__()
         self.pool = ExitPool(spec, dims)
-        self.linear = nn.Linear(spec.features * self.pool.side**2, classes)
+        width = spec.features * self.pool.side**2
+        self.hidden = nn.Linear(width, spec.hidden) if spec.hidden else None
+        self.linear = nn.Linear(spec.hidden or width, classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits float [N, classes]."""
-        logits: Tensor = self.linear(self.pool(x))
+    @property
+    def layers(self) -> list[nn.Linear]:
+        """The linear layers in order."""
+        return [self.linear] if self.hidden is None else [self.hidden, self.linear]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one row."""
+        return sum(layer.weight.numel() for layer in self.layers)
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Logits float [N, classes] of pooled features [N, width]."""
+        if self.hidden is not None:
+            pooled = torch.relu(self.hidden(pooled))
+        logits: Tensor = self.linear(pooled)
         return logits
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits float [N, classes]."""
+        return self.classify(self.pool(x, mask))
 
 
 class ExitOutput(NamedTuple):
@@ -90,7 +123,7 @@ class MultiExit(nn.Module):
     output is a tensor is a place for an exit, and the user's forward is not changed. `base` takes its
     inputs positionally and returns one logits tensor [N, C].
 
-    State keys: ``base.<original name>``, ``heads.<i>.linear.*``, ``thresholds``.
+    State keys: ``base.<original name>``, ``heads.<i>.linear.*`` (and ``hidden.*``), ``thresholds``.
     """
 
     thresholds: Tensor
@@ -143,7 +176,8 @@ class MultiExit(nn.Module):
                     at = self.specs[index].at
                     raise RuntimeError(f"module {at!r} runs more than once in forward, so no exit can sit there")
                 # pooled here and not later: what follows may change the output in place, as `x += skip` does
-                found[index] = self.head(index).pool(output)
+                mask = self.specs[index].mask
+                found[index] = self.head(index).pool(output, None if mask is None else inputs[mask])
 
             return hook
 
@@ -161,7 +195,7 @@ class MultiExit(nn.Module):
     def all_logits(self, *inputs: Tensor) -> list[Tensor]:
         """Logits [N, C] of every head in order, the base's own last; one forward pass of the base."""
         features, last = self.pooled(*inputs)
-        return [self.head(i).linear(x) for i, x in enumerate(features)] + [last]
+        return [self.head(i).classify(x) for i, x in enumerate(features)] + [last]
 
     def forward(self, *inputs: Tensor) -> ExitOutput:
         """Runs everything and takes each row's first decided exit; the same in train and eval mode."""

@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
@@ -24,40 +22,16 @@ from ..exit_analysis import analyse_logits
 from ..metric import Answer, Score, within
 from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Split, Task, batches, check_classes, split_of
-from .exit_placement import choose_places, exit_macs
-from .exit_search import ExitSearchConfig, OperatingPointResult, search_thresholds
-from .exit_training import ExitTrainingConfig, train_heads, train_jointly
+from .exit_auto import boundaries, choose_subset
+from .exit_config import DEFAULT_SHARES, EarlyExitConfig
+from .exit_limits import ExitSearchConfig
+from .exit_placement import Place, choose_places, exit_macs
+from .exit_search import OperatingPointResult, default_limits, search_thresholds
+from .exit_training import train_heads, train_jointly
 
 __all__ = ["STAGE", "EarlyExitConfig", "collect_logits", "fit", "rebuild"]
 
-
-class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
-    """Where exits sit, how they decide, how they are trained, and what they may cost."""
-
-    at: tuple[str, ...] = ()
-    """Module paths whose outputs the exits read (`edgewright cuts` lists them); empty: `at_macs` chooses."""
-    at_macs: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares of the network's MACs; an exit goes to the outermost module near each."""
-    pool: int = Field(default=1, ge=1, le=16)
-    """Side to which maps are averaged for the heads; shrunk to what divides the map."""
-    policy: Literal["class_exclusion", "class_exclusion_permanent", "max_probability", "entropy"] = "class_exclusion"
-    """Rule that decides who leaves: one class is left (and what was ruled out may come back as the favourite, or not),
-    the best class is probable enough, or the entropy of the probabilities is low enough."""
-
-    @field_validator("at_macs")
-    @classmethod
-    def _check_shares(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(not 0.0 < share < 1.0 for share in value):
-            raise ValueError("each entry is a share of the network's MACs, between 0 and 1")
-        return value
-
-    @model_validator(mode="after")
-    def _check_places(self) -> EarlyExitConfig:
-        if self.at and "at_macs" in self.model_fields_set:
-            raise ValueError("give `at` or `at_macs`, not both")
-        if not self.at and not self.at_macs:
-            raise ValueError("give at least one place in `at` or `at_macs`")
-        return self
+_TRIAL_EPOCHS = 10
 
 
 def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context) -> StageResult:
@@ -84,14 +58,12 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     inputs = validation.batch([0]).inputs
     classes = len(task.labels)
     _check_output(model, inputs, classes)
-    chosen = choose_places(model, inputs, config.at, config.at_macs)
+    chosen, placement = _places(model, task, config, context)
     if not chosen:
         return StageResult(model.eval(), Edit("early_exit", {"heads": []}), notes=(_nowhere(model),))
     dims = [len(place.shape) for place in chosen]
     before = cost.count(model, inputs)
-    network = MultiExit(model, [place.head(config.pool) for place in chosen], dims, classes, config.policy)
-    _initialise(network, context.generator("heads"))
-    network.eval()
+    network = _with_heads(model, chosen, task, config, context)
     log, given_accuracy, notes = _train(network, task, config, context)
 
     logits = collect_logits(network, validation, context.device)
@@ -102,6 +74,8 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     context.progress.say(f"thresholds: {tried} settings tried in {seconds:.1f} s, {tried / seconds:.0f} a second")
     network.thresholds.copy_(torch.tensor(points[0].thresholds, dtype=torch.float32))
     metrics = _metrics(network, task, logits, validation.targets, points, macs, before, given_accuracy, log)
+    if placement is not None:
+        metrics["placement"] = placement
     notes += _summary(network, points[0], metrics, before, config)
     data = {
         "policy": config.policy,
@@ -122,24 +96,87 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
     heads = edit.data["heads"]
     if not heads:
         return model.eval()
-    specs = [HeadSpec(h["at"], h["features"], h["pool"], h["axis"]) for h in heads]
+    known = {field.name for field in dataclasses.fields(HeadSpec)}
+    specs = [HeadSpec(**{key: value for key, value in head.items() if key in known}) for head in heads]
     network = MultiExit(model, specs, [h["dims"] for h in heads], edit.data["classes"], edit.data["policy"])
     return network.eval()
 
 
 def check(model: nn.Module, task: Task, config: EarlyExitConfig) -> None:
-    """Refuses places in `at` that the base model does not have, or where no exit can sit.
+    """Refuses places in `at` that the base model does not have, or where no exit can sit, and an unknown `mask`.
 
     Raises:
-        RecipeError: names the place and the nearest ones that can carry an exit.
+        RecipeError: names the place and the nearest ones that can carry an exit, or the inputs that there are.
     """
+    _mask_of(task, config)
     if not config.at:
         return
     inputs = split_of(task, "validation", needed_by="early_exit").batch([0]).inputs
     try:
-        choose_places(model, inputs, config.at, ())
+        for place in choose_places(model, inputs, config.at, ()):
+            place.head(config.pool, token=0 if config.head == "token" else None)
     except StageError as error:
         raise RecipeError(str(error)) from error
+
+
+def _places(
+    model: nn.Module, task: Task, config: EarlyExitConfig, context: Context
+) -> tuple[list[Place], dict[str, Json] | None]:
+    """Where the exits go, in order of depth; with `auto`, how that was found too."""
+    validation = split_of(task, "validation", needed_by="early_exit")
+    inputs = validation.batch([0]).inputs
+    tokens = config.head == "token"
+    if config.auto is None:
+        return choose_places(model, inputs, config.at, config.at_macs or DEFAULT_SHARES, tokens), None
+    several = validation.batch(range(min(16, len(validation)))).inputs
+    candidates = [place for place in boundaries(model, several) if place.tokens is not None or not tokens]
+    if not candidates:
+        return [], None
+    network = _with_heads(model, candidates, task, config, context)
+    trial = config.model_copy(update={"head_epochs": config.head_epochs or _TRIAL_EPOCHS})
+    train_heads(network, task, trial, context, augment=False, name="trial heads")
+    logits = collect_logits(network, validation, context.device)
+    macs = [*(place.macs for place in candidates), cost.count(model, inputs).macs]
+    heads = [network.head(i).macs for i in range(len(candidates))]
+    found = choose_subset(
+        network.policy, logits, validation.targets, macs, heads, config.auto, lambda e: default_limits(e, config)
+    )
+    context.progress.say(
+        f"places: {len(candidates)} candidates, {found.tried} sets of {len(found.chosen)} tried, a mean row costs "
+        f"{found.mean_cost:.1%} of the network at {', '.join(candidates[i].path for i in found.chosen)}"
+    )
+    told = {"candidates": [place.path for place in candidates], **dataclasses.asdict(found)}
+    return [candidates[i] for i in found.chosen], told
+
+
+def _with_heads(
+    model: nn.Module, chosen: Sequence[Place], task: Task, config: EarlyExitConfig, context: Context
+) -> MultiExit:
+    """`model` with fresh heads at the places, in eval mode."""
+    token = 0 if config.head == "token" else None
+    mask = _mask_of(task, config)
+    specs = [place.head(config.pool, token, mask, config.hidden) for place in chosen]
+    dims = [len(place.shape) for place in chosen]
+    network = MultiExit(model, specs, dims, len(task.labels), config.policy)
+    _initialise(network, context.generator("heads"))
+    return network.eval()
+
+
+def _mask_of(task: Task, config: EarlyExitConfig) -> tuple[int, int] | None:
+    """Index of the input that is the mask, and for how many tokens."""
+    if config.mask is None:
+        return None
+    names = list(task.input_names)
+    if config.mask not in names:
+        raise RecipeError(
+            f"early_exit.mask: the task {task.name!r} has no input {config.mask!r}; "
+            f"it has {', '.join(map(repr, names))}"
+        )
+    index = names.index(config.mask)
+    mask = split_of(task, "validation", needed_by="early_exit").batch([0]).inputs[index]
+    if mask.dim() != 2:
+        raise RecipeError(f"early_exit.mask: the input {config.mask!r} has {mask.dim()} axes, a mask has 2, [N, T]")
+    return index, mask.shape[1]
 
 
 def _nowhere(model: nn.Module) -> str:
@@ -180,10 +217,10 @@ def _check_output(model: nn.Module, inputs: tuple[Tensor, ...], classes: int) ->
 def _initialise(model: MultiExit, generator: torch.Generator) -> None:
     """As `nn.Linear` does, from the context's randomness."""
     for i in range(len(model.specs)):
-        linear = model.head(i).linear
-        bound = linear.in_features**-0.5
-        for parameter in linear.parameters():
-            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        for layer in model.head(i).layers:
+            bound = layer.in_features**-0.5
+            for parameter in layer.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
 
 def _end(task: Task, logits: Sequence[Tensor], targets: Tensor) -> Score:
@@ -241,7 +278,7 @@ def _damage(model: MultiExit, task: Task, given: float, config: EarlyExitConfig,
 
 
 def _spec_json(spec: HeadSpec, dims: int) -> dict[str, Json]:
-    return {"at": spec.at, "features": spec.features, "pool": spec.pool, "axis": spec.axis, "dims": dims}
+    return {**dataclasses.asdict(spec), "dims": dims}
 
 
 def _metrics(
@@ -283,7 +320,7 @@ def _summary(
         f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
         f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
     ]
-    if model.policy.excludes:
+    if model.policy.one_against_rest:
         notes.append(f"the loss of the exits was weighted in the mode {config.exit_loss_mode!r}")
     unused = [model.specs[i].at for i in range(len(model.specs)) if not point.metrics[f"exit_share_{i}"]]
     if unused:

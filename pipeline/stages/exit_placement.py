@@ -18,7 +18,8 @@ from .. import cost
 from ..errors import RecipeError, StageError
 
 _NEAR = 0.12  # of the network's MACs: how far a place may be from what was asked and still be preferred
-_LATEST = 0.97  # an exit after this share of the MACs saves nothing
+LATEST = 0.97
+"""An exit after this share of the MACs saves nothing."""
 
 _FEATURES_FIRST = (
     nn.Conv1d,
@@ -52,14 +53,45 @@ class Place:
     macs: int
     order: int
 
-    def head(self, pool: int) -> HeadSpec:
-        """A head that reads here; `pool` shrinks to what divides the map, so that it stays one ONNX node."""
+    @property
+    def tokens(self) -> int | None:
+        """T where the output is a sequence of tokens [N, T, C], else None."""
+        return self.shape[1] if len(self.shape) == 3 and self.axis == 2 else None
+
+    def head(
+        self, pool: int = 1, token: int | None = None, mask: tuple[int, int] | None = None, hidden: int = 0
+    ) -> HeadSpec:
+        """A head that reads here.
+
+        Args:
+            pool: side of the pooled map; shrinks to what divides the map, so that it stays one ONNX node.
+            token: read this token alone.
+            mask: which input says what tokens count, and for how many it does; left out where that is another number.
+            hidden: width of the hidden layer, 0 for none.
+
+        Raises:
+            StageError: a token is to be read and there are none.
+        """
         dims = len(self.shape)
+        if token is not None and self.tokens is None:
+            raise StageError(
+                f"early_exit.head: token reads one of the tokens [N, T, C], and {self.path!r} returns "
+                f"{list(self.shape)}: use `head: pooled` or other places (`edgewright cuts` lists them with shapes)"
+            )
+        masked = mask[0] if mask is not None and token is None and mask[1] == self.tokens else None
         if dims == 4:
             sides = [size for a, size in enumerate(self.shape) if a not in (0, self.axis)]
             pool = max(p for p in range(1, pool + 1) if all(size % p == 0 for size in sides))
         usual = self.axis == (2 if dims == 3 else 1)
-        return HeadSpec(self.path, self.shape[self.axis], pool if dims == 4 else 1, None if usual else self.axis)
+        return HeadSpec(
+            self.path,
+            self.shape[self.axis],
+            pool=pool if dims == 4 else 1,
+            axis=None if usual else self.axis,
+            token=token,
+            mask=masked,
+            hidden=hidden,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,11 @@ def places(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Place]:
 
 
 def choose_places(
-    model: nn.Module, inputs: tuple[Tensor, ...], at: Sequence[str], at_macs: Sequence[float]
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    at: Sequence[str],
+    at_macs: Sequence[float],
+    tokens: bool = False,
 ) -> list[Place]:
     """The places a recipe asks for, in order of depth.
 
@@ -107,6 +143,7 @@ def choose_places(
             preferred (a whole block to a layer inside it), among those the nearest. Shares that lead to a
             place already taken get the next one; where there are fewer places than shares, there are fewer
             exits.
+        tokens: `at_macs` means places with tokens [N, T, C] only.
 
     Returns:
         The places; none where `at` is empty and no module returns something useful between the first and the last
@@ -138,11 +175,11 @@ def choose_places(
                 )
         return chosen
     total = cost.count(model, inputs).macs
-    return _nearest(list(found.values()), total, at_macs)
+    return _nearest([p for p in found.values() if p.tokens is not None or not tokens], total, at_macs)
 
 
 def _nearest(candidates: list[Place], total: int, at_macs: Sequence[float]) -> list[Place]:
-    free = [place for place in candidates if 0 < place.macs <= _LATEST * total]
+    free = [place for place in candidates if 0 < place.macs <= LATEST * total]
     taken: list[Place] = []
     for share in at_macs:
         free = [place for place in free if all(place.macs != other.macs for other in taken)]
@@ -168,7 +205,7 @@ def exit_macs(model: MultiExit, inputs: tuple[Tensor, ...]) -> list[int]:
         inputs: a batch; its first row is used.
     """
     found = places(model.base, inputs)
-    passed = list(accumulate(model.head(i).linear.weight.numel() for i in range(len(model.specs))))
+    passed = list(accumulate(model.head(i).macs for i in range(len(model.specs))))
     ends = [found[spec.at].macs + so_far for spec, so_far in zip(model.specs, passed, strict=True)]
     return [*ends, cost.count(model.base, inputs).macs + passed[-1]]
 

@@ -7,19 +7,19 @@ PyTorch and the exported graph decide by the same algebra (METHODS §2.5).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from edgewright.models.layers.exit_policies import ExitPolicy
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
-from ..stage import Json, StageConfig
+from ..stage import Json
+from .exit_limits import ExitSearchConfig, Limits, budget_name
+from .exit_published import geometric, geometric_schedules, greedy
 from .exit_trials import ExitEvaluator, Trials
 
 OPERATING_POINTS = (("accurate", 0.0), ("balanced", 1.0), ("fast", 3.0))
@@ -28,33 +28,9 @@ DEFAULT_POINT = "balanced"
 
 _ELEMENTS_PER_SEARCH = 1 << 18  # of [rows, classes]; above it the search looks around on a sample of the rows
 _ROWS_PER_SEARCH = 2000  # but never on fewer
-_PRICES = (2.0, 8.0, 32.0)  # of one point of violation, in units of the whole network's MACs
+_PRICES = (2.0, 8.0, 32.0)  # of one point of violation, in units of the deepest path's cost, or of accuracy
 _ROUNDS = 20
 _WINDOW = 8  # candidates to either side
-_ROUNDING = 1e-9
-
-
-class ExitSearchConfig(StageConfig):
-    """What the thresholds must fulfil, and how they are looked for."""
-
-    search: Literal["coordinate", "greedy"] = "coordinate"
-    """`greedy`: as published, one exit after the other (METHODS §2.5). `coordinate`: descent on the mean MACs from
-    several starts, the greedy result among them, so it is never worse on validation."""
-    tolerance: float = Field(default=0.005, ge=0.0, le=1.0)
-    """Validation accuracy that the exits may cost, against the same network run to its end (0.005 = half a point)."""
-    max_worst_class_drop: float | None = Field(default=None, ge=0.0, le=1.0)
-    """The same limit for the worst class' accuracy; None sets none."""
-    min_share: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Share of the validation rows that every exit, the network's own end included, must take if the tolerance allows
-    it; needs `search: coordinate`."""
-    restarts: int = Field(default=3, ge=0)
-    """Random starts of the coordinate search."""
-
-    @model_validator(mode="after")
-    def _check_search(self) -> ExitSearchConfig:
-        if self.search == "greedy" and self.min_share is not None:
-            raise ValueError("min_share needs search: coordinate; the published greedy search cannot aim at shares")
-        return self
 
 
 @dataclass(frozen=True)
@@ -62,10 +38,11 @@ class OperatingPointResult:
     """A validated setting of the thresholds.
 
     Attributes:
-        name: ``"balanced"``, ``"accurate"``, ``"fast"``.
+        name: ``"balanced"``, ``"accurate"``, ``"fast"``, ``"budget_<percent>"``.
         thresholds: K numbers.
-        metrics: accuracy, worst_class_accuracy, mean_macs, mac_share (of the deepest path), exit_share_<i>,
-            and greedy_mean_macs, what the published search reaches under the same limits.
+        metrics: accuracy, worst_class_accuracy, wrong_exclusions, mean_macs, mac_share (of the deepest path),
+            mean_latency_us where the search went by latency, exit_share_<i>, and what the published searches reach
+            under the same limits: greedy_accuracy, greedy_mean_macs, geometric_accuracy, geometric_mean_macs.
         min_share_met: every exit takes the share that was asked for; None if none was.
         trials: float64 [T, K + 2], see `Trials.table`: everything that was tried for this point.
     """
@@ -79,30 +56,6 @@ class OperatingPointResult:
     def to_json(self) -> dict[str, Json]:
         """As `metrics["operating_points"]` and the manifest have it."""
         return {"name": self.name, "thresholds": list(self.thresholds), "metrics": dict(self.metrics)}
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a setting of the thresholds must keep to."""
-
-    accuracy: float
-    worst_class: float | None
-    min_share: float | None
-
-    def violation(self, trials: Trials) -> Tensor:
-        """Float64 [T], how far each trial is outside, 0 if it keeps to everything."""
-        missing = (self.accuracy - trials.accuracy).clamp(min=0.0)
-        if self.worst_class is not None:
-            missing = missing + (self.worst_class - trials.worst_class_accuracy).clamp(min=0.0)
-        if self.min_share is not None:
-            missing = missing + (self.min_share - trials.shares).clamp(min=0.0).sum(dim=1)
-        return torch.where(missing > _ROUNDING, missing, 0.0)
-
-
-def published_steps(policy: ExitPolicy) -> list[float]:
-    """The thresholds that the published search walks through, from `never` in steps of 0.01."""
-    span = policy.always - policy.never
-    return [round(policy.never + span * step / 100, 6) for step in range(1, 100)]
 
 
 def candidate_thresholds(policy: ExitPolicy) -> list[float]:
@@ -138,62 +91,67 @@ def search_thresholds(
         StageError: there are no rows, or logits are not finite; names the row.
     """
     _check_logits(logits, targets)
-    everything = ExitEvaluator(multi_exit.policy, logits, targets, exit_macs)
-    search = _Search(everything, _sample(everything, generator), config.restarts, generator)
-    plain = everything.evaluate([multi_exit.policy.never] * everything.exits)
-    found: dict[str, OperatingPointResult] = {}
-    for name, multiple in OPERATING_POINTS:
-        drop = config.max_worst_class_drop
-        limits = Limits(
-            float(plain.accuracy[0]) - multiple * config.tolerance,
-            None if drop is None else float(plain.worst_class_accuracy[0]) - multiple * drop,
-            config.min_share,
+    table = config.latency_table
+    if table is not None and len(table.exits) != len(logits):
+        raise StageError(
+            f"early_exit.latency_table has {len(table.exits)} numbers for {len(logits) - 1} exits and the network's "
+            f"end: {len(logits)} are needed; measure a network with the same exits"
         )
-        found[name] = _search_point(name, search, limits, config)
+    everything = ExitEvaluator(multi_exit.policy, logits, targets, exit_macs, None if table is None else table.exits)
+    search = ThresholdSearch(everything, config.restarts, generator)
+    found = {name: _search_point(name, search, limits, config) for name, limits in _points(everything, config)}
     return [found.pop(DEFAULT_POINT), *found.values()]
 
 
-def _search_point(name: str, search: _Search, limits: Limits, config: ExitSearchConfig) -> OperatingPointResult:
+def default_limits(everything: ExitEvaluator, config: ExitSearchConfig, multiple: float = 1.0) -> Limits:
+    """What an operating point keeps to that may spend so many times the tolerances."""
+    plain = everything.evaluate([everything.policy.never] * everything.exits)
+    drop = config.max_worst_class_drop
+    return Limits(
+        accuracy=float(plain.accuracy[0]) - multiple * config.tolerance,
+        worst_class=None if drop is None else float(plain.worst_class_accuracy[0]) - multiple * drop,
+        min_share=config.min_share,
+        wrong_exclusion=config.max_wrong_exclusion,
+    )
+
+
+def _points(everything: ExitEvaluator, config: ExitSearchConfig) -> list[tuple[str, Limits]]:
+    """Every operating point with what it has to keep to; strict ones first."""
+    points = [(name, default_limits(everything, config, multiple)) for name, multiple in OPERATING_POINTS]
+    for budget in config.budgets:
+        limits = Limits(min_share=config.min_share, wrong_exclusion=config.max_wrong_exclusion, budget=budget)
+        points.append((budget_name(budget), limits))
+    return points
+
+
+def _search_point(name: str, search: ThresholdSearch, limits: Limits, config: ExitSearchConfig) -> OperatingPointResult:
     everything = search.everything
     tried = len(everything.log)
-    best = published = greedy(everything, limits)
+    published = search.published(limits)
     share_met: bool | None = None
     if config.search == "coordinate":
-        best = search.run(limits, published)
+        best = search.run(limits, published.values())
         if limits.min_share is not None:
             share_met = float(limits.violation(best)[0]) == 0.0
             if not share_met:
-                best = search.run(replace(limits, min_share=None), published)
+                best = search.run(replace(limits, min_share=None), published.values())
+    else:
+        best = published[config.search]
     metrics = {
         "accuracy": float(best.accuracy[0]),
         "worst_class_accuracy": float(best.worst_class_accuracy[0]),
+        "wrong_exclusions": float(best.wrong_exclusions[0]),
         "mean_macs": float(best.mean_macs[0]),
         "mac_share": float(best.mean_macs[0] / everything.exit_macs[-1]),
         **{f"exit_share_{i}": float(share) for i, share in enumerate(best.shares[0])},
-        "greedy_accuracy": float(published.accuracy[0]),
-        "greedy_mean_macs": float(published.mean_macs[0]),
     }
+    for other, trials in published.items():
+        metrics[f"{other}_accuracy"] = float(trials.accuracy[0])
+        metrics[f"{other}_mean_macs"] = float(trials.mean_macs[0])
+    if config.latency_table is not None:
+        metrics["mean_latency_us"] = float(best.mean_cost[0]) * config.latency_table.exits[-1]
     table = torch.cat([trials.table() for trials in everything.log[tried:] or [best]])
     return OperatingPointResult(name, tuple(best.thresholds[0].tolist()), metrics, share_met, table)
-
-
-def greedy(evaluator: ExitEvaluator, limits: Limits) -> Trials:
-    """The published search (METHODS §2.5): exits by the MACs of their segment, each pushed until accuracy fails.
-
-    Two differences from the release, as METHODS has them: an exit that fails at the first step is switched
-    off (the release leaves it on at 0.01), and rows do not influence each other (`ExitPolicy`). The limit
-    itself may be reached, so that a tolerance of 0 is not always a failure. `limits.min_share` is not
-    looked at.
-    """
-    never, steps = evaluator.policy.never, published_steps(evaluator.policy)
-    segments = torch.diff(evaluator.exit_macs, prepend=torch.zeros(1, dtype=torch.float64)).tolist()
-    thresholds = [never] * evaluator.exits
-    floor = replace(limits, min_share=None)
-    for i in sorted(range(evaluator.exits), key=lambda j: -segments[j]):
-        kept = floor.violation(evaluator.sweep(thresholds, i, steps)) == 0.0
-        passed = int(kept.to(torch.int64).cumprod(dim=0).sum())
-        thresholds[i] = steps[passed - 1] if passed else never
-    return evaluator.evaluate(thresholds)
 
 
 def _sample(everything: ExitEvaluator, generator: torch.Generator) -> ExitEvaluator:
@@ -204,22 +162,32 @@ def _sample(everything: ExitEvaluator, generator: torch.Generator) -> ExitEvalua
     return everything.sample(torch.randperm(everything.rows, generator=generator)[:rows])
 
 
-class _Search:
-    """Coordinate search on the mean MACs from several starts, for one set of limits after the other."""
+class ThresholdSearch:
+    """Coordinate search from several starts, for one set of limits after the other; and the published ones."""
 
-    def __init__(
-        self, everything: ExitEvaluator, sample: ExitEvaluator, restarts: int, generator: torch.Generator
-    ) -> None:
-        self.everything, self.sample = everything, sample
+    def __init__(self, everything: ExitEvaluator, restarts: int, generator: torch.Generator) -> None:
+        """Prepares the starts.
+
+        Args:
+            everything: the rows whose limits count; where they are many, a sample of them is looked around in.
+            restarts: random starts.
+            generator: of sample, random starts and order of the exits.
+        """
+        self.everything, self.sample = everything, _sample(everything, generator)
         self.restarts, self.generator = restarts, generator
         self.candidates = candidate_thresholds(everything.policy)
+        self.schedules = geometric_schedules(everything, self.sample)
         # a point that keeps to strict limits keeps to loose ones: earlier results are starts of later searches
-        self.starts = [[everything.policy.never] * everything.exits, _even_start(sample, self.candidates)]
+        self.starts = [[everything.policy.never] * everything.exits]
 
-    def run(self, limits: Limits, published: Trials) -> Trials:
-        """The best setting found within `limits`; never worse than `published` where that keeps to them."""
-        results = [self._descend(self.sample, limits, start) for start in self.starts]
-        results.append(self._descend(self.sample, limits, published.thresholds[0].tolist()))
+    def published(self, limits: Limits) -> dict[str, Trials]:
+        """What the published searches find, by name."""
+        return {"greedy": greedy(self.everything, limits), "geometric": geometric(self.schedules, limits)}
+
+    def run(self, limits: Limits, published: Iterable[Trials]) -> Trials:
+        """The best setting found within `limits`; never worse than those `published` that keep to them."""
+        given = [trials.thresholds[0].tolist() for trials in published]
+        results = [self._descend(self.sample, limits, start) for start in [*self.starts, *given]]
         for _ in range(self.restarts):
             picks = torch.randint(len(self.candidates), (self.everything.exits,), generator=self.generator)
             thresholds = [self.candidates[pick] for pick in picks.tolist()]
@@ -230,22 +198,13 @@ class _Search:
         best = self._best(results, limits)
         if self.sample is not self.everything:
             # what was found on a sample is moved a little until it holds on all rows
-            moved = [best.thresholds[0].tolist(), *self.starts, published.thresholds[0].tolist()]
+            moved = [best.thresholds[0].tolist(), *self.starts, *given]
             best = self._best([self._descend(self.everything, limits, m, window=_WINDOW) for m in moved], limits)
         self.starts.append(best.thresholds[0].tolist())
         return best
 
     def _best(self, results: Sequence[Trials], limits: Limits) -> Trials:
-        return min(results, key=lambda r: float(self._objective(r, limits, None)[0]))
-
-    def _objective(self, trials: Trials, limits: Limits, price: float | None) -> Tensor:
-        """Float64 [T], mean MACs (1 = all rows to the end) plus a price; without `price` limits are walls."""
-        # among equal costs the more accurate setting
-        cost = trials.mean_macs / self.everything.exit_macs[-1] - 1e-6 * trials.accuracy
-        violation = limits.violation(trials)
-        if price is not None:
-            return cost + price * violation
-        return torch.where(violation > 0.0, 10.0 + violation, cost)
+        return min(results, key=lambda r: float(limits.objective(r)[0]))
 
     def _descend(
         self,
@@ -257,13 +216,13 @@ class _Search:
     ) -> Trials:
         """Each exit in turn takes its best candidate until none improves; `window` limits it to neighbours."""
         best = evaluator.evaluate(start)
-        value = float(self._objective(best, limits, price)[0])
+        value = float(limits.objective(best, price)[0])
         for _ in range(_ROUNDS):
             improved = False
             for i in torch.randperm(evaluator.exits, generator=self.generator).tolist():
                 current: list[float] = best.thresholds[0].tolist()
                 trials = evaluator.sweep(current, i, self._near(current[i], window))
-                objective = self._objective(trials, limits, price)
+                objective = limits.objective(trials, price)
                 pick = int(objective.argmin())
                 if float(objective[pick]) < value - 1e-12:
                     best, value, improved = trials[pick : pick + 1], float(objective[pick]), True
@@ -276,15 +235,6 @@ class _Search:
             return self.candidates
         at = min(range(len(self.candidates)), key=lambda j: abs(self.candidates[j] - threshold))
         return self.candidates[max(0, at - window) : at + window + 1]
-
-
-def _even_start(evaluator: ExitEvaluator, candidates: Sequence[float]) -> list[float]:
-    """Thresholds with which about the same number of rows leaves everywhere."""
-    thresholds = [evaluator.policy.never] * evaluator.exits
-    for i in range(evaluator.exits):
-        shares = evaluator.sweep(thresholds, i, candidates).shares[:, i]
-        thresholds[i] = candidates[int((shares - 1.0 / (evaluator.exits + 1)).abs().argmin())]
-    return thresholds
 
 
 def _check_logits(logits: Sequence[Tensor], targets: Tensor) -> None:

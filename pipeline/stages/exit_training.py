@@ -40,8 +40,8 @@ class ExitTrainingConfig(StageConfig):
     """Where joint training costs the network's own end more validation accuracy than this, it is undone and the heads
     trained alone are kept; None keeps whatever it gives."""
     exit_loss_mode: Literal["pos_weight", "uniform_scale"] = "pos_weight"
-    """For class_exclusion, what the factor 4 (C - 1) multiplies: the positive terms of the loss (what is meant), or all
-    of it (what the published code does)."""
+    """For class_exclusion and class_exclusion_permanent, what the factor 4 (C - 1) multiplies: the positive terms of
+    the loss (what is meant), or all of it (what the published code does)."""
     kappa: float = Field(default=1.0, gt=0.0)
     """Divides the loss of all exits."""
     distillation: float = Field(default=0.0, ge=0.0)
@@ -71,8 +71,8 @@ def exit_loss(
 ) -> Tensor:
     """The weighted loss of all heads, scalar (METHODS §2.2, §2.7).
 
-    Binary cross entropy of each class on its own for policies that exclude, where a head has to be sure which
-    classes are wrong; cross entropy for policies on probabilities.
+    Binary cross entropy of each class on its own for policies that read each logit on its own, where a head has to be
+    sure which classes are wrong; cross entropy for policies on the softmax.
 
     Args:
         logits: of K heads, [N, C].
@@ -84,7 +84,7 @@ def exit_loss(
     """
     total = torch.zeros((), device=targets.device)
     for weight, head in zip(weights, logits, strict=True):
-        if policy_named(policy).excludes:
+        if policy_named(policy).one_against_rest:
             value = _class_loss(head, targets, config.exit_loss_mode)
         else:
             value = functional.cross_entropy(head, targets)
@@ -125,39 +125,63 @@ def train_jointly(model: MultiExit, task: Task, config: ExitTrainingConfig, cont
 
 
 class _Heads(nn.Module):
-    """The linear layers of all heads, on standardised features: what trains while the network stays as it is.
+    """The layers of all heads, on standardised features: what trains while the network stays as it is.
 
     Features of a trained network differ in scale by orders of magnitude, and a linear layer learns slowly on them.
-    Shift and scale are folded into the linear layers afterwards, so they cost nothing. Weights start at zero: the
-    problem is convex.
+    Shift and scale are folded into the first layers afterwards, so they cost nothing. The last layers start at zero:
+    for linear heads the problem is convex.
     """
 
-    def __init__(self, model: MultiExit, means: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: MultiExit, means: Sequence[Tensor], scales: Sequence[Tensor], generator: torch.Generator
+    ) -> None:
         super().__init__()
         self.means, self.scales = list(means), list(scales)
-        self.linears = nn.ModuleList()
+        self.heads = nn.ModuleList()
         for i in range(len(model.specs)):
-            linear = nn.Linear(model.head(i).linear.in_features, model.classes)
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-            self.linears.append(linear)
+            layers = [nn.Linear(given.in_features, given.out_features) for given in model.head(i).layers]
+            for layer in layers[:-1]:
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
+                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layers[-1].weight)
+            nn.init.zeros_(layers[-1].bias)
+            self.heads.append(nn.ModuleList(layers))
+
+    def layers(self, index: int) -> list[nn.Linear]:
+        """Of head `index`, in order."""
+        return [cast(nn.Linear, layer) for layer in cast(nn.ModuleList, self.heads[index])]
 
     def forward(self, *features: Tensor) -> list[Tensor]:
         """Pooled features [N, width] of K exits to K logits [N, C]."""
-        columns = zip(self.linears, features, self.means, self.scales, strict=True)
-        return [linear((x - mean.to(x.device)) / scale.to(x.device)) for linear, x, mean, scale in columns]
+        found = []
+        for i, (x, mean, scale) in enumerate(zip(features, self.means, self.scales, strict=True)):
+            *hidden, last = self.layers(i)
+            x = (x - mean.to(x.device)) / scale.to(x.device)
+            for layer in hidden:
+                x = torch.relu(layer(x))
+            found.append(last(x))
+        return found
 
     @torch.no_grad()
     def fold_into(self, model: MultiExit) -> None:
         """Writes the same functions of the plain features into the heads of `model`."""
-        for i, linear in enumerate(self.linears):
-            weight = linear.get_parameter("weight") / self.scales[i]
-            model.head(i).linear.weight.copy_(weight)
-            model.head(i).linear.bias.copy_(linear.get_parameter("bias") - weight @ self.means[i])
+        for i in range(len(self.heads)):
+            for layer, target in zip(self.layers(i), model.head(i).layers, strict=True):
+                target.load_state_dict(layer.state_dict())
+            first, given = model.head(i).layers[0], self.layers(i)[0]
+            weight = given.weight / self.scales[i]
+            first.weight.copy_(weight)
+            first.bias.copy_(given.bias - weight @ self.means[i])
 
 
 def train_heads(
-    model: MultiExit, task: Task, config: ExitTrainingConfig, context: Context, *, augment: bool
+    model: MultiExit,
+    task: Task,
+    config: ExitTrainingConfig,
+    context: Context,
+    *,
+    augment: bool,
+    name: str = "heads",
 ) -> list[dict[str, Json]]:
     """Trains the heads from scratch, the network in eval mode and untouched; resumable; one row per epoch.
 
@@ -170,6 +194,7 @@ def train_heads(
         config: `head_epochs` and the loss.
         context: see `Context`.
         augment: whether to see the samples varied as the task does.
+        name: what its progress is saved under.
 
     Raises:
         StageError: a feature is not finite.
@@ -180,7 +205,8 @@ def train_heads(
     features = _features(model, rows, context)
     moments = [torch.std_mean(x, dim=0, correction=0) for x in features[:-1]]
     # a feature that never varies stays at zero and learns nothing
-    heads = _Heads(model, [mean for _, mean in moments], [torch.where(std > 1e-8, std, 1.0) for std, _ in moments])
+    scales = [torch.where(std > 1e-8, std, 1.0) for std, _ in moments]
+    heads = _Heads(model, [mean for _, mean in moments], scales, context.generator("hidden layers"))
     training = TrainingConfig(
         epochs=config.head_epochs,
         batch_size=config.training.batch_size,
@@ -202,7 +228,7 @@ def train_heads(
                 pooled, teacher = model.pooled(*batch.inputs)
         return exit_loss(module(*pooled), teacher, batch.targets, weights, model.policy.name, config)
 
-    log = train_model(heads, task, training, context, "heads", loss)
+    log = train_model(heads, task, training, context, name, loss)
     model.to("cpu").eval()
     heads.fold_into(model)
     return log
@@ -215,7 +241,7 @@ def _augments(task: Task, context: Context) -> bool:
 
 
 def _cache_bytes(model: MultiExit, split: Split) -> int:
-    width = model.classes + sum(model.head(i).linear.in_features for i in range(len(model.specs)))
+    width = model.classes + sum(model.head(i).layers[0].in_features for i in range(len(model.specs)))
     return len(split) * width * 4
 
 

@@ -22,14 +22,19 @@ class Trials:
         accuracy: float64 [T].
         worst_class_accuracy: float64 [T], of the classes that have samples.
         mean_macs: float64 [T], per row.
+        mean_cost: float64 [T], per row in units of the deepest path: of its MACs, or of its latency where given.
         shares: float64 [T, K + 1], of the rows leaving at each exit.
+        wrong_exclusions: float64 [T], share of the rows that end with their true class excluded; 0 for policies without
+            memory of classes.
     """
 
     thresholds: Tensor
     accuracy: Tensor
     worst_class_accuracy: Tensor
     mean_macs: Tensor
+    mean_cost: Tensor
     shares: Tensor
+    wrong_exclusions: Tensor
 
     def __getitem__(self, rows: slice) -> Trials:
         return Trials(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -50,9 +55,17 @@ class ExitEvaluator:
         logits: K + 1 tensors float [N, C], as `MultiExit.all_logits` returns them.
         targets: int64 [N].
         exit_macs: K + 1 numbers: MACs of one row that leaves there.
+        exit_latency: K + 1 numbers: microseconds of one row that leaves there, where the search is to go by them.
     """
 
-    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor, exit_macs: Sequence[int]) -> None:
+    def __init__(
+        self,
+        policy: ExitPolicy,
+        logits: Sequence[Tensor],
+        targets: Tensor,
+        exit_macs: Sequence[int],
+        exit_latency: Sequence[float] | None = None,
+    ) -> None:
         self.policy = policy
         self.logits = [x.detach() for x in logits]
         self.device = self.logits[0].device
@@ -60,6 +73,8 @@ class ExitEvaluator:
         self.exits = len(logits) - 1
         self.rows, self.classes = self.logits[0].shape
         self.exit_macs = torch.tensor(list(exit_macs), dtype=torch.float64)
+        costs = self.exit_macs if exit_latency is None else torch.tensor(list(exit_latency), dtype=torch.float64)
+        self.exit_costs = costs / costs[-1]
         self.class_rows = torch.bincount(self.targets, minlength=self.classes).cpu()
         self.log: list[Trials] = []
         self._known: dict[Hashable, Trials] = {}
@@ -68,7 +83,8 @@ class ExitEvaluator:
         """The same for some of the rows, int64 [n]."""
         rows = rows.to(self.device)
         macs = [int(m) for m in self.exit_macs]
-        return ExitEvaluator(self.policy, [x[rows] for x in self.logits], self.targets[rows], macs)
+        costs = self.exit_costs.tolist()
+        return ExitEvaluator(self.policy, [x[rows] for x in self.logits], self.targets[rows], macs, costs)
 
     def evaluate(self, thresholds: Sequence[float]) -> Trials:
         """One trial."""
@@ -90,6 +106,7 @@ class ExitEvaluator:
         tried = torch.tensor(list(values), dtype=torch.float32, device=self.device)
         hits = torch.zeros(len(values), self.classes, dtype=torch.float64, device=self.device)
         leaving = torch.zeros(len(values), self.exits + 1, dtype=torch.float64, device=self.device)
+        wrong = torch.zeros(len(values), dtype=torch.float64, device=self.device)
         excluded: Tensor | None = None
         rows = torch.arange(self.rows, device=self.device)
         for i in range(exit_index):  # what comes before is the same for all trials
@@ -97,23 +114,26 @@ class ExitEvaluator:
             right = decided & (scores.argmax(dim=1) == self.targets[rows])
             hits += torch.bincount(self.targets[rows[right]], minlength=self.classes)
             leaving[:, i] += decided.sum()
+            if excluded is not None:
+                wrong += (decided & ~right).sum()
             rows, excluded = rows[~decided], None if excluded is None else excluded[~decided]
         size = max(1, _ELEMENTS_PER_CHUNK // (len(values) * self.classes))
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             before = None if excluded is None else excluded[chunk]
-            right, exit_of_row = self._outcomes(given, exit_index, tried, rows[chunk], before)
+            right, lost, exit_of_row = self._outcomes(given, exit_index, tried, rows[chunk], before)
+            wrong += lost.sum(dim=1)
             hits.index_add_(1, self.targets[rows[chunk]], right.to(torch.float64))
             for i in range(exit_index, self.exits + 1):
                 leaving[:, i] += (exit_of_row == i).sum(dim=1)
         table = torch.tensor(list(thresholds), dtype=torch.float64).repeat(len(values), 1)
         table[:, exit_index] = torch.tensor(list(values), dtype=torch.float64)
-        return self._summary(table, hits.cpu(), leaving.cpu())
+        return self._summary(table, hits.cpu(), leaving.cpu(), wrong.cpu())
 
     def _outcomes(
         self, given: Tensor, first: int, values: Tensor, rows: Tensor, before: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Whether each of `rows` is right, bool [T, n], and where it leaves, int64 [T, n]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For each of `rows`: right and true class excluded, bool [T, n], and where it leaves, int64 [T, n]."""
         here = self.logits[first][rows]
 
         def decide(value: Tensor) -> tuple[Tensor, ...]:
@@ -132,13 +152,13 @@ class ExitEvaluator:
         run_of = run_of.cummax(dim=0).values  # numbered trial by trial, so a row's own number only grows
         at = new.nonzero(as_tuple=True)
         excluded_at = memory[0][at] if memory else None
-        right, exit_of_row = self._follow(given, first, rows[at[1]], decided[at], scores[at], excluded_at)
-        return right[run_of], exit_of_row[run_of]
+        right, lost, exit_of_row = self._follow(given, first, rows[at[1]], decided[at], scores[at], excluded_at)
+        return right[run_of], lost[run_of], exit_of_row[run_of]
 
     def _follow(
         self, given: Tensor, first: int, rows: Tensor, decided: Tensor, scores: Tensor, excluded: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """From what exit `first` said to the end: right bool [n], exit index int64 [n]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """From what exit `first` said to the end: right and true class excluded, bool [n], exit index int64 [n]."""
         targets = self.targets[rows]
         right = decided & (scores.argmax(dim=1) == targets)
         exit_of_row = torch.where(decided, first, self.exits)
@@ -150,10 +170,22 @@ class ExitEvaluator:
             exit_of_row = torch.where(leaves, i, exit_of_row)
             stays = stays & ~decided
         last = self.policy.finish(self.logits[-1][rows], excluded).argmax(dim=1)
-        return torch.where(stays, last == targets, right), exit_of_row
+        # a row that leaves has one class left: its own, or it is excluded
+        lost = torch.zeros_like(stays) if excluded is None else ~right
+        if excluded is not None:
+            lost = torch.where(stays, excluded.gather(1, targets[:, None])[:, 0], lost)
+        return torch.where(stays, last == targets, right), lost, exit_of_row
 
-    def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor) -> Trials:
+    def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor, wrong: Tensor) -> Trials:
         present = self.class_rows > 0
         worst = (hits[:, present] / self.class_rows[present]).amin(dim=1)
         shares = leaving / self.rows
-        return Trials(thresholds, hits.sum(dim=1) / self.rows, worst, shares @ self.exit_macs, shares)
+        return Trials(
+            thresholds=thresholds,
+            accuracy=hits.sum(dim=1) / self.rows,
+            worst_class_accuracy=worst,
+            mean_macs=shares @ self.exit_macs,
+            mean_cost=shares @ self.exit_costs,
+            shares=shares,
+            wrong_exclusions=wrong / self.rows,
+        )

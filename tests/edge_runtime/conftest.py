@@ -125,7 +125,9 @@ def _exit_model(net: TinyNet, thresholds: np.ndarray) -> onnx.ModelProto:
     flatten = helper.make_node("Flatten", ["x"], ["h-1"], name="Flatten")
     weights.append(numpy_helper.from_array(thresholds, "thresholds"))
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, SIDE, SIDE])
-    graph = helper.make_graph([flatten, *nodes], "tiny", [x], _outputs(), weights)
+    # a graph input too, as the export makes it: a caller may replace it
+    given = helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, [len(thresholds)])
+    graph = helper.make_graph([flatten, *nodes], "tiny", [x, given], _outputs(), weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model)
     return model

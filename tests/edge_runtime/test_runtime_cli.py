@@ -204,6 +204,40 @@ def test_bench(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert row["session"]["intra"] == 1 and row["samples_file"] == "s.npy"
 
 
+def test_every_command_takes_an_operating_point_by_either_option(bundle: Path, tmp_path: Path, rows, capsys) -> None:
+    np.save(tmp_path / "x.npy", rows[:1])
+    commands = [
+        ["verify", str(bundle)],
+        ["predict", str(bundle), str(tmp_path / "x.npy")],
+        ["bench", str(bundle), "--min-seconds", "0", "--min-samples", "3"],
+    ]
+    for command in commands:
+        assert cli.main([*command, "--thresholds", "deep"]) == 0, command
+        out = capsys.readouterr().out
+        assert "exit 2" in out or "12 rows" in out
+        for option in ("--thresholds", "--operating-point"):
+            assert cli.main([*command, option, "depe"]) == InputError.exit_code
+            assert "did you mean 'deep'? the bundle has default, deep" in capsys.readouterr().err
+        assert cli.main([*command, "--thresholds", "0.5"]) == InputError.exit_code
+        assert "has 2 thresholds, got 1" in capsys.readouterr().err
+        assert cli.main([*command, "--thresholds", "deep", "--operating-point", "deep"]) == InputError.exit_code
+        assert "not both" in capsys.readouterr().err
+        assert cli.main([*command, "--layout", "split"]) == InputError.exit_code
+        assert "export it with `export: {split: true}`" in capsys.readouterr().err
+    assert cli.main([*commands[0], "--thresholds", "0.75,0.75"]) == InputError.exit_code
+    assert "verify an operating point (default, deep)" in capsys.readouterr().err
+
+
+def test_latency_table(bundle: Path, flat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["latency-table", str(bundle), "--threads", "1", "--blocks", "3", "--block-runs", "2"]
+    assert cli.main([*command, "--json", str(tmp_path / "table.json")]) == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert len(table["exits"]) == 3 and min(table["exits"]) > 0 and table["split_over_file"] is None
+    assert table["exit_names"] == ["body0", "body1", "final"] and table["device"] in capsys.readouterr().out
+    assert cli.main(["latency-table", str(flat_bundle)]) == InputError.exit_code
+    assert "no early exits" in capsys.readouterr().err
+
+
 def test_doctor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.main(["doctor", "--json", str(tmp_path / "d.json")])
     assert json.loads((tmp_path / "d.json").read_text())["ok"] is (code == 0)
@@ -227,7 +261,7 @@ def test_errors_are_one_line_and_a_code(bundle: Path, tmp_path: Path, capsys, mo
     assert "internal error: RuntimeError: a bug; run again with --debug" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["verfy"], ["predict", "b"], ["bench", "b", "--thresholds", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["verfy"], ["predict", "b"], ["bench", "b", "--thresholds", "0.5,x"]])
 def test_usage_errors_exit_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)

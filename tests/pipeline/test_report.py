@@ -86,6 +86,11 @@ REPORT: dict[str, Any] = {
         "rows": [10, 0],
         "accuracy": [0.9, None],
         "per_class": [[5, 0], [5, 0]],
+        "right_per_class": [[5, 0], [4, 0]],
+        "confusions": [(1, 0, 1, 1)],
+        "lost": 1,
+        "won": 0,
+        "cost": {"expected_ms": 0.5, "plain_ms": 1.0, "break_even_text": "break-even: below 20.0% of the rows"},
         "survivors": [[0, 10, 0]],
         "wrong_exclusions": [0.0],
     },
@@ -102,6 +107,10 @@ def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
     assert "<script>" not in page
     assert page.count("<svg") == 4
     assert "c (control)" in page
+    assert "0.5 ms on average, without exits 1 ms" in page and "Break-even: below 20.0%" in page
+    assert "1 rows are wrong that the network's own end has right" in page
+    assert "<td>b</td><td>a</td><td>1</td><td>1</td>" in page, "confusion caused by exclusion"
+    assert "<td>b</td><td>100.00 %, 80.00 % right</td><td>–</td><td>80.00 %</td>" in page
     assert "mean latency</span><b>÷ 2.00</b>95 % 1.60 to 2.50" in page, "what was measured is what it is called"
 
 

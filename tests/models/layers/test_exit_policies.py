@@ -67,6 +67,20 @@ def test_class_exclusion_is_the_published_rule(seed: int, exits: int, classes: i
 
 @QUIET
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([2, 3, 10]), st.data())
+def test_exclusion_on_the_softmax_is_the_same_rule_on_probabilities(
+    seed: int, exits: int, classes: int, data: st.DataObject
+) -> None:
+    betas = [data.draw(st.floats(0.01, 0.99)) for _ in range(exits)]
+    logits = random_logits(seed, exits, 12, classes)
+    output = network(exits, classes, "class_exclusion_softmax").decide(logits, torch.tensor(betas))
+    for row in range(12):
+        probabilities = [torch.softmax(x.double(), dim=1)[row] for x in logits]
+        label, left = exclusion_by_hand([x[row].tolist() for x in logits], probabilities, betas)
+        assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
+
+
+@QUIET
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([2, 3, 10]), st.data())
 def test_max_probability_is_the_published_rule(seed: int, exits: int, classes: int, data: st.DataObject) -> None:
     thetas = [data.draw(st.floats(0.01, 0.999)) for _ in range(exits)]
     logits = random_logits(seed, exits, 12, classes)

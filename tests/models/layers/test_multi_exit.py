@@ -82,6 +82,7 @@ def test_heads_read_what_a_module_returned_not_what_became_of_it() -> None:
         ((2, 5, 3), HeadSpec("", 3), 3, lambda x: x.mean(dim=1)),
         ((2, 3, 5), HeadSpec("", 3, axis=1), 3, lambda x: x.mean(dim=2)),
         ((2, 3), HeadSpec("", 3), 2, lambda x: x),
+        ((2, 5, 3), HeadSpec("", 3, token=0), 3, lambda x: x[:, 0]),
         ((2, 3, 4, 6), HeadSpec("", 3, pool=2), 4, lambda x: x.view(2, 3, 2, 2, 2, 3).mean(dim=(3, 5)).flatten(1)),
         (
             (2, 4, 6, 3),
@@ -131,3 +132,42 @@ def test_several_inputs_are_passed_on_in_order() -> None:
     model = MultiExit(base, [HeadSpec("a", 5)], [2], 2, "max_probability").eval()
     x, y = torch.randn(3, 4), torch.randn(3, 3)
     assert torch.equal(model(x, y).label, base(x, y).argmax(dim=1))
+
+
+def test_a_masked_mean_reads_the_tokens_that_count() -> None:
+    x = torch.randn(3, 5, 2)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]])
+    pooled = ExitPool(HeadSpec("", 2, mask=1), 3)(x, mask)
+    torch.testing.assert_close(pooled[0], x[0, :2].mean(dim=0))
+    torch.testing.assert_close(pooled[1], x[1].mean(dim=0))
+    assert pooled[2].tolist() == [0.0, 0.0], "a row without a token has zeros, not NaN"
+    for wrong in (HeadSpec("here", 2, mask=0), HeadSpec("here", 2, token=0)):
+        with pytest.raises(ValueError, match="'here' is no sequence of tokens"):
+            ExitPool(wrong, 4)
+
+
+def test_heads_may_have_a_hidden_layer_and_read_another_input_as_mask() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.layer, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = self.layer(self.embed(ids)) * mask[:, :, None]
+            logits: Tensor = self.fc(x.sum(dim=1))
+            return logits
+
+    torch.manual_seed(0)
+    base = Words()
+    specs = [HeadSpec("embed", 4, mask=1, hidden=6), HeadSpec("layer", 4, token=0)]
+    model = MultiExit(base, specs, [3, 3], 3, "max_probability").eval()
+    ids, mask = torch.randint(9, (2, 5)), torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    first, second, _ = model.all_logits(ids, mask)
+    padded = ids * mask  # what padding holds does not matter
+    assert torch.equal(model.all_logits(padded, mask)[0], first)
+    head = model.head(0)
+    pooled = torch.stack([base.embed(ids[0, :3]).mean(dim=0), base.embed(ids[1, :1]).mean(dim=0)])
+    torch.testing.assert_close(first, head.linear(torch.relu(head.hidden(pooled))))
+    torch.testing.assert_close(second, model.head(1).linear(base.layer(base.embed(ids[:, 0]))))
+    assert (head.macs, model.head(1).macs) == (4 * 6 + 6 * 3, 4 * 3)
+    assert {"heads.0.hidden.weight", "heads.0.linear.bias"} <= set(model.state_dict())

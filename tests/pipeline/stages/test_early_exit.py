@@ -23,8 +23,15 @@ from edgewright.pipeline.splits import TensorSplit
 from edgewright.pipeline.stage import Edit, StageResult
 from edgewright.pipeline.stages.early_exit import STAGE, EarlyExitConfig, check, collect_logits, fit
 from edgewright.pipeline.stages.early_exit import rebuild as rebuild_stage
-from edgewright.pipeline.stages.exit_search import ExitSearchConfig, search_thresholds
-from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, exit_loss, exit_weights, train_heads
+from edgewright.pipeline.stages.exit_limits import ExitSearchConfig
+from edgewright.pipeline.stages.exit_search import search_thresholds
+from edgewright.pipeline.stages.exit_training import (
+    ExitTrainingConfig,
+    _Heads,
+    exit_loss,
+    exit_weights,
+    train_heads,
+)
 from edgewright.pipeline.task import Batch
 from edgewright.pipeline.training import TrainingConfig, train_model
 
@@ -63,10 +70,16 @@ CASES = [
             tiny_residual,
             "max_probability",
             "frozen",
-            {"freeze_backbone": True, "head_epochs": 3, "pool": 2},
+            {"freeze_backbone": True, "head_epochs": 3, "pool": 2, "hidden": 6},
         ),
         ("transformer", tiny_transformer, "class_exclusion", "greedy", {"search": "greedy", "head_epochs": 0}),
-        ("transformer", tiny_transformer, "max_probability", "joint", {"at": ("layers.0",), "distillation": 0.5}),
+        (
+            "transformer",
+            tiny_transformer,
+            "max_probability",
+            "joint",
+            {"at": ("layers.0",), "head": "token", "distillation": 0.5},
+        ),
     ]
 ]
 
@@ -168,6 +181,31 @@ def test_heads_learn_the_same_from_cached_and_from_live_features(folder: Path, t
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("hidden", [0, 5])
+def test_standardisation_is_folded_into_the_first_layer(hidden: int) -> None:
+    base = nn.Sequential(nn.Identity(), nn.Identity())
+    model = MultiExit(base, [HeadSpec("0", 4, hidden=hidden)], [2], 3, "max_probability").eval()
+    generator = torch.Generator().manual_seed(0)
+    mean, scale = 5.0 * torch.randn(4, generator=generator), 0.1 + torch.rand(4, generator=generator)
+    heads = _Heads(model, [mean], [scale], generator)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    heads.fold_into(model)
+    x = mean + scale * torch.randn(6, 4, generator=generator)
+    torch.testing.assert_close(model.all_logits(x)[0], heads(x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_places_are_found_where_they_save_most(folder: Path, tmp_path: Path) -> None:
+    given = trained("residual", folder)
+    found = run(copy.deepcopy(given), tmp_path, auto=1, freeze_backbone=True, head_epochs=5, tolerance=0.02)
+    placement = found.metrics["placement"]
+    assert placement["candidates"] == ["stem", "blocks.0", "blocks.1"] and placement["tried"] == 3
+    assert found.metrics["exits"] == [placement["candidates"][i] for i in placement["chosen"]]
+    assert placement["within"] and found.metrics["operating_points"][0]["metrics"]["mean_macs"] < (
+        (placement["mean_cost"] + 0.02) * found.metrics["plain_macs"]
+    ), "what the cheap heads promised is kept"
+
+
 def test_the_features_scale_does_not_matter_to_the_heads(folder: Path, tmp_path: Path) -> None:
     class Scaled(nn.Module):
         """The same network, seen through an enormous shift and scale."""
@@ -239,6 +277,9 @@ def test_exit_analysis_by_hand() -> None:
     assert found.survivors == ((0, 2, 1, 1), (0, 1, 1, 0))
     assert found.wrong_exclusions == (0.25, 0.5)
     assert found.wrong_exclusion_rate == 0.5
+    assert found.right_per_class == ((1, 0, 0), (0, 1, 0), (0, 0, 0))
+    assert found.confusions == ((2, 0, 1, 1), (2, 1, 1, 1)), "the network's own end says 2 for every row"
+    assert (found.lost, found.won) == (2, 2)
 
 
 def test_the_loss_is_the_published_one() -> None:
@@ -308,6 +349,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         run(three, tmp_path, task)
     with pytest.raises(StageError, match=r"Wrapped returns a dict.*wrap it in a module"):
         run(Wrapped().eval(), tmp_path, task)
+    with pytest.raises(RecipeError, match=r"no input 'mask'; it has 'image'"):
+        check(tiny_residual(), task, EarlyExitConfig(mask="mask"))
+    with pytest.raises(RecipeError, match=r"token reads one of the tokens.*'stem' returns \[1, 8, 12, 12\]"):
+        check(tiny_residual(), task, EarlyExitConfig(at=("stem",), head="token"))
     with pytest.raises(RecipeError, match=r"no module 'layer3'"):
         run(tiny_residual(), tmp_path, task, at=("layer3",))
     no_validation = ImageClassification({"train": task.splits["train"]}, task.labels)
@@ -317,6 +362,9 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
         ({"at": ("stem",), "at_macs": (0.5,)}, "not both"),
         ({"at_macs": ()}, "at least one place"),
         ({"at_macs": (1.5,)}, "between 0 and 1"),
+        ({"at": ("stem",), "auto": 2}, "give `at` or `auto`, not both"),
+        ({"head": "token", "mask": "m"}, "reads one token"),
+        ({"policy": "entropy", "max_wrong_exclusion": 0.1}, "entropy does not"),
         ({"freeze_backbone": True, "head_epochs": 0}, "would train nothing"),
     ):
         with pytest.raises(ValueError, match=message):

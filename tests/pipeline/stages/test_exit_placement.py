@@ -8,9 +8,14 @@ import torchvision
 from tiny import CLASSES, tiny_residual, tiny_transformer
 from torch import Tensor, nn
 
+from edgewright.models.layers.exit_policies import policy_named
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.pipeline.errors import RecipeError, StageError
+from edgewright.pipeline.stages import exit_auto
+from edgewright.pipeline.stages.exit_auto import boundaries, choose_subset
+from edgewright.pipeline.stages.exit_limits import ExitSearchConfig
 from edgewright.pipeline.stages.exit_placement import choose_places, exit_macs, places
+from edgewright.pipeline.stages.exit_search import default_limits
 
 IMAGE = (torch.zeros(1, 1, 12, 12),)
 
@@ -173,3 +178,73 @@ def test_a_model_without_a_place_gets_none() -> None:
         choose_places(flat, IMAGE, ("1",), ())
     with pytest.raises(StageError, match="no module of Linear can carry an exit"):
         choose_places(nn.Linear(4, 4), (torch.zeros(1, 4),), ("1",), ())
+
+
+def test_boundaries_are_where_one_tensor_knows_all_of_an_input() -> None:
+    found = [place.path for place in boundaries(tiny_residual(), (torch.randn(4, 1, 12, 12),))]
+    # not inside a block, where the shortcut goes past; the last block is the end of `blocks`
+    assert found == ["stem", "blocks.0", "blocks.1"]
+    sequence = [place.path for place in boundaries(tiny_transformer(), (torch.randn(4, 1, 12, 12),))]
+    assert sequence[0] == "embed" and {"layers.0", "layers.1"} <= set(sequence)
+    assert not any("attention.q" in path or path.endswith("norm2") for path in sequence)
+
+
+def test_a_mask_goes_past_every_boundary() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(4, 3)
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = torch.relu(self.one(self.embed(ids)) * mask[:, :, None])
+            x = x + self.two(x) * mask[:, :, None]
+            logits: Tensor = self.fc(x.mean(dim=1))
+            return logits
+
+    torch.manual_seed(0)
+    inputs = (torch.arange(12).view(2, 6) % 9, torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]]))
+    assert [place.path for place in boundaries(Masked().eval(), inputs)] == ["one"]
+
+
+def test_the_subset_is_the_one_that_saves_most() -> None:
+    """Five candidates of which only the second and the fourth see the classes."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(4, (400,), generator=generator)
+    right = 6.0 * nn.functional.one_hot(targets, 4).float()
+    noise = [torch.randn(400, 4, generator=generator) for _ in range(6)]
+    easy = (torch.rand(400, generator=generator) < 0.5)[:, None]
+    logits = [noise[0], right * easy + noise[1], noise[2], right + noise[3], right + noise[4], right + noise[5]]
+    macs, heads = [10, 20, 40, 50, 90, 100], [1] * 5
+
+    def limits(evaluator):
+        return default_limits(evaluator, ExitSearchConfig(tolerance=0.02))
+
+    policy = policy_named("max_probability")
+    found = choose_subset(policy, logits, targets, macs, heads, 2, limits)
+    assert found.chosen == (1, 3) and found.within and found.tried == 10
+    assert found.mean_cost < 0.55
+    alone = choose_subset(policy, logits, targets, macs, heads, 1, limits)
+    assert alone.mean_cost >= found.mean_cost
+    assert choose_subset(policy, logits, targets, macs, heads, 9, limits).chosen == (0, 1, 2, 3, 4), (
+        "as many as there are"
+    )
+
+
+def test_many_subsets_are_searched_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(3, (200,), generator=generator)
+    depth = [k / 5 for k in range(6)]
+    logits = [
+        4.0 * d * nn.functional.one_hot(targets, 3).float() + torch.randn(200, 3, generator=generator) for d in depth
+    ]
+    fields = (policy_named("entropy"), logits, targets, [10 * (k + 1) for k in range(6)], [1] * 5, 2)
+
+    def limits(evaluator):
+        return default_limits(evaluator, ExitSearchConfig(tolerance=0.05))
+
+    exact = choose_subset(*fields, limits)
+    monkeypatch.setattr(exit_auto, "_SUBSETS", 1)
+    stepwise = choose_subset(*fields, limits)
+    assert exact.tried == 10 and exact.mean_cost <= stepwise.mean_cost
+    assert stepwise.within and len(stepwise.chosen) == 2
