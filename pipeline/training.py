@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import StageError
+from .optimizer_state import optimizer_state, restore_optimizer
 from .stage import Context, Json, StageConfig, State
 from .task import Batch, Task, batches, split_of
 
@@ -204,27 +205,11 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, log: list[dict[str, Json]]) -> State:
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
-    scalars: dict[str, Any] = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for key, value in entry.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
-            else:
-                scalars[f"{index}.{key}"] = value
+    scalars, tensors = optimizer_state(optimizer)
+    tensors |= {f"model.{key}": value for key, value in model.state_dict().items()}
     return State({"log": log, "optimizer": scalars}, tensors)
 
 
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
     model.load_state_dict({k.removeprefix("model."): v for k, v in state.tensors.items() if k.startswith("model.")})
-    entries: dict[int, dict[str, Any]] = {}
-    for key, value in state.tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".", 2)
-            entries.setdefault(int(index), {})[field] = value
-    for key, value in state.data["optimizer"].items():
-        index, field = key.split(".", 1)
-        entries.setdefault(int(index), {})[field] = value
-    whole = optimizer.state_dict()
-    whole["state"] = entries
-    optimizer.load_state_dict(whole)
+    restore_optimizer(optimizer, state.data["optimizer"], state.tensors)

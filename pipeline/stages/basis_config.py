@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ..stage import StageConfig
 from ..training import TrainingConfig
+from .factor_recovery import RecoveryConfig
 from .factorization import Refit
 from .grouping import GroupMode
 from .norms import Whitening
@@ -78,6 +79,8 @@ class BasisSharingConfig(StageConfig):
     """Tokens or positions per layer that enter its second moment; beyond it a random share is taken."""
     finetune: TrainingConfig | None = None
     """Training of the factorized model; shared bases stay shared."""
+    recovery: RecoveryConfig | None = None
+    """Training of the factors alone, or of adapters on them, with the dense model as a teacher; before `finetune`."""
     max_drop: float | None = Field(default=None, ge=0.0)
     """Accepted loss of validation accuracy; beyond it the stage rolls back."""
 

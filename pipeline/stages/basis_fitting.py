@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -15,8 +15,8 @@ from ..graph import KINDS, Layer, Skipped, discover
 from ..stage import Context, Json
 from ..task import Split, Task
 from .basis_config import BasisSharingConfig
-from .basis_solver import Budget, Solved, decision_report, factors_at, group_report, passes, solve, summary
-from .factorization import Metric, balanced, kept_share
+from .basis_solver import Algebra, Budget, decision_report, divided, group_report, passes, summary
+from .factorization import Factors, balanced, kept_share
 from .grouping import Candidate, candidates, select
 from .norms import Calibration, Norms, collect
 from .rank_allocation import RankDemand, allocate_ranks
@@ -30,8 +30,21 @@ class Outcome:
     tensors: Mapping[str, Tensor]
 
 
-def fit_factors(model: nn.Module, task: Task, config: BasisSharingConfig, context: Context) -> Outcome:
+def fit_factors(
+    model: nn.Module,
+    task: Task,
+    config: BasisSharingConfig,
+    context: Context,
+    statistics: Callable[[nn.Module, Task, Sequence[Candidate], Calibration, Context], Norms] = collect,
+) -> Outcome:
     """Chooses groups, ranks, bases and coefficients for `model`, which is not changed.
+
+    Args:
+        model: see `fit` of the stage, as for the next three.
+        task: gives the calibration split.
+        config: how to factorize.
+        context: see `Context`.
+        statistics: what runs the calibration data through the model; comparisons of methods keep what it found.
 
     Raises:
         StageError: see `fit` of the stage.
@@ -41,7 +54,7 @@ def fit_factors(model: nn.Module, task: Task, config: BasisSharingConfig, contex
     calibration = Calibration(
         config.whitening,
         calibration_rows(split, config, context),
-        config.calibration_batch,
+        min(config.calibration_batch, getattr(split, "largest_batch", config.calibration_batch)),
         config.max_rows,
         config.gradient_labels,
         config.scale_exponent,
@@ -53,8 +66,10 @@ def fit_factors(model: nn.Module, task: Task, config: BasisSharingConfig, contex
     if not layers:
         return _nothing(left, config)
     found = candidates(layers, config.groups, config.group_size, config.layers.private)
-    fitting = _Fitting(model, task, config, context, calibration)
-    runs = list(passes(found, *calibration.matrices_kept))
+    fitting = _Fitting(
+        model, config, context, calibration, lambda run: statistics(model, task, run, calibration, context)
+    )
+    runs = list(passes(found, calibration.weights_kept))
     for run in runs:
         fitting.divide(run, last=len(runs) == 1)
     fitting.allocate()
@@ -69,10 +84,15 @@ class _Fitting:
     """The groups of one model on their way from candidates to factors."""
 
     def __init__(
-        self, model: nn.Module, task: Task, config: BasisSharingConfig, context: Context, calibration: Calibration
+        self,
+        model: nn.Module,
+        config: BasisSharingConfig,
+        context: Context,
+        calibration: Calibration,
+        statistics: Callable[[list[Candidate]], Norms],
     ) -> None:
-        self.model, self.task, self.config, self.context = model, task, config, context
-        self.calibration = calibration
+        self.model, self.config, self.context, self.calibration = model, config, context, calibration
+        self.statistics = statistics
         self.budget = Budget(lambda candidate: _kept(candidate, config), 1 if config.rank is not None else config.align)
         self.groups: list[Json] = []
         self.rows: list[dict[str, Json]] = []
@@ -89,20 +109,21 @@ class _Fitting:
             run: candidates whose statistics fit into memory together.
             last: no other run follows, so that the statistics can serve `allocate` too.
         """
-        norms = collect(self.model, self.task, run, self.calibration, self.context)
+        norms = self.statistics(run)
         self._norms = norms if last else None
         for candidate in self.context.progress.track(run, "basis_sharing: groups"):
-            matrices, metrics, roots = self._algebra(candidate, norms)
-            config = self.config
-            division, solved = solve(candidate, matrices, metrics, self.budget, config.share, config.refit, roots)
-            self.decisions.append(decision_report(candidate, division, config.share))
-            for part in solved:
-                if part.factors is None:
-                    self.dense += part.group.members
-                elif config.ranks == "loss":
-                    self._waiting.append((part.group, self._demand(part, metrics)))
+            algebra = self._algebra(candidate, norms)
+            division = divided(candidate, algebra, self.budget, self.config.share)
+            self.decisions.append(decision_report(candidate, division, self.config.share))
+            keep = self.budget.keep(candidate)
+            for group in division.groups:
+                rank = self.budget.rank(group, keep)
+                if rank is None:
+                    self.dense += group.members
+                elif self.config.ranks == "loss":
+                    self._waiting.append((group, self._demand(group, rank, algebra)))
                 else:
-                    self._record(part, metrics, norms)
+                    self._record(group, rank, algebra, norms)
 
     def allocate(self) -> None:
         """Spreads the budget over the groups that wait for a rank, and factorizes them."""
@@ -111,44 +132,31 @@ class _Fitting:
         groups = [group for group, _ in self._waiting]
         demands = [demand for _, demand in self._waiting]
         budget = sum(int(self.budget.keep(group) * group.fan_in * sum(group.widths)) for group in groups)
-        ranks = dict(
-            zip(
-                groups,
-                allocate_ranks(demands, budget, self.config.rank_floor, self.config.spectrum_power),
-                strict=True,
-            )
-        )
-        for run in passes(groups, *self.calibration.matrices_kept):
-            norms = self._norms or collect(self.model, self.task, run, self.calibration, self.context)
+        ranks = allocate_ranks(demands, budget, self.config.rank_floor, self.config.spectrum_power)
+        rank_of = dict(zip(groups, ranks, strict=True))
+        for run in passes(groups, self.calibration.weights_kept):
+            norms = self._norms or self.statistics(run)
             for group in self.context.progress.track(run, "basis_sharing: ranks"):
-                matrices, metrics, roots = self._algebra(group, norms)
-                factors = factors_at(group, ranks[group], matrices, metrics, self.config.refit, roots)
-                self._record(Solved(group, factors), metrics, norms)
+                self._record(group, rank_of[group], self._algebra(group, norms), norms)
 
-    def _algebra(
-        self, candidate: Candidate, norms: Norms
-    ) -> tuple[dict[str, Tensor], dict[str, Metric], dict[str, Tensor] | None]:
-        """Weights, norms of inputs and roots of outputs by path, in float64."""
-        members = candidate.members
-        matrices = {x.path: matrix_of(self.model, x).to(norms.device, torch.float64) for x in members}
-        roots = norms.output_roots(members)
-        by_path = None if roots is None else {x.path: root for x, root in zip(members, roots, strict=True)}
-        return matrices, norms.metrics(members), by_path
+    def _algebra(self, candidate: Candidate, norms: Norms) -> Algebra:
+        matrices = {x.path: matrix_of(self.model, x).to(norms.device, torch.float64) for x in candidate.members}
+        metrics = norms.metrics(candidate.members)
+        return Algebra(matrices, metrics, norms.targets(candidate.members, matrices), self.config.refit)
 
-    def _demand(self, part: Solved, metrics: Mapping[str, Metric]) -> RankDemand:
-        group, factors = part.group, part.factors
-        assert factors is not None
-        inputs = len({id(metrics[layer.path]) for layer in group.members})
+    def _demand(self, group: Candidate, uniform: int, algebra: Algebra) -> RankDemand:
+        inputs = len({id(algebra.metrics[layer.path]) for layer in group.members})
         cost = group.fan_in + sum(group.widths)
         most = (group.fan_in * sum(group.widths) - 1) // cost
-        align = self.config.align if self.config.align is not None else (8 if factors.rank >= 64 else 1)
+        align = self.config.align if self.config.align is not None else (8 if uniform >= 64 else 1)
         # the joint norm is the sum over the inputs: each of them is met once per token all the same
-        return RankDemand(factors.spectrum / inputs, cost, factors.rank, max(1, most // align * align), align)
+        spectrum = algebra.spectrum(group) / inputs
+        return RankDemand(spectrum, cost, uniform, max(1, most // align * align), align)
 
-    def _record(self, part: Solved, metrics: Mapping[str, Metric], norms: Norms) -> None:
-        row = _record(part, len(self.groups), self.model, self.tensors)
-        row["regularisation"] = sorted({metrics[layer.path].rung for layer in part.group.members})
-        row["calibration_rows"] = norms.used(part.group.members)
+    def _record(self, group: Candidate, rank: int, algebra: Algebra, norms: Norms) -> None:
+        row = _record(group, algebra.factors(group, rank), len(self.groups), self.model, self.tensors)
+        row["regularisation"] = sorted({algebra.metrics[layer.path].rung for layer in group.members})
+        row["calibration_rows"] = norms.used(group.members)
         self.rows.append(row)
         self.groups.append({key: row[key] for key in ("members", "rank", "kind")})
 
@@ -165,10 +173,11 @@ def _nothing(left: list[Skipped], config: BasisSharingConfig) -> Outcome:
     return Outcome({"groups": [], "metrics": report, "notes": [f"{text}: the model is unchanged"]}, {})
 
 
-def _record(part: Solved, index: int, model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Json]:
+def _record(
+    group: Candidate, found: Factors, index: int, model: nn.Module, tensors: dict[str, Tensor]
+) -> dict[str, Json]:
     """Adds the factors of a group to `tensors`, in the layout and type of the layers, and returns its report row."""
-    assert part.factors is not None
-    factors, members = balanced(part.factors), part.group.members
+    factors, members = balanced(found), group.members
     weight = model.get_submodule(members[0].path).get_parameter("weight")
     for j, (layer, c) in enumerate(zip(members, factors.coefficients, strict=True)):
         c = c if layer.kind == "linear" else c.T.reshape(-1, factors.rank, *(1 for _ in weight.shape[2:]))
@@ -178,7 +187,7 @@ def _record(part: Solved, index: int, model: nn.Module, tensors: dict[str, Tenso
         basis = basis.T.reshape(factors.rank, *weight.shape[1:])
     tensors[f"{index}.basis"] = basis.to("cpu", weight.dtype).contiguous()
     tensors[f"{index}.spectrum"] = factors.spectrum.cpu()
-    return group_report(part.group, factors, weight.element_size())
+    return group_report(group, factors, weight.element_size())
 
 
 def _kept(candidate: Candidate, config: BasisSharingConfig) -> Fraction:

@@ -27,9 +27,10 @@ from ..training import train_model
 from .basis_config import BasisSharingConfig, LayerPatterns
 from .basis_fitting import Outcome, fit_factors
 from .coefficient_updates import updated
+from .factor_recovery import recover
 from .grouping import check_patterns
 
-__all__ = ["STAGE", "BasisSharingConfig", "LayerPatterns", "check", "fit", "rebuild"]
+__all__ = ["STAGE", "BasisSharingConfig", "LayerPatterns", "check", "fit", "install", "rebuild"]
 
 
 def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
@@ -54,25 +55,29 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
             weight is not finite.
     """
     split_of(task, "calibration", needed_by="basis_sharing")
-    if config.finetune is not None:
-        split_of(task, "train", needed_by="the fine-tuning of basis_sharing")
-    original, before = None, 0.0
+    for key in ("recovery", "finetune"):
+        if getattr(config, key) is not None:
+            split_of(task, "train", needed_by=f"{key} of basis_sharing")
+    taught = config.recovery is not None and config.recovery.distillation > 0.0
+    original = copy.deepcopy(model) if taught or config.max_drop is not None else None
+    before = 0.0
     if config.max_drop is not None:
         split_of(task, "validation", needed_by="max_drop of basis_sharing")
-        original = copy.deepcopy(model)
         before = evaluate(model, task, "validation", context.device).value
     saved = context.load("factorized")
     if saved is None:
         outcome = fit_factors(model, task, config, context)
         if config.updates and outcome.data["groups"]:
-            compressed = _install(copy.deepcopy(model), outcome)
+            compressed = install(copy.deepcopy(model), outcome)
             outcome = updated(model, compressed, outcome, task, config, context)
         context.save("factorized", State(outcome.data, outcome.tensors))
     else:
         outcome = Outcome(saved.data, saved.tensors)
-    model = _install(model.to("cpu"), outcome)
+    model = install(model.to("cpu"), outcome)
     metrics: dict[str, Json] = dict(outcome.data["metrics"])
     notes: list[str] = list(outcome.data["notes"])
+    if config.recovery is not None and outcome.data["groups"]:
+        metrics["recovery"] = recover(model, original, task, config.recovery, context)
     if config.finetune is not None and outcome.data["groups"]:
         metrics["finetune"] = train_model(model, task, config.finetune, context, name="finetune")
     artifacts = {k: v for k, v in outcome.tensors.items() if k.endswith(".spectrum")}
@@ -146,8 +151,8 @@ def _dense_layer(model: nn.Module, path: str, kind: str) -> nn.Linear | nn.Conv1
     )
 
 
-def _install(model: nn.Module, outcome: Outcome) -> nn.Module:
-    """Rebuilds the structure and fills in the factors and the biases that were there."""
+def install(model: nn.Module, outcome: Outcome) -> nn.Module:
+    """Puts the factors of `outcome` into `model`, in place; biases stay."""
     groups = outcome.data["groups"]
     paths = [path for group in groups for path in group["members"]]
     biases = {path: dict(model.get_submodule(path).named_parameters()).get("bias") for path in paths}
@@ -168,7 +173,7 @@ def _install(model: nn.Module, outcome: Outcome) -> nn.Module:
 def _splits(config: BasisSharingConfig) -> tuple[SplitName, ...]:
     return (
         "calibration",
-        *(("train",) if config.finetune is not None else ()),
+        *(("train",) if config.finetune is not None or config.recovery is not None else ()),
         *(("validation",) if config.max_drop is not None else ()),
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -14,19 +14,23 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from ..errors import StageError
 from ..graph import Layer
 from ..stage import Json
-from .factorization import Factors, Metric, Refit, factorize, rank_for, saves_weights
+from .factorization import (
+    Factors,
+    Metric,
+    Refit,
+    Target,
+    factorize,
+    joint_metric,
+    rank_for,
+    saves_weights,
+    spectrum_of,
+)
 from .grouping import Candidate, Division, divide
+
+T = TypeVar("T")
 
 MOMENT_BYTES = 2**31
 """Second moments that one pass over the calibration data may keep; more groups take more passes."""
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A group and its factors; None where no rank saves weights, so that its members stay dense."""
-
-    group: Candidate
-    factors: Factors | None
 
 
 @dataclass(frozen=True)
@@ -50,105 +54,120 @@ class Budget:
         return rank if saves_weights(rank, group.fan_in, group.widths) else None
 
 
-def solve(
-    candidate: Candidate,
-    matrices: Mapping[str, Tensor],
-    metrics: Mapping[str, Metric],
-    budget: Budget,
-    share: Literal["auto", "always"],
-    refit: Refit,
-    output_roots: Mapping[str, Tensor] | None = None,
-) -> tuple[Division, list[Solved]]:
-    """Factorizes one candidate, together or in parts.
+@dataclass(frozen=True)
+class Algebra:
+    """What the layers of a candidate are made of, float64.
 
-    The errors that decide are those of the finished factors: per member, in the norm of that member's own
-    input, after the refit. So they can be compared between one basis and several.
+    Attributes:
+        matrices: W [d_in, d_out] by path.
+        metrics: the norm of the input by path; one object for layers with the same input.
+        targets: what a basis should span, by path; see `Norms.targets`.
+        refit: see `factorize`.
+    """
+
+    matrices: Mapping[str, Tensor]
+    metrics: Mapping[str, Metric]
+    targets: Mapping[str, Tensor]
+    refit: Refit
+
+    def error(self, group: Candidate, rank: int) -> float:
+        """Squared error of one basis for `group`, comparable between one basis and several.
+
+        That of the finished factors: per member, in the norm of that member's own input, after the refit.
+        """
+        metrics = self._metrics(group)
+        targets = self._targets(group)
+        if len({id(metric) for metric in metrics}) == 1:
+            # in one norm the error is what the spectrum leaves, whatever the coefficients are fitted in
+            return float(_solved(group, lambda: spectrum_of(targets, metrics[0]))[rank:].sum())
+        return _solved(group, lambda: factorize(self._matrices(group), metrics, rank, self.refit, targets)).error
+
+    def spectrum(self, group: Candidate) -> Tensor:
+        """What every rank of a basis for `group` saves, descending."""
+        targets = self._targets(group)
+        return _solved(group, lambda: spectrum_of(targets, joint_metric(self._metrics(group))))
+
+    def factors(self, group: Candidate, rank: int) -> Factors:
+        """Basis and coefficients of `group`.
+
+        Raises:
+            StageError: the eigenvalue problem has no solution; names the layers.
+        """
+        targets = self._targets(group)
+        return _solved(group, lambda: factorize(self._matrices(group), self._metrics(group), rank, self.refit, targets))
+
+    def _matrices(self, group: Candidate) -> list[Tensor]:
+        return [self.matrices[layer.path] for layer in group.members]
+
+    def _targets(self, group: Candidate) -> list[Target]:
+        return [Target(self.targets[layer.path], self.metrics[layer.path]) for layer in group.members]
+
+    def _metrics(self, group: Candidate) -> list[Metric]:
+        return [self.metrics[layer.path] for layer in group.members]
+
+
+def divided(candidate: Candidate, algebra: Algebra, budget: Budget, share: Literal["auto", "always"]) -> Division:
+    """Decides which members of `candidate` share a basis.
 
     Args:
         candidate: what may share.
-        matrices: per member W [d_in, d_out], float64.
-        metrics: per member the norm of its input; one object for members with the same input.
+        algebra: of its members.
         budget: see `Budget`.
         share: let the errors decide, or always share.
-        refit: see `factorize`.
-        output_roots: per member, for errors that are weighted on both sides.
 
     Raises:
-        StageError: the eigenvalue problem has no solution; names the layers.
+        StageError: an eigenvalue problem has no solution; names the layers.
     """
     keep = budget.keep(candidate)
-    done: dict[tuple[str, ...], Factors | None] = {}
+    done: dict[tuple[str, ...], float] = {}
 
-    def factors_of(group: Candidate) -> Factors | None:
+    def error_of(group: Candidate) -> float:
         paths = tuple(layer.path for layer in group.members)
         if paths not in done:
             rank = budget.rank(group, keep)
-            done[paths] = None if rank is None else factors_at(group, rank, matrices, metrics, refit, output_roots)
+            done[paths] = math.inf if rank is None else algebra.error(group, rank)
         return done[paths]
 
-    def error_of(group: Candidate) -> float:
-        factors = factors_of(group)
-        return math.inf if factors is None else factors.error
-
-    if share == "auto":
-        division = divide(candidate, error_of)
-    else:
-        error = error_of(candidate)
-        division = Division((candidate,), error, error, None)
-    return division, [Solved(group, factors_of(group)) for group in division.groups]
+    if share == "auto" and len(candidate.members) > 1:
+        return divide(candidate, error_of)
+    return Division((candidate,), math.nan, math.nan, None)
 
 
-def factors_at(
-    group: Candidate,
-    rank: int,
-    matrices: Mapping[str, Tensor],
-    metrics: Mapping[str, Metric],
-    refit: Refit,
-    output_roots: Mapping[str, Tensor] | None,
-) -> Factors:
-    """Factorizes `group` at `rank`; arguments as for `solve`.
+def _solved(group: Candidate, solve: Callable[[], T]) -> T:
+    """What `solve` gives.
 
     Raises:
-        StageError: the eigenvalue problem has no solution; names the layers.
+        StageError: its eigenvalue problem has no solution; names the layers.
     """
-    paths = [layer.path for layer in group.members]
-    roots = None if output_roots is None else [output_roots[path] for path in paths]
     try:
-        return factorize([matrices[p] for p in paths], [metrics[p] for p in paths], rank, refit, roots)
+        return solve()
     except LinAlgError as error:
+        paths = ", ".join(layer.path for layer in group.members)
         raise StageError(
-            f"basis_sharing: no factors found for {', '.join(paths)}: {error}; leave one of them out "
+            f"basis_sharing: no factors found for {paths}: {error}; leave one of them out "
             "with layers.exclude, or calibrate on more data"
         ) from error
 
 
 def passes(
-    candidates: Sequence[Candidate], inputs: bool = True, outputs: bool = False, limit: int = MOMENT_BYTES
+    candidates: Sequence[Candidate], kept: Callable[[Candidate], dict[object, int]], limit: int = MOMENT_BYTES
 ) -> Iterator[list[Candidate]]:
-    """Cuts `candidates` into runs whose second moments (float32) fit into `limit` bytes.
+    """Cuts `candidates` into runs whose statistics (float32) fit into `limit` bytes.
 
     Args:
         candidates: in the order of execution.
-        inputs: a matrix [d_in, d_in] is kept per different input.
-        outputs: a matrix [d_out, d_out] is kept per layer.
+        kept: numbers that a candidate's statistics hold, by what they belong to; equal keys are kept once.
         limit: of a run; a candidate that is larger by itself makes a run of its own.
     """
     run: list[Candidate] = []
-    held: set[object] = set()
-    size = 0
+    held: dict[object, int] = {}
     for candidate in candidates:
-
-        def added(held: set[object], candidate: Candidate = candidate) -> int:
-            fresh = {layer.input_key for layer in candidate.members} - held
-            of_outputs = sum(width**2 for width in candidate.widths) if outputs else 0
-            return 4 * (of_outputs + (candidate.fan_in**2 * len(fresh) if inputs else 0))
-
-        if run and size + added(held) > limit:
+        more = kept(candidate)
+        if run and 4 * sum((held | more).values()) > limit:
             yield run
-            run, held, size = [], set(), 0
-        size += added(held)
+            run, held = [], {}
+        held |= more
         run.append(candidate)
-        held |= {layer.input_key for layer in candidate.members}
     if run:
         yield run
 

@@ -56,6 +56,21 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a basis should span, and the norm in which it falls short of it.
+
+    With plain errors that is a member's W in the norm of its input. Where the loss weighs the outputs by F, it is any M
+    with ``M Mᵀ = W F Wᵀ``: the error ``tr(Δᵀ G Δ F)`` of ``Δ = W - B C`` is then ``||S (M - B C')||²``, because
+    the best coefficients are a projection of whatever stands on the right.
+    """
+
+    matrix: Tensor
+    """M [d_in, any], float64."""
+    metric: Metric
+    """S and G."""
+
+
+@dataclass(frozen=True)
 class Factors:
     """One basis and the coefficients of every member.
 
@@ -64,8 +79,8 @@ class Factors:
         coefficients: per member C [rank, d_out].
         spectrum: eigenvalues of the joint problem, descending, [min(d_in, Σ d_out)].
         predicted_error: discarded share of the spectrum: the relative squared error in the group's norm.
-        errors: per member ``||X_i (W_i - B C_i) L_i||²`` in its own norm; L_i is 1 without output roots.
-        energies: per member ``||X_i W_i L_i||²``.
+        errors: per target ``||S (M - B C)||²``, C the best or the group's for M.
+        energies: per target ``||S M||²``.
     """
 
     basis: Tensor
@@ -82,7 +97,7 @@ class Factors:
 
     @property
     def error(self) -> float:
-        """Sum of the members' squared errors."""
+        """Sum of the targets' squared errors."""
         return sum(self.errors)
 
 
@@ -173,6 +188,11 @@ def joint_metric(metrics: Sequence[Metric]) -> Metric:
     return metric_of(torch.stack([metric.moment for metric in unique]).sum(dim=0))
 
 
+def spectrum_of(targets: Sequence[Target], metric: Metric) -> Tensor:
+    """All eigenvalues σ² of what `shared_basis` solves, descending: each is what one more rank saves."""
+    return _eigen(torch.cat([target.matrix for target in targets], dim=1), metric, vectors=False)[0]
+
+
 def shared_basis(matrix: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor]:
     """The best basis of `rank` columns for `matrix` in the norm of `metric` (METHODS §3.1, §3.5).
 
@@ -187,19 +207,28 @@ def shared_basis(matrix: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     Returns:
         B [d_in, k], and all eigenvalues σ² in descending order [min(d_in, Σ d_out)].
     """
-    d_in, total = matrix.shape
-    if total <= d_in:
-        product = matrix.T @ metric.moment @ matrix
-        values, vectors = _eigh((product + product.T) / 2)
-    else:
-        whitened = metric.root @ matrix
-        values, vectors = _eigh(whitened @ whitened.T)
-    values = values.flip(0).clamp(min=0.0)
+    values, vectors = _eigen(matrix, metric)
     rank = max(1, min(rank, int((values > _NEGLIGIBLE * values[0]).sum())))
-    chosen = vectors.flip(1)[:, :rank]
-    if total <= d_in:
+    chosen = vectors[:, :rank]
+    if matrix.shape[1] <= matrix.shape[0]:
         return matrix @ chosen, values
     return metric.solve(chosen * values[:rank].sqrt()), values
+
+
+def _eigen(matrix: Tensor, metric: Metric, vectors: bool = True) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, and vectors of the smaller problem of `shared_basis`."""
+    if matrix.shape[1] <= matrix.shape[0]:
+        product = matrix.T @ (metric.moment @ matrix)
+        product = (product + product.T) / 2
+    else:
+        whitened = metric.root @ matrix
+        product = whitened @ whitened.T
+    if not vectors:
+        with _few_threads(product.shape[1]):
+            alone = torch.linalg.eigvalsh(product)
+        return alone.flip(0).clamp(min=0.0), alone
+    values, found = _eigh(product)
+    return values.flip(0).clamp(min=0.0), found.flip(1)
 
 
 def refit_coefficients(basis: Tensor, matrix: Tensor, metric: Metric, cross: Tensor | None = None) -> Tensor:
@@ -264,39 +293,45 @@ def factorize(
     metrics: Sequence[Metric],
     rank: int,
     refit: Refit = "per_layer",
-    output_roots: Sequence[Tensor] | None = None,
+    targets: Sequence[Target] | None = None,
 ) -> Factors:
     """One basis for all `matrices`, and the coefficients of each.
-
-    With output roots, errors are weighted on both sides: ``tr(Δᵀ G Δ F)``, to second order what the loss grows by
-    (METHODS §3.5, item 6). Only the choice of the basis depends on F; the coefficients that are best for it do not.
 
     Args:
         matrices: per member W_i [d_in, d_out_i], float64.
         metrics: per member the norm of its own input; the same object for members with the same input.
         rank: wanted columns of the basis.
         refit: coefficients from each member's own norm (never worse there), or from the group's.
-        output_roots: per member L_i [d_out_i, d_out_i] with ``L Lᵀ = F_i``, the second moment of the loss's gradient
-            at its output.
+        targets: what the basis should span; default the matrices. Their norms are among `metrics`. The best
+            coefficients for a basis do not depend on them.
     """
     joint = joint_metric(metrics)
-    roots: Sequence[Tensor | None] = [None] * len(matrices) if output_roots is None else output_roots
-    weighted = [_times(matrix, root) for matrix, root in zip(matrices, roots, strict=True)]
-    basis, spectrum = shared_basis(torch.cat(weighted, dim=1), joint, rank)
-    coefficients, errors, energies = [], [], []
-    for matrix, metric, root in zip(matrices, metrics, roots, strict=True):
-        c = refit_coefficients(basis, matrix, metric if refit == "per_layer" else joint)
-        coefficients.append(c)
-        errors.append(squared_norm(_times(matrix - basis @ c, root), metric.moment))
-        energies.append(squared_norm(_times(matrix, root), metric.moment))
+    goals = [Target(*pair) for pair in zip(matrices, metrics, strict=True)] if targets is None else targets
+    basis, spectrum = shared_basis(torch.cat([goal.matrix for goal in goals], dim=1), joint, rank)
+    coefficients: list[Tensor | None] = [None] * len(matrices)
+    errors = [0.0] * len(goals)
+    for metric in {id(metric): metric for metric in metrics}.values():
+        mine = [i for i, other in enumerate(metrics) if other is metric]
+        aims = [i for i, goal in enumerate(goals) if goal.metric is metric] if targets is not None else []
+        # one decomposition for all that is fitted in one norm
+        together = [matrices[i] for i in mine] + [goals[i].matrix for i in aims]
+        fitted = refit_coefficients(basis, torch.cat(together, dim=1), metric if refit == "per_layer" else joint)
+        widths = [matrix.shape[1] for matrix in together]
+        parts = torch.split(fitted, widths, dim=1)  # type: ignore[no-untyped-call]
+        for i, c in zip(mine, parts, strict=False):
+            coefficients[i] = c.contiguous()
+        judged = zip(mine, parts, strict=True) if targets is None else zip(aims, parts[len(mine) :], strict=True)
+        for i, c in judged:
+            errors[i] = squared_norm(goals[i].matrix - basis @ c, metric.moment)
+    energies = tuple(squared_norm(goal.matrix, goal.metric.moment) for goal in goals)
+    found = tuple(c for c in coefficients if c is not None)
+    return Factors(basis, found, spectrum, discarded_share(spectrum, basis.shape[1]), tuple(errors), energies)
+
+
+def discarded_share(spectrum: Tensor, rank: int) -> float:
+    """What a basis of `rank` leaves of the sum of `spectrum`, descending: the relative squared error."""
     total = float(spectrum.sum())
-    discarded = float(spectrum[basis.shape[1] :].sum())
-    predicted = discarded / total if total > 0.0 else 0.0
-    return Factors(basis, tuple(coefficients), spectrum, predicted, tuple(errors), tuple(energies))
-
-
-def _times(matrix: Tensor, root: Tensor | None) -> Tensor:
-    return matrix if root is None else matrix @ root
+    return float(spectrum[rank:].sum()) / total if total > 0.0 else 0.0
 
 
 def balanced(factors: Factors) -> Factors:

@@ -17,8 +17,8 @@ from ..stage import Context
 from ..task import Batch, Task
 from .factorization import Metric, diagonal_metric, identity_metric, metric_of
 from .grouping import Candidate
-from .output_gradients import Labels, OutputGradients, collect_output_gradients
-from .second_moments import SecondMoment, collect_second_moments
+from .output_gradients import Gradients, Labels, collect_gradients, is_pulled_back
+from .second_moments import SecondMoment, collect_second_moments, watching_inputs
 
 Whitening: TypeAlias = Literal["none", "activation_scale", "fisher", "input", "two_sided"]
 
@@ -32,7 +32,7 @@ class Calibration:
         rows: int64, indices into the calibration split.
         batch: samples per forward pass.
         max_rows: tokens or positions per layer that enter a second moment.
-        labels: see `collect_output_gradients`.
+        labels: see `collect_gradients`.
         exponent: of the mean magnitude, for `activation_scale`.
     """
 
@@ -49,10 +49,15 @@ class Calibration:
         for part in context.progress.track(parts, f"basis_sharing: {what}", len(parts)):
             yield task.splits["calibration"].batch(part)
 
-    @property
-    def matrices_kept(self) -> tuple[bool, bool]:
-        """Whether a [d_in, d_in] per input and a [d_out, d_out] per layer are kept."""
-        return self.whitening in ("input", "two_sided"), self.whitening == "two_sided"
+    def weights_kept(self, candidate: Candidate) -> dict[object, int]:
+        """Numbers that the statistics of `candidate` hold, by what they belong to; equal keys are kept once."""
+        found: dict[object, int] = {}
+        for layer in candidate.members:
+            if self.whitening in ("input", "two_sided"):
+                found[layer.input_key] = layer.fan_in**2
+            if self.whitening == "two_sided":
+                found[layer.path] = (layer.fan_in if is_pulled_back(layer) else layer.output_width) ** 2
+        return found
 
 
 @dataclass(frozen=True)
@@ -61,13 +66,13 @@ class Norms:
 
     Attributes:
         moments: by `Layer.input_key`; empty where the norm needs none.
-        gradients: by path; empty where the norm needs none.
+        gradients: empty where the norm needs none.
         calibration: how.
         device: where float64 algebra runs.
     """
 
     moments: Mapping[object, SecondMoment]
-    gradients: Mapping[str, OutputGradients]
+    gradients: Gradients
     calibration: Calibration
     device: torch.device
 
@@ -88,24 +93,31 @@ class Norms:
         if whitening == "none":
             return identity_metric(layer.fan_in, self.device)
         if whitening == "fisher":
-            fisher = self.gradients[layer.path].weight_fisher
-            assert fisher is not None
-            return diagonal_metric(fisher.to(self.device, torch.float64).sqrt())
+            return diagonal_metric(self.gradients.weights[layer.path].to(self.device, torch.float64).sqrt())
         moment = self.moments[layer.input_key]
         if whitening == "activation_scale":
             return diagonal_metric(moment.magnitude.to(self.device, torch.float64) ** self.calibration.exponent)
         return metric_of(moment.matrix.to(self.device))
 
-    def output_roots(self, members: Sequence[Layer]) -> list[Tensor] | None:
-        """Per member L [d_out, d_out] with ``L Lᵀ = F``, regularised as the inputs' moments; None if one-sided."""
+    def targets(self, layers: Sequence[Layer], matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a basis should span, by path: W, weighed by what its outputs mean to the loss if the norm is two-sided.
+
+        Args:
+            layers: of a candidate.
+            matrices: W by path, float64.
+        """
         if self.calibration.whitening != "two_sided":
-            return None
-        roots = []
-        for layer in members:
-            moment = self.gradients[layer.path].moment
-            assert moment is not None
-            roots.append(metric_of(moment.to(self.device)).root.T.contiguous())
-        return roots
+            return {layer.path: matrices[layer.path] for layer in layers}
+        found = {}
+        for layer in layers:
+            pulled = self.gradients.pulled_back.get(layer.path)
+            root = self._root(self.gradients.outputs[layer.path] if pulled is None else pulled)
+            found[layer.path] = matrices[layer.path] @ root if pulled is None else root
+        return found
+
+    def _root(self, moment: Tensor) -> Tensor:
+        """L with ``L Lᵀ`` the moment, regularised as the inputs' are; float64."""
+        return metric_of(moment.to(self.device)).root.T.contiguous()
 
     def used(self, members: Sequence[Layer]) -> list[dict[str, int]]:
         """Rows behind the members' second moments, for the report."""
@@ -122,32 +134,40 @@ def collect(
         StageError: an input or a gradient is not finite; names the layer.
     """
     members = [layer for candidate in candidates for layer in candidate.members]
-    moments: dict[object, SecondMoment] = {}
-    gradients: dict[str, OutputGradients] = {}
-    if calibration.whitening in ("activation_scale", "input", "two_sided"):
-        first = {layer.input_key: layer for layer in reversed(members)}
-        by_path = collect_second_moments(
-            model,
-            list(first.values()),
-            calibration.batches(task, context, "calibration"),
-            len(calibration.rows),
-            calibration.max_rows,
-            context.device,
-            context.generator,
-        )
-        moments = {key: by_path[layer.path] for key, layer in first.items()}
-    if calibration.whitening in ("fisher", "two_sided"):
-        gradients = collect_output_gradients(
-            model,
-            task,
-            members,
-            calibration.batches(task, context, "gradients"),
-            context.device,
-            of_weights=calibration.whitening == "fisher",
-            labels=calibration.labels,
-            generator=context.generator,
-        )
-    return Norms(moments, gradients, calibration, numeric_device(context))
+    one_each = list({layer.input_key: layer for layer in reversed(members)}.values())
+    whitening, rows = calibration.whitening, calibration.rows
+    if whitening in ("none", "activation_scale", "input"):
+        moments: Mapping[str, SecondMoment] = {}
+        if whitening != "none":
+            moments = collect_second_moments(
+                model,
+                one_each,
+                calibration.batches(task, context, "calibration"),
+                len(rows),
+                calibration.max_rows,
+                context.device,
+                context.generator,
+            )
+        gradients = Gradients()
+    else:
+        watched = one_each if whitening == "two_sided" else []
+        # one forward pass serves both sides
+        with watching_inputs(model, watched, len(rows), calibration.max_rows, context.generator) as found:
+            gradients = collect_gradients(
+                model,
+                task,
+                members,
+                calibration.batches(task, context, "calibration"),
+                context.device,
+                of_weights=whitening == "fisher",
+                labels=calibration.labels,
+                generator=context.generator,
+            )
+        moments = found()
+    by_key: dict[object, SecondMoment] = {
+        layer.input_key: moments[layer.path] for layer in one_each if layer.path in moments
+    }
+    return Norms(by_key, gradients, calibration, numeric_device(context))
 
 
 def numeric_device(context: Context) -> torch.device:

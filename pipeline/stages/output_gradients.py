@@ -5,8 +5,9 @@ METHODS §3.5, item 6, and the weight Fisher of FWSVD (§3.11).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -21,71 +22,82 @@ Labels: TypeAlias = Literal["data", "sampled"]
 
 
 @dataclass(frozen=True)
-class OutputGradients:
-    """What one layer's output and weight mean to the loss, as means over samples; on the CPU, float32.
+class Gradients:
+    """What outputs or weights mean to the loss, as means over samples; on the CPU, float32.
+
+    g is the gradient of a sample's loss at a row of a layer's output y = x W, and sums run over the rows of a sample.
 
     Attributes:
-        moment: ``F = Σ g gᵀ`` over the rows of a sample, g the gradient of the sample's loss at the output
-            [d_out, d_out]; None if it was not asked for.
-        weight_fisher: per input column the squared gradient of its weights, summed over the outputs [d_in]; None if
-            it was not asked for.
+        outputs: ``F = Σ g gᵀ`` [d_out, d_out] by path, of convolutions and of layers narrower than their input.
+        pulled_back: ``D = W F Wᵀ`` [d_in, d_in] by path, of the others: it says as much, and is smaller.
+        weights: per input column the squared gradient of the weights, summed over the outputs [d_in], by path.
     """
 
-    moment: Tensor | None
-    weight_fisher: Tensor | None
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    pulled_back: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class _Sink:
-    """Takes in the gradients of one layer, batch by batch."""
+def is_pulled_back(layer: Layer) -> bool:
+    """Whether a layer's gradients are kept as D [d_in, d_in] and not as F [d_out, d_out]."""
+    return layer.kind == "linear" and layer.fan_in <= layer.output_width
 
-    def __init__(self, layer: Layer, module: nn.Module, of_weights: bool) -> None:
-        self.layer, self.module, self.of_weights = layer, module, of_weights
-        size = layer.fan_in if of_weights else layer.output_width
-        self.total = torch.zeros(size) if of_weights else torch.zeros(size, size)
-        self.samples = 0
+
+class _Moment:
+    """Sums up ``rowsᵀ rows``."""
+
+    def __init__(self, path: str, width: int) -> None:
+        self.path = path
+        self.total = torch.zeros(width, width)
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in rows [n, width]."""
+        part = rows.T @ rows
+        _check(part, self.path)
+        self.total += part.to(self.total)
+
+
+class _Output:
+    """Takes in the gradients at one layer's output."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self.moment = _Moment(layer.path, layer.output_width)
 
     def watch(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """A forward hook: the output becomes part of a graph although no parameter before it is trained."""
         del module, inputs
         # a copy, because what comes after may write into it
         watched = output if output.requires_grad else output.detach().requires_grad_().clone()
-        watched.register_hook(self.take)  # type: ignore[no-untyped-call]
+        watched.register_hook(self._take)  # type: ignore[no-untyped-call]
         return watched
 
-    def take(self, gradient: Tensor) -> None:
-        """Adds the gradient of the sum of the samples' losses at the output."""
-        if self.of_weights:
-            return
+    def _take(self, gradient: Tensor) -> None:
         rows = gradient.detach().to(torch.float32)
         if self.layer.kind != "linear":
             rows = rows.movedim(1, -1)
-        rows = rows.reshape(-1, self.layer.output_width)
-        self._add(rows.T @ rows)
-
-    def end_batch(self, samples: int) -> None:
-        """After the backward pass."""
-        self.samples += samples
-        if self.of_weights:
-            gradient = self.module.get_parameter("weight").grad
-            if gradient is not None:
-                self._add(gradient.flatten(1).to(torch.float32).square().sum(dim=0))
-                self.module.get_parameter("weight").grad = None
-
-    def _add(self, part: Tensor) -> None:
-        if not bool(torch.isfinite(part).all()):
-            raise StageError(
-                f"the gradient of the loss at layer {self.layer.path!r} is not finite on the calibration data: train "
-                "the model with a lower learning rate, or choose whitening: input, which needs no gradient"
-            )
-        self.total += part.to(self.total)
-
-    def result(self) -> OutputGradients:
-        """The mean over all samples."""
-        mean = self.total / max(1, self.samples)
-        return OutputGradients(None, mean) if self.of_weights else OutputGradients(mean, None)
+        self.moment.add(rows.reshape(-1, self.layer.output_width))
 
 
-def collect_output_gradients(
+class _Input:
+    """Takes in the gradients at what one linear layer reads, as far as they come from this layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.moment = _Moment(layer.path, layer.fan_in)
+
+    def watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """A forward pre-hook that gives the layer a copy of the input for itself, at which its gradient arrives."""
+        del module
+        x = args[0] if args else kwargs["input"]
+        own = (x if x.requires_grad else x.detach().requires_grad_()).clone()
+        own.register_hook(self._take)
+        return ((own, *args[1:]), kwargs) if args else ((), {**kwargs, "input": own})
+
+    def _take(self, gradient: Tensor) -> None:
+        self.moment.add(gradient.detach().to(torch.float32).flatten(0, -2))
+
+
+def collect_gradients(
     model: nn.Module,
     task: Task,
     layers: Sequence[Layer],
@@ -95,13 +107,13 @@ def collect_output_gradients(
     of_weights: bool = False,
     labels: Labels = "data",
     generator: Callable[..., torch.Generator],
-) -> dict[str, OutputGradients]:
+) -> Gradients:
     """Runs `model` forward and backward over `batches`.
 
     Args:
         model: in eval mode, on `device`; parameters come back without gradients, their `requires_grad` as before.
         task: gives the loss.
-        layers: whose outputs are watched.
+        layers: whose gradients are wanted.
         batches: calibration samples.
         device: where to compute.
         of_weights: the squared gradient of the weights in place of the outputs' moments.
@@ -109,39 +121,65 @@ def collect_output_gradients(
             prediction: then F is the Fisher information and not its empirical estimate.
         generator: as `Context.generator`; draws the targets.
 
-    Returns:
-        By path.
-
     Raises:
         StageError: a gradient is not finite; names the layer.
     """
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    sinks = {layer.path: _Sink(layer, model.get_submodule(layer.path), of_weights) for layer in layers}
-    handles = []
-    try:
+    weights = {x.path: model.get_submodule(x.path).get_parameter("weight") for x in layers if of_weights}
+    fisher = {x.path: torch.zeros(x.fan_in) for x in layers if of_weights}
+    outputs = {x.path: _Output(x) for x in layers if not is_pulled_back(x) and not of_weights}
+    inputs = {x.path: _Input(x) for x in layers if is_pulled_back(x) and not of_weights}
+    samples = 0
+    with ExitStack() as hooks:
+        hooks.callback(_restore, wanted)
         for parameter in wanted:
             parameter.requires_grad_(False)
-        for sink in sinks.values():
-            handles.append(sink.module.register_forward_hook(sink.watch))
-            sink.module.get_parameter("weight").requires_grad_(of_weights)
+        for weight in weights.values():
+            weight.requires_grad_()
+        for path, output in outputs.items():
+            hooks.callback(model.get_submodule(path).register_forward_hook(output.watch).remove)
+        for path, read in inputs.items():
+            hooks.callback(model.get_submodule(path).register_forward_pre_hook(read.watch, with_kwargs=True).remove)
         for number, batch in enumerate(batches):
-            batch = batch.to(device)
-            with torch.enable_grad():
-                logits = model(*batch.inputs)
-                targets = batch.targets
-                if labels == "sampled":
-                    targets = drawn_targets(logits, targets, generator("labels", number))
-                # the sum of the samples' losses: what a batch holds does not change a sample's gradient
-                (task.loss(logits, targets) * len(targets)).backward()  # type: ignore[no-untyped-call]
-            for sink in sinks.values():
-                sink.end_batch(len(targets))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, trained in wanted.items():
-            parameter.requires_grad_(trained)
-            parameter.grad = None
-    return {path: sink.result() for path, sink in sinks.items()}
+            _backward(model, task, batch.to(device), labels, lambda number=number: generator("labels", number))  # type: ignore[misc]
+            samples += len(batch.targets)
+            for path, weight in weights.items():
+                if weight.grad is not None:
+                    squared = weight.grad.flatten(1).to(torch.float32).square().sum(dim=0)
+                    _check(squared, path)
+                    fisher[path] += squared.to(fisher[path])
+                    weight.grad = None
+    return Gradients(
+        {path: output.moment.total / samples for path, output in outputs.items()},
+        {path: read.moment.total / samples for path, read in inputs.items()},
+        {path: total / samples for path, total in fisher.items()},
+    )
+
+
+def _backward(
+    model: nn.Module, task: Task, batch: Batch, labels: Labels, generator: Callable[[], torch.Generator]
+) -> None:
+    with torch.enable_grad():
+        logits = model(*batch.inputs)
+        targets = batch.targets
+        if labels == "sampled":
+            targets = drawn_targets(logits, targets, generator())
+        # the sum of the samples' losses: what a batch holds does not change a sample's gradient
+        (task.loss(logits, targets) * len(targets)).backward()  # type: ignore[no-untyped-call]
+
+
+def _restore(wanted: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, trained in wanted.items():
+        parameter.requires_grad_(trained)
+        parameter.grad = None
+
+
+def _check(part: Tensor, path: str) -> None:
+    if not bool(torch.isfinite(part).all()):
+        raise StageError(
+            f"the gradient of the loss at layer {path!r} is not finite on the calibration data: train the model with a "
+            "lower learning rate, or choose whitening: input, which needs no gradient"
+        )
 
 
 def drawn_targets(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:

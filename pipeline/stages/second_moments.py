@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,36 @@ class _Sink:
         return SecondMoment(self.total / count, self.rows, self.seen, self.magnitude / count)
 
 
+@contextmanager
+def watching_inputs(
+    model: nn.Module, layers: Sequence[Layer], samples: int, max_rows: int, generator: Callable[..., torch.Generator]
+) -> Iterator[Callable[[], dict[str, SecondMoment]]]:
+    """While the context lasts, what each of `layers` multiplies is averaged, whoever runs `model`.
+
+    Args:
+        model: in eval mode.
+        layers: one per different input (`Layer.input_key`).
+        samples: how many samples will go by in all.
+        max_rows: cap on rows per layer; beyond it a random share of tokens or positions is taken.
+        generator: as `Context.generator`; chooses rows.
+
+    Yields:
+        Gives the moments by path; to be called when all has gone by.
+
+    Raises:
+        StageError: during a pass, where an input is not finite; names the layer.
+    """
+    sinks = {layer.path: _Sink(layer, samples, max_rows, generator) for layer in layers}
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(sink.take, with_kwargs=True) for path, sink in sinks.items()
+    ]
+    try:
+        yield lambda: {path: sink.result() for path, sink in sinks.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def collect_second_moments(
     model: nn.Module,
@@ -82,12 +113,12 @@ def collect_second_moments(
 
     Args:
         model: in eval mode, on `device`.
-        layers: one per different input (`Layer.input_key`).
+        layers: see `watching_inputs`, as for `samples`, `max_rows` and `generator`.
         batches: calibration samples.
         samples: how many samples `batches` has in all.
-        max_rows: cap on rows per layer; beyond it a random share of tokens or positions is taken.
+        max_rows: cap on rows per layer.
         device: where to compute.
-        generator: as `Context.generator`; chooses rows.
+        generator: chooses rows.
 
     Returns:
         By path.
@@ -95,17 +126,10 @@ def collect_second_moments(
     Raises:
         StageError: an input is not finite; names the layer.
     """
-    sinks = {layer.path: _Sink(layer, samples, max_rows, generator) for layer in layers}
-    handles = [
-        model.get_submodule(path).register_forward_pre_hook(sink.take, with_kwargs=True) for path, sink in sinks.items()
-    ]
-    try:
+    with watching_inputs(model, layers, samples, max_rows, generator) as found:
         for batch in batches:
             model(*batch.to(device).inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {path: sink.result() for path, sink in sinks.items()}
+    return found()
 
 
 def input_rows(module: nn.Module, x: Tensor, share: float, generator: torch.Generator) -> Iterable[tuple[Tensor, int]]:

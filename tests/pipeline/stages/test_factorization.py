@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgewright.pipeline.stages.factorization import (
     Metric,
+    Target,
     balanced,
     diagonal_metric,
     factorize,
@@ -239,21 +240,28 @@ def test_two_sided_error_is_the_best_that_the_rank_allows() -> None:
     w, g = matrix(12, 9), metric(12, 40)
     f = metric_of(torch.diag(torch.logspace(-3, 2, 9, dtype=torch.float64)))
     root = f.root.T
-    factors = factorize([w], [g], 4, output_roots=[root])
+    factors = factorize([w], [g], 4, targets=[Target(w @ root, g)])
     best = torch.linalg.svdvals(g.root @ w @ root)[4:].square().sum()
     assert factors.error == pytest.approx(float(best), rel=1e-8)
+    # F alone says as much pulled back to the input, W F Wᵀ
+    other = factorize([w], [g], 4, targets=[Target(metric_of(w @ f.moment @ w.T).root.T, g)])
+    assert squared_norm((w - other.basis @ other.coefficients[0]) @ root, g.moment) < 1.001 * factors.error
     one_sided = factorize([w], [g], 4)
     assert squared_norm((w - one_sided.basis @ one_sided.coefficients[0]) @ root, g.moment) > 1.5 * factors.error
 
 
 def test_identity_roots_change_nothing_and_full_rank_is_exact() -> None:
     ws, g = [matrix(10, 6), matrix(10, 7, 1)], metric(10, 30)
+
+    def of(matrices: list[Tensor], norm: Metric, roots: list[Tensor]) -> list[Target]:
+        return [Target(w @ root, norm) for w, root in zip(matrices, roots, strict=True)]
+
     eyes = [torch.eye(6, dtype=torch.float64), torch.eye(7, dtype=torch.float64)]
-    plain, weighted = factorize(ws, [g, g], 5), factorize(ws, [g, g], 5, output_roots=eyes)
+    plain, weighted = factorize(ws, [g, g], 5), factorize(ws, [g, g], 5, targets=of(ws, g, eyes))
     for a, b in zip(plain.coefficients, weighted.coefficients, strict=True):
         assert torch.allclose(plain.basis @ a, weighted.basis @ b, atol=1e-10)
     f = [metric(6, 20, 7).root.T, metric(7, 20, 8).root.T]
-    full = factorize(ws, [g, g], 10, output_roots=f)
+    full = factorize(ws, [g, g], 10, targets=of(ws, g, f))
     assert all(torch.allclose(full.basis @ c, w, atol=1e-8) for w, c in zip(ws, full.coefficients, strict=True))
 
 

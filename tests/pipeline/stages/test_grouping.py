@@ -10,9 +10,10 @@ from torch import nn
 
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.graph import discover
-from edgewright.pipeline.stages.basis_solver import Budget, factorized_macs, passes, solve
+from edgewright.pipeline.stages.basis_solver import Algebra, Budget, divided, factorized_macs, passes
 from edgewright.pipeline.stages.factorization import Metric, metric_of
 from edgewright.pipeline.stages.grouping import Candidate, GroupMode, candidates, divide, select
+from edgewright.pipeline.stages.norms import Calibration
 
 IMAGE = torch.randn(2, 1, 12, 12, generator=torch.Generator().manual_seed(0))
 BLOCK = "layers.{}.{}"
@@ -129,29 +130,32 @@ def test_division_takes_the_cheapest_way_to_cut() -> None:
     assert (single.error, single.separate_error) == (5.0, None)
 
 
+def _algebra(matrices: dict[str, torch.Tensor], norm: Metric) -> Algebra:
+    return Algebra(matrices, dict.fromkeys(matrices, norm), matrices, "per_layer")
+
+
 def _solved(similar: bool) -> list[list[str]]:
     candidate = _candidate()
     g = torch.Generator().manual_seed(0)
     x = torch.randn(100, 16, generator=g, dtype=torch.float64)
     space = torch.linalg.qr(torch.randn(16, 16, generator=g, dtype=torch.float64)).Q
     norm = metric_of(x.T @ x)
-    matrices, metrics = {}, {}
+    matrices = {}
     for i, layer in enumerate(candidate.members):
         # three directions each, all the same or none the same; rank 3 apart leaves nothing, and one basis of the
         # same bytes has rank 6
         columns = space[:, :3] if similar else space[:, [i, (i + 5) % 16, 15 - i]]
         private = columns @ torch.randn(3, 16, generator=g, dtype=torch.float64)
         matrices[layer.path] = private + 0.05 * torch.randn(16, 16, generator=g, dtype=torch.float64)
-        metrics[layer.path] = norm
     budget = Budget(lambda _: Fraction(2, 5), align=1)
-    division, solved = solve(candidate, matrices, metrics, budget, "auto", "per_layer")
-    always, _ = solve(candidate, matrices, metrics, budget, "always", "per_layer")
-    assert names(list(always.groups)) == [qkv(0, 1)]
-    assert [s.group for s in solved] == list(division.groups)
-    for part in solved:
-        assert part.factors is not None
-        weights = part.factors.rank * (16 + 16 * len(part.group.members))
-        assert weights <= 0.4 * 256 * len(part.group.members)
+    algebra = _algebra(matrices, norm)
+    division = divided(candidate, algebra, budget, "auto")
+    assert names(list(divided(candidate, algebra, budget, "always").groups)) == [qkv(0, 1)]
+    found = [algebra.factors(group, budget.rank(group, Fraction(2, 5)) or 0) for group in division.groups]
+    for group, factors in zip(division.groups, found, strict=True):
+        assert factors.rank * (16 + 16 * len(group.members)) <= 0.4 * 256 * len(group.members)
+        assert algebra.error(group, factors.rank) == pytest.approx(factors.error, rel=1e-6)
+    assert sum(factors.error for factors in found) == pytest.approx(division.error, rel=1e-6)
     return names(list(division.groups))
 
 
@@ -162,13 +166,12 @@ def test_similar_layers_share_and_unlike_ones_do_not() -> None:
 
 def test_ranks_that_save_nothing_leave_layers_dense() -> None:
     candidate = _candidate()
-    norm: Metric = metric_of(torch.eye(16, dtype=torch.float64))
-    eye = {layer.path: torch.eye(16, dtype=torch.float64) for layer in candidate.members}
-    metrics = dict.fromkeys(eye, norm)
-    _, solved = solve(candidate, eye, metrics, Budget(lambda _: Fraction(1), 1), "auto", "per_layer")
-    assert all(part.factors is not None for part in solved), "a share of 1 is rounded down to below break-even"
-    _, solved = solve(candidate, eye, metrics, Budget(lambda _: Fraction(6, 5), 1), "auto", "per_layer")
-    assert all(part.factors is None for part in solved)
+    eye = torch.eye(16, dtype=torch.float64)
+    algebra = _algebra({layer.path: eye for layer in candidate.members}, metric_of(eye))
+    for share, saves in ((Fraction(1), True), (Fraction(6, 5), False)):
+        budget = Budget(lambda _, share=share: share, 1)  # type: ignore[misc]
+        ranks = [budget.rank(group, share) for group in divided(candidate, algebra, budget, "auto").groups]
+        assert all((rank is not None) == saves for rank in ranks), "a share of 1 is rounded down to below break-even"
 
 
 def test_ranks_are_aligned_only_where_little_is_lost() -> None:
@@ -188,14 +191,15 @@ def test_ranks_are_aligned_only_where_little_is_lost() -> None:
 def test_calibration_passes_hold_a_bounded_number_of_moments() -> None:
     layers, _ = select(discover(tiny_transformer(), [IMAGE]), (), (), 1)
     found = candidates(layers, "readers_and_layers", 2)
-    assert list(passes(found)) == [found]
-    one_each = list(passes(found, limit=1))
+    kept = Calibration("input", torch.arange(3), 1, 1).weights_kept
+    assert list(passes(found, kept)) == [found]
+    one_each = list(passes(found, kept, limit=1))
     assert one_each == [[candidate] for candidate in found]
     limit = 4 * (2 * 16**2 + 32**2 * 2)
-    for run in passes(found, limit=limit):
+    for run in passes(found, kept, limit=limit):
         keys = {layer.input_key: layer.fan_in for candidate in run for layer in candidate.members}
         assert sum(4 * width**2 for width in keys.values()) <= limit or len(run) == 1
-    assert [c for run in passes(found, limit=limit) for c in run] == found
+    assert [c for run in passes(found, kept, limit=limit) for c in run] == found
 
 
 def test_macs_count_a_merged_projection_once() -> None:

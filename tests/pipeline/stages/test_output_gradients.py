@@ -13,7 +13,7 @@ from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.graph import Layer, discover
 from edgewright.pipeline.metric import IGNORED
-from edgewright.pipeline.stages.output_gradients import OutputGradients, collect_output_gradients, drawn_targets
+from edgewright.pipeline.stages.output_gradients import Gradients, collect_gradients, drawn_targets, is_pulled_back
 from edgewright.pipeline.task import batches
 
 TASK = tiny_task(rows={"calibration": 12})
@@ -23,8 +23,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return list(discover(model, TASK.splits["calibration"].batch([0, 1]).inputs).layers)
 
 
-def collected(model: nn.Module, size: int = 4, **options: object) -> dict[str, OutputGradients]:
-    return collect_output_gradients(
+def collected(model: nn.Module, size: int = 4, **options: object) -> Gradients:
+    return collect_gradients(
         model,
         TASK,
         layers_of(model),
@@ -38,8 +38,10 @@ def collected(model: nn.Module, size: int = 4, **options: object) -> dict[str, O
 @pytest.mark.parametrize("model", [tiny_transformer(), tiny_residual()], ids=["linear", "convolution"])
 def test_moments_and_weight_fisher_are_autograds(model: nn.Module) -> None:
     moments, fisher = collected(model), collected(model, size=1, of_weights=True)
-    for layer in layers_of(model)[:4]:
+    kinds = set()
+    for layer in layers_of(model)[:7]:
         module = model.get_submodule(layer.path)
+        weight = module.get_parameter("weight")
         expected = torch.zeros(layer.output_width, layer.output_width)
         squares = torch.zeros(layer.fan_in)
         for i in range(12):
@@ -47,14 +49,18 @@ def test_moments_and_weight_fisher_are_autograds(model: nn.Module) -> None:
             handle = module.register_forward_hook(lambda _m, _x, y, kept=outputs: kept.append(y))
             loss = TASK.loss(model(*batch.inputs), batch.targets)
             handle.remove()
-            of_output, of_weight = torch.autograd.grad(loss, [outputs[0], module.get_parameter("weight")])
+            of_output, of_weight = torch.autograd.grad(loss, [outputs[0], weight])
             rows = (of_output if layer.kind == "linear" else of_output.movedim(1, -1)).reshape(-1, layer.output_width)
             expected += rows.T @ rows / 12
             squares += of_weight.flatten(1).square().sum(dim=0) / 12
-        found = moments[layer.path].moment
-        assert found is not None and torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
-        of_weights = fisher[layer.path].weight_fisher
-        assert of_weights is not None and torch.allclose(of_weights, squares, rtol=1e-3)
+        kinds.add(is_pulled_back(layer))
+        if is_pulled_back(layer):
+            expected, found = (weight.T @ expected @ weight).detach(), moments.pulled_back[layer.path]
+        else:
+            found = moments.outputs[layer.path]
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+        assert torch.allclose(fisher.weights[layer.path], squares, rtol=1e-3)
+    assert kinds == ({False, True} if moments.pulled_back else {False})
 
 
 def test_the_batch_size_does_not_matter_and_the_model_stays_as_it_was() -> None:
@@ -62,13 +68,14 @@ def test_the_batch_size_does_not_matter_and_the_model_stays_as_it_was() -> None:
     model.get_submodule("embed").requires_grad_(False)
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
     one, all_at_once = collected(model, size=1), collected(model, size=12)
-    for path, found in one.items():
-        assert found.moment is not None and all_at_once[path].moment is not None
-        assert torch.allclose(found.moment, all_at_once[path].moment, rtol=1e-3, atol=1e-8)
+    for kind in ("outputs", "pulled_back"):
+        few, many = getattr(one, kind), getattr(all_at_once, kind)
+        assert few.keys() == many.keys() and few
+        assert all(torch.allclose(few[path], many[path], rtol=1e-3, atol=1e-8) for path in few)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == before[name][0] and parameter.grad is None
         assert torch.equal(parameter, before[name][1])
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_what_is_not_finite_names_the_layer() -> None:
@@ -87,6 +94,5 @@ def test_targets_are_drawn_from_the_prediction() -> None:
     assert (drawn[:, -1] == IGNORED).all()
     shares = torch.bincount(drawn[:, :-1].flatten(), minlength=3) / (2 * 3999)
     assert torch.allclose(shares, torch.tensor([0.1, 0.2, 0.7]), atol=0.03)
-    sampled = collected(tiny_transformer(), labels="sampled")["fc"].moment
-    of_data = collected(tiny_transformer())["fc"].moment
-    assert sampled is not None and of_data is not None and not torch.allclose(sampled, of_data)
+    sampled, of_data = (collected(tiny_transformer(), labels=x).outputs["fc"] for x in ("sampled", "data"))
+    assert not torch.allclose(sampled, of_data)
