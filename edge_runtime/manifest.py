@@ -9,6 +9,7 @@ A bundle is an immutable folder, or the same files in a zip::
     split/level0.onnx  only with `split`: the same network, a file for every exit and one for its end
     golden.npz         cases with inputs and expected outputs, see `GoldenCase`
     edge_runtime.pyz   this package, runnable with numpy and onnxruntime
+    tokenizer.json     of a generator, if it was known
 
 Standard library only. Everything here is plain data:
 `Manifest.from_json(manifest.to_json())` is the identity.
@@ -36,12 +37,16 @@ MODEL_FILE = "model.onnx"
 GOLDEN_FILE = "golden.npz"
 RUNTIME_FILE = "edge_runtime.pyz"
 SPLIT_FOLDER = "split"
+TOKENIZER_FILE = "tokenizer.json"
 
 LABEL, SCORES, EXIT_INDEX, LOGITS = "label", "scores", "exit_index", "logits"
 """Output names. A model with exits has LABEL, SCORES, EXIT_INDEX; one without has LOGITS."""
 
 DECIDED = "decided"
 """Output of a file of `SplitSpec`, bool [N]: which rows leave behind it. The last file has none."""
+
+PAST, PRESENT = "past.", "present."
+"""What the names of a generator's cache begin with, as inputs, which may be empty, and as outputs."""
 
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.

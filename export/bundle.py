@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.archive import write_runtime_archive
 from edgewright.edge_runtime.bundle import pack_zip, write_manifest
-from edgewright.edge_runtime.errors import ExportError, InputError
+from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.feeds import specs_of
 from edgewright.edge_runtime.golden import write_golden
 from edgewright.edge_runtime.manifest import (
     GOLDEN_FILE,
     LOGITS,
-    MANIFEST_FILE,
     MODEL_FILE,
     RUNTIME_FILE,
     Ledger,
@@ -38,6 +36,7 @@ from edgewright.edge_runtime.session import session_on
 from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
 
+from .bundle_folder import DISTRIBUTIONS, check_target, put_in_place, scratch, writing
 from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .duplication import check_duplication
@@ -52,8 +51,6 @@ from .simplify import Feeds, simplify
 from .source import Source
 from .split_files import prove_split, write_split
 from .split_levels import split_levels
-
-_DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -118,11 +115,11 @@ def export_bundle(
     """
     options = options or ExportOptions()
     target = Path(out)
-    _check_target(target)
+    check_target(target)
     chosen = split or ("test" if "test" in source.splits else list(source.splits)[-1])
     modes = {module: module.training for module in model.modules()}
     try:
-        with _scratch(target) as folder:
+        with scratch(target) as folder:
             work = Path(folder, "bundle")
             work.mkdir()
             batch = batch_of(model, options)
@@ -130,7 +127,7 @@ def export_bundle(
             flat_path = Path(folder, "flat.onnx")
             final, more = _final_graph(model, flat, options, batch, source, chosen)
             _write_metadata(final, source, model)
-            with _writing(target):
+            with writing(target):
                 save_model(flat, flat_path, external_above)
                 save_model(final, work / MODEL_FILE, external_above)
             check_file(work / MODEL_FILE)
@@ -152,7 +149,7 @@ def export_bundle(
             split_spec: SplitSpec | None = None
             if options.split and isinstance(model, MultiExit):
                 split_graphs = split_levels(flat, *_exits_of(model, flat, batch), _row_feeds(batch, source, chosen))
-                with _writing(target):
+                with writing(target):
                     split_spec, note = write_split(split_graphs, work, external_above)
                 notes = (*notes, note)
             manifest = _manifest(
@@ -160,61 +157,22 @@ def export_bundle(
                 operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
                 split=split_spec,
             )  # fmt: skip
-            with _writing(target):
+            with writing(target):
                 write_golden(work / GOLDEN_FILE, parity.golden)
                 write_runtime_archive(work / RUNTIME_FILE)
                 manifest = write_manifest(work, manifest)
             if split_spec is not None:
                 prove_split(work)
-            with _writing(target):
-                _replace(work, target)
+            with writing(target):
+                put_in_place(work, target)
     finally:
         for module, training in modes.items():
             module.training = training
     if options.zip:
-        with _writing(target):
+        with writing(target):
             # not with_suffix: a bundle may be called net.v2
             pack_zip(target, target.with_name(f"{target.name}.zip"))
     return ExportResult(target, manifest, chosen, parity.label, parity.exit_index)
-
-
-def _check_target(target: Path) -> None:
-    with _writing(target):
-        taken = target.exists() and not (
-            target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST_FILE).exists())
-        )
-    if taken:
-        raise InputError(f"{target} exists and is no bundle: it is left alone, choose another folder")
-
-
-@contextlib.contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """Turns what the file system says into the user's error."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"the bundle {target} cannot be written, in {target.parent}: {error.strerror or error}; choose another "
-            "folder, or make this one writable and free some space"
-        ) from error
-
-
-@contextlib.contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, so that the finished bundle is one rename away."""
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
-    with folder as path:
-        yield Path(path)
-
-
-def _replace(work: Path, target: Path) -> None:
-    """Puts the finished folder in place; there is never half a bundle under the target's name."""
-    if target.exists():
-        old = work.parent / "old"
-        target.replace(old)
-    work.replace(target)
 
 
 def _example(source: Source, split: str, rows: int) -> tuple[Tensor, ...]:
@@ -248,6 +206,11 @@ def _flat_graph(
     flat, note = simplify(
         raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
     )
+    if flat is raw and options.simplify != "none":
+        # what the simplifier would have merged: readers of one basis multiply it once. An embedding that is the head
+        # too is a reason not to keep its result, because it folds the transposition, which would store it twice
+        flat = raw.clone()
+        ir.passes.common.CommonSubexpressionEliminationPass()(flat)
     return raw, flat, note
 
 
@@ -345,7 +308,7 @@ def _manifest(
         edits=tuple(edits),
         opset=int(final.graph.opset_imports[""]),
         ir_version=final.ir_version,
-        versions=versions(_DISTRIBUTIONS),
+        versions=versions(DISTRIBUTIONS),
         notes=(*notes, *uncounted(flat), *costed),
         split=split,
     )

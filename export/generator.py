@@ -6,11 +6,13 @@ inputs and outputs, ``past.<layer>.key`` and ``present.<layer>.key`` and so on, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import tempfile
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -18,17 +20,35 @@ import onnx_ir.passes.common
 import torch
 from torch import Tensor
 
+from edgewright.edge_runtime.archive import write_runtime_archive
+from edgewright.edge_runtime.bundle import pack_zip, write_manifest
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.generation import Generator
-from edgewright.edge_runtime.manifest import LOGITS, MODEL_FILE
+from edgewright.edge_runtime.golden import write_golden
+from edgewright.edge_runtime.manifest import (
+    GOLDEN_FILE,
+    LOGITS,
+    MODEL_FILE,
+    PAST,
+    PRESENT,
+    RUNTIME_FILE,
+    TOKENIZER_FILE,
+    Manifest,
+)
 from edgewright.models.cached_step import CachedStep
 from edgewright.models.pretrained import LogitsOnly
 
+from .bundle_folder import check_target, put_in_place, scratch, writing
 from .capture import explain, first_names, name_axes, name_everything, quietly
-from .ledger import stored_bytes, torch_unique_bytes
-from .model_file import data_file, save_model
+from .generator_record import cache_names, golden_cases, manifest_of
+from .ledger import build_ledger, stored_bytes, torch_unique_bytes
+from .model_file import EXTERNAL_ABOVE, check_file, save_model
 from .options import ExportOptions
 from .simplify import simplify
+from .weight_quantization import Quantization, quantize_weights
+
+_PROMPT = 16
+"""Tokens of a prompt of the proof."""
 
 _STORED_LIMIT = 1.01
 """Weight bytes of the file over those of PyTorch's storages."""
@@ -36,23 +56,27 @@ _STORED_LIMIT = 1.01
 
 @dataclass(frozen=True)
 class GeneratorExport:
-    """A written file, and what proved it.
+    """A written bundle, and what proved it.
 
     Attributes:
         path: of model.onnx.
-        max_abs_diff: largest difference of a logit, over all steps of all cases.
+        manifest: as written.
+        max_abs_diff: largest difference of a logit to PyTorch's float32, over all steps of all cases.
         steps: decode steps that were compared, each for every row.
         weight_bytes: stored in the file.
         torch_bytes: unique storages of the PyTorch model.
         note: what the simplifier said.
+        quantization: what rounding the weights did; None if they are float32.
     """
 
     path: Path
+    manifest: Manifest
     max_abs_diff: float
     steps: int
     weight_bytes: int
     torch_bytes: int
     note: str
+    quantization: Quantization | None
 
 
 def export_generator(
@@ -63,35 +87,89 @@ def export_generator(
     *,
     decode_steps: int = 64,
     tolerance: float = 1e-3,
+    name: str = "generator",
+    edits: Sequence[Mapping[str, Any]] = (),
+    tokenizer: str | None = None,
+    external_above: int = EXTERNAL_ABOVE,
 ) -> GeneratorExport:
-    """Exports `model` with its cache into the folder `out`, after the file has proven that it computes the same.
+    """Exports `model` with its cache as the bundle `out`, after the file has proven that it computes the same.
 
     The proof does not use PyTorch's cache: every row is run by itself, unpadded and whole, and must have the logits
     that the file gives for it in a padded batch, prefilled in two chunks and then decoded greedily, token by token.
+    Rounded weights are rounded after that proof; what they change is measured, and stands in the manifest.
 
     Args:
         model: a causal language model, factorized or not; on the CPU, in eval mode.
-        tokens: int64 [at least 3, T], T at least 4: prompts of the proof; rows are cut to different lengths.
-        out: folder, made when needed; files in it are replaced one by one.
-        options: opset and simplifier.
-        decode_steps: tokens that the proof generates.
+        tokens: int64 [at least 3, T], T at least 4: texts; the proof's prompts are their beginnings, cut to different
+            lengths, and the first row is what MACs are counted for.
+        out: folder of the bundle; replaced if it is a bundle already.
+        options: opset, simplifier, `weights` and zip.
+        decode_steps: tokens that the proof generates; fewer where the model has no positions for them.
         tolerance: largest allowed difference of a logit.
+        name: of the bundle.
+        edits: what the stages did, for the manifest.
+        tokenizer: content of a tokenizer.json, which goes into the bundle.
+        external_above: bytes of weights above which they go to ``model.onnx.data``.
 
     Raises:
         ExportError: torch cannot export it, or the file stores a weight twice.
         ParityError: the file answers differently; nothing is written.
-        InputError: too few prompts, or `out` is a file.
+        InputError: too few prompts, or `out` is something else than a bundle, or cannot be written.
     """
     options = options or ExportOptions()
     if len(tokens) < 3 or tokens.shape[1] < 4:
         raise InputError(f"prompts {list(tokens.shape)} are too few: give at least 3 of at least 4 tokens")
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is in the way: name a folder")
+    target = Path(out)
+    check_target(target)
     try:
         step = CachedStep(model).eval()
     except ValueError as error:
         raise ExportError(str(error)) from error
+    raw, final, note = _graphs(step, tokens, options)
+    with scratch(target) as folder:
+        work = folder / "bundle"
+        work.mkdir()
+        path = work / MODEL_FILE
+        with writing(target):
+            save_model(final, path, external_above)
+        check_file(path)
+        prompts = tokens[:3, :_PROMPT]
+        positions = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
+        decode_steps = min(decode_steps, (positions or sys.maxsize) - prompts.shape[1])
+        # the first row alone, and three of different lengths
+        batches = [[prompts[0]], [prompts[0], prompts[1, :-1], prompts[2, 1:-1]]]
+        worst = max(_largest_difference(model, path, rows, decode_steps, tolerance) for rows in batches)
+        written, quantization = final, None
+        if options.weights != "float32":
+            quantization = quantize_weights(model, path, options.weights, prompts)
+            written = ir.load(path)
+        cases = golden_cases(step, path, batches)
+        manifest = manifest_of(
+            step, final, written, path, tokens[:1], cases, build_ledger(model, raw, written, None, copies=False),
+            tolerance=tolerance, max_abs_diff=worst, quantization=quantization,
+            notes=(note, *((quantization.text(),) if quantization else ())),
+        )  # fmt: skip
+        manifest = dataclasses.replace(manifest, name=name, edits=tuple(edits))
+        with writing(target):
+            if tokenizer is not None:
+                (work / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")
+            write_golden(work / GOLDEN_FILE, cases)
+            write_runtime_archive(work / RUNTIME_FILE)
+            manifest = write_manifest(work, manifest)
+            put_in_place(work, target)
+    if options.zip:
+        with writing(target):
+            pack_zip(target, target.with_name(f"{target.name}.zip"))
+    sizes = manifest.ledger.stored_weight_bytes, manifest.ledger.torch_unique_bytes
+    return GeneratorExport(target / MODEL_FILE, manifest, worst, decode_steps, *sizes, note, quantization)
+
+
+def _graphs(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple[ir.Model, ir.Model, str]:
+    """The fresh capture, the simplified graph, and what the simplifier said.
+
+    Raises:
+        ExportError: torch cannot export it, or a weight is stored twice.
+    """
     raw, feeds = _captured(step, tokens, options)
     # what reads one basis multiplies it once, also where the simplifier's result is not kept: it folds the
     # transposition of an embedding that is the head too, which would store it twice
@@ -99,25 +177,13 @@ def export_generator(
     final, note = simplify(
         raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
     )
-    stored, unique = stored_bytes(final), torch_unique_bytes(model)
+    stored, unique = stored_bytes(final), torch_unique_bytes(step.model)
     if stored > unique * _STORED_LIMIT:
         raise ExportError(
             f"the file would store {stored} weight bytes, the PyTorch model {unique}: a shared weight was duplicated; "
             "set simplify to none, and please report it"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".generator-", dir=folder) as aside:
-        path = Path(aside, MODEL_FILE)
-        save_model(final, path)
-        # ids that a random text holds; the first rows alone and three together
-        worst = max(
-            _largest_difference(model, path, [tokens[0]], decode_steps, tolerance),
-            _largest_difference(model, path, [tokens[0], tokens[1, :-1], tokens[2, 1:-1]], decode_steps, tolerance),
-        )
-        for made in (path, data_file(path)):
-            if made.exists():
-                made.replace(folder / made.name)
-    return GeneratorExport(folder / MODEL_FILE, worst, decode_steps, stored, unique, note)
+    return raw, final, note
 
 
 def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple[ir.Model, dict[str, np.ndarray]]:
@@ -126,10 +192,10 @@ def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple
         past = step(first, torch.ones_like(first), *step.empty_past(2))[1:]
     rest = tokens[:2, 2:4]
     inputs = (rest, torch.ones(2, 5, dtype=torch.int64), *past)
-    kinds = [f"{i // 2}.{'value' if i % 2 else 'key'}" for i in range(len(past))]
+    kinds = cache_names(len(past) // 2)
     axes: list[Mapping[int, str]] = [{0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}]
     axes += [{0: "batch", 2: "past"}] * len(past)
-    names = ["input_ids", "attention_mask", *(f"past.{kind}" for kind in kinds)]
+    names = ["input_ids", "attention_mask", *(PAST + kind for kind in kinds)]
     dynamic = [dict.fromkeys(given, torch.export.Dim.DYNAMIC) for given in axes]
     try:
         with quietly(), torch.no_grad():
@@ -141,7 +207,7 @@ def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple
                 verbose=False,
                 external_data=False,
                 input_names=names,
-                output_names=[LOGITS, *(f"present.{kind}" for kind in kinds)],
+                output_names=[LOGITS, *(PRESENT + kind for kind in kinds)],
                 dynamic_shapes=(dynamic[0], dynamic[1], tuple(dynamic[2:])),
                 opset_version=options.opset,
             )

@@ -43,5 +43,11 @@ class ExportOptions(BaseModel):
     split: bool = False
     """Also write the levels between the exits as files of their own (`split/`), which a host runs in turn: for targets
     where an `If` is slow, or where a CUDA graph is to hold each level. Nothing happens for a model without exits."""
+    generator: bool = False
+    """A causal language model with its cache, which `edgewright generate` runs: tokens, mask and past keys and values
+    in, logits and the longer cache out. Without it, windows of tokens in and logits out."""
+    weights: Literal["float32", "int8", "int4"] = "float32"
+    """Of a generator: bits of the weights of matrix products, 32 of them to a scale; `int4` leaves shared bases at 8.
+    What it changes is measured and stands in the manifest."""
     zip: bool = False
     """Also write the bundle as one zip file."""

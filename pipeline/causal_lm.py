@@ -15,8 +15,8 @@ from .errors import DataError
 from .metric import IGNORED, Metric, Perplexity
 from .task import SPLITS, Batch, Split, SplitName
 
-_TOKENS_AT_ONCE = 1024
-"""Tokens whose logits lie in memory together while a model is judged: 200 MB for 49k words."""
+_TOKENS_AT_ONCE = 512
+"""Tokens whose logits lie in memory together while a model is judged or asked for gradients: 100 MB for 49k words."""
 
 
 class WindowSplit:
@@ -73,6 +73,7 @@ class CausalLM:
         vocabulary: number of tokens the tokenizer knows.
         name: for reports.
         provenance: where text and tokenizer come from, JSON.
+        tokenizer: what made the tokens, as the text of a tokenizer.json; goes into the bundle of a generator.
 
     Raises:
         DataError: an unknown split name, an empty split, or a token outside the vocabulary.
@@ -85,6 +86,7 @@ class CausalLM:
         *,
         name: str = "causal_lm",
         provenance: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         self._splits: dict[SplitName, Split] = {}
         for key, windows in splits.items():
@@ -99,6 +101,7 @@ class CausalLM:
                 )
             self._splits[key] = WindowSplit(windows)
         self.vocabulary = vocabulary
+        self.tokenizer = tokenizer
         self._name, self._provenance = name, dict(provenance or {})
 
     @property

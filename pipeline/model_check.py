@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from edgewright.export.capture import HeadLogits, quietly
+from edgewright.models.cached_step import CachedStep
+from edgewright.models.pretrained import LogitsOnly
 from edgewright.models.python_source import place_of
 
 from .errors import ModelError
@@ -69,6 +71,26 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
 
 
 @torch.no_grad()
+def check_generates(model: nn.Module, task: Task, name: str) -> None:
+    """Runs a language model once with its cache, as a generator will.
+
+    Raises:
+        ModelError: it has none, or the task gives no texts to prove it on.
+    """
+    rows = len(split_of(task, "test", needed_by="the proof of a generator"))
+    tokens = _example(task, min(rows, 3))[0]
+    try:
+        if not isinstance(model, LogitsOnly):
+            raise ValueError("it is no model of the transformers library (hf:, gguf:, packaged:)")
+        step = CachedStep(model)
+        with torch.no_grad():
+            step(tokens[:, :2], torch.ones_like(tokens[:, :2]), *step.empty_past(len(tokens)))
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise ModelError(f"export.generator: {name} cannot generate: {error}; set export.generator to false") from error
+    if rows < 3:
+        raise ModelError(f"export.generator: the proof needs 3 windows of the test split, and there are {rows}")
+
+
 def check_exportable(model: nn.Module, task: Task, name: str, dynamic: bool) -> None:
     """Lets torch.export read the model once, as the export will at the end; under a second for small models.
 

@@ -19,7 +19,7 @@ from .checkpoint import BaseSpec
 from .class_subset import restricted
 from .determinism import seeded
 from .errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
-from .model_check import check_exportable, check_model, first_rows
+from .model_check import check_exportable, check_generates, check_model, first_rows
 from .recipe import Recipe, check_order
 from .reproducibility import check_reproducible
 from .sources import file_digests, sha256_of
@@ -183,6 +183,9 @@ def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
     model, name, recipe = build_named(inputs.recipe), inputs.base.name, inputs.recipe
     check_model(model, inputs.task, name)
     check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
+    if recipe.export.generator:
+        check_generates(model, inputs.task, name)
+        return model
     alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
     batch = recipe.export.batch
     check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
@@ -253,6 +256,18 @@ def _check_later_phases(recipe: Recipe) -> None:
             "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
         )
     names = [entry.name for entry in recipe.stages]
+    if recipe.export.generator:
+        if "early_exit" in names:
+            raise RecipeError("export.generator: a generator has no exits: leave the stage early_exit out")
+        if recipe.benchmark.enabled:
+            raise RecipeError(
+                "export.generator: its speed depends on prompt and cache, `edgewright generate` measures it: set "
+                "benchmark.enabled to false"
+            )
+    elif recipe.export.weights != "float32":
+        raise RecipeError(
+            f"export.weights is {recipe.export.weights}, which only a generator can have: set export.generator to true"
+        )
     for asked, field, stage in (
         (recipe.require.shared_basis, "shared_basis", "basis_sharing"),
         (recipe.require.every_exit, "every_exit", "early_exit"),

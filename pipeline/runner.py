@@ -19,6 +19,7 @@ from torch import nn
 from edgewright.edge_runtime.manifest import OperatingPoint
 from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
+from edgewright.models.pretrained import LogitsOnly
 
 from . import bundles
 from .atomic import pretty_json, remove_leftovers, write_text
@@ -37,7 +38,7 @@ from .sources import module_digests
 from .stage import Json, Progress, StageResult
 from .stages import stage_named
 from .steps import StepRow, measure
-from .task import Task
+from .task import Task, split_of
 
 RESOLVED_FILE = "recipe.resolved.yaml"
 BUNDLE_FOLDER = "bundle"
@@ -307,6 +308,17 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
     edits = [{"stage": edit.stage, "data": edit.data} for edit in read_checkpoint(entry.folder).edits]
     model = load_checkpoint(entry.folder, run.root)
     with run.timed(f"{row.step}.export"):
+        if options.generator:
+            from edgewright.export.generator import export_generator
+
+            assert isinstance(model, LogitsOnly)  # as `check_generates` has seen
+            texts = split_of(task, "test", needed_by="the proof of a generator").batch(range(3)).inputs[0]
+            tokenizer = getattr(task, "tokenizer", None)
+            export_generator(
+                model, texts, target, options, name=run.recipe.name or task.name, edits=edits, tokenizer=tokenizer
+            )
+            bundles.record(target, key, options)
+            return target
         export_bundle(
             model,
             task,

@@ -317,7 +317,7 @@ def factorize(
         together = [matrices[i] for i in mine] + [goals[i].matrix for i in aims]
         fitted = refit_coefficients(basis, torch.cat(together, dim=1), metric if refit == "per_layer" else joint)
         widths = [matrix.shape[1] for matrix in together]
-        parts = torch.split(fitted, widths, dim=1)  # type: ignore[no-untyped-call]
+        parts = torch.split(fitted, widths, dim=1)
         for i, c in zip(mine, parts, strict=False):
             coefficients[i] = c.contiguous()
         judged = zip(mine, parts, strict=True) if targets is None else zip(aims, parts[len(mine) :], strict=True)

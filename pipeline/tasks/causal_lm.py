@@ -44,10 +44,10 @@ def causal_lm(
         DataError: text or tokenizer are not there, cannot be read, or are too short.
     """
     text, files = _text(path)
-    tokens, vocabulary, origin = _tokens(text, tokenizer, tokenizer_path)
+    tokens, vocabulary, origin, made = _tokens(text, tokenizer, tokenizer_path)
     splits = windows_of(tokens, window, fractions or _FRACTIONS, most)
     provenance = {"text": files, "tokenizer": origin, "tokens": len(tokens), "window": window}
-    return CausalLM(splits, vocabulary, provenance=provenance)
+    return CausalLM(splits, vocabulary, provenance=provenance, tokenizer=made)
 
 
 def python_topics() -> str:
@@ -79,10 +79,10 @@ def _text(path: str | None) -> tuple[str, dict[str, str]]:
     return "\n\n".join(parts), digests
 
 
-def _tokens(text: str, tokenizer: str, tokenizer_path: str | None) -> tuple[Tensor, int, str]:
-    """Ids int64 [number], the size of the vocabulary, and what made them."""
+def _tokens(text: str, tokenizer: str, tokenizer_path: str | None) -> tuple[Tensor, int, str, str | None]:
+    """Ids int64 [number], the size of the vocabulary, what made them, and that as the text of a tokenizer.json."""
     if tokenizer_path is None and tokenizer == _BYTES:
-        return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64), 256, _BYTES
+        return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64), 256, _BYTES, None
     if tokenizer_path is None and tokenizer != _SMOLLM2:
         raise DataError(f"unknown tokenizer {tokenizer!r}; there are {_SMOLLM2}, {_BYTES}, or give tokenizer_path")
     try:
@@ -101,5 +101,6 @@ def _tokens(text: str, tokenizer: str, tokenizer_path: str | None) -> tuple[Tens
     backend = made.backend_tokenizer
     # the whole text at once, without the special tokens that a chat would begin with
     ids = backend.encode(text, add_special_tokens=False).ids
-    digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
-    return torch.tensor(ids, dtype=torch.int64), int(backend.get_vocab_size()), f"sha256 {digest}"
+    text_of_it = backend.to_str()
+    digest = hashlib.sha256(text_of_it.encode()).hexdigest()
+    return torch.tensor(ids, dtype=torch.int64), int(backend.get_vocab_size()), f"sha256 {digest}", text_of_it

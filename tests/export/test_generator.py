@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -10,38 +11,73 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers
+import yaml
 from language import write_llama
 
+from edgewright.edge_runtime import verify
+from edgewright.edge_runtime.bundle import open_bundle
 from edgewright.edge_runtime.cli import main
-from edgewright.edge_runtime.errors import InputError
+from edgewright.edge_runtime.errors import BundleError, InputError
 from edgewright.edge_runtime.generation import Generator, generate
-from edgewright.export.generator import GeneratorExport, export_generator
+from edgewright.export.generator import export_generator
+from edgewright.export.weight_quantization import quantize_weights
 from edgewright.models.pretrained import LogitsOnly
-from edgewright.models.registry import build
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, fit
+from edgewright.pipeline.checkpoint import load_checkpoint
+from edgewright.pipeline.errors import ModelError, RecipeError
+from edgewright.pipeline.runner import run
 
 IDS = torch.randint(256, (12, 9), generator=torch.Generator().manual_seed(0))
 
 
-def dense(folder: Path) -> LogitsOnly:
-    return cast(LogitsOnly, build(f"hf:{write_llama(folder / 'llama')}", {}, folder))
+def write_recipe(folder: Path) -> Path:
+    """A LLaMA of two layers, words as tokens, a text, and a recipe from all that to a generator."""
+    tokenizers = pytest.importorskip("tokenizers")
+    write_llama(folder / "llama")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder / "llama")
+    numbers = torch.randint(256, (3000,), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{i}" for i in numbers))
+    recipe = {
+        "name": "tiny",
+        "model": "hf:llama",
+        "task": {"name": "causal_lm", "args": {"path": "text.txt", "window": 12, "tokenizer_path": "llama"}},
+        "stages": [{"name": "basis_sharing", "ratio": 0.4, "groups": "readers", "share": "always", "min_width": 4}],
+        "export": {"generator": True},
+        "benchmark": {"enabled": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
-def factorized(tmp_path_factory: pytest.TempPathFactory) -> tuple[LogitsOnly, GeneratorExport]:
+def factorized(tmp_path_factory: pytest.TempPathFactory) -> tuple[LogitsOnly, Path]:
+    """The compressed model, and its bundle, by `edgewright run`."""
     folder = tmp_path_factory.mktemp("factorized")
-    config = BasisSharingConfig(ratio=0.4, groups="readers", share="always", min_width=4)
-    result = fit(dense(folder), CausalLM({"calibration": IDS}, 256), config, FolderContext(folder / "state"))
-    model = cast(LogitsOnly, result.model)
-    return model, export_generator(model, IDS, folder / "out", decode_steps=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        made = run(write_recipe(folder), folder / "out")
+    model = cast(LogitsOnly, load_checkpoint(made.out / made.steps[-1].checkpoint, folder))
+    return model, made.bundle
 
 
-def test_the_file_is_proven_and_stores_every_weight_once(factorized: tuple[LogitsOnly, GeneratorExport]) -> None:
-    _, made = factorized
-    assert made.max_abs_diff < 1e-4 and made.weight_bytes <= 1.01 * made.torch_bytes
-    graph = onnx.load(made.path).graph
+def test_a_recipe_ends_in_a_proven_bundle(factorized: tuple[LogitsOnly, Path]) -> None:
+    _, bundle = factorized
+    with open_bundle(bundle) as opened:
+        manifest = opened.manifest
+        cases = opened.golden()
+    assert manifest.parity.max_abs_diff < 1e-4 and manifest.parity.label_agreement == 1.0
+    assert manifest.ledger.stored_weight_bytes <= 1.01 * manifest.ledger.torch_unique_bytes
+    assert {len(paths) for paths in manifest.ledger.shared.values()} == {2, 3} and len(manifest.ledger.shared) == 4
+    assert [edit["stage"] for edit in manifest.edits] == ["basis_sharing"]
+    # alone from an empty cache and from what that left; three together from what a padded prompt left
+    assert [case.inputs["input_ids"].shape for case in cases] == [(1, 12), (1, 1), (3, 1)]
+    assert [case.inputs["past.0.key"].shape[2] for case in cases] == [0, 12, 12]
+    assert cases[2].inputs["attention_mask"].sum(axis=1).tolist() == [13, 12, 11]
+    report = verify(bundle, threads=1)
+    assert report.passed and report.max_abs_diff["torch"] < 1e-3 and report.rows == 5
+    graph = onnx.load(bundle / "model.onnx").graph
     weights = [w.name for w in graph.initializer if w.name.endswith("basis.weight")]
     assert len(weights) == 8 and len(set(weights)) == 8
     # q, k, v multiply their basis once
@@ -49,13 +85,63 @@ def test_the_file_is_proven_and_stores_every_weight_once(factorized: tuple[Logit
     assert sum(first in node.input for node in graph.node) == 1
     embeddings = [w for w in graph.initializer if list(w.dims) in ([256, 32], [32, 256])]
     assert len(embeddings) == 1
+    # what PyTorch's operators gave, less what the merged products save
+    row = json.loads((bundle.parent / "report.json").read_text())["steps"][-1]
+    saved = row["metrics"]["macs_after"] - row["metrics"]["macs_after_merged"]
+    assert saved > 0 and manifest.exits[0].macs == row["macs"] - saved
+    assert manifest.exits[0].attention_macs == row["attention_macs"]
 
 
-def test_greedy_tokens_are_pytorchs(factorized: tuple[LogitsOnly, GeneratorExport]) -> None:
-    model, made = factorized
+def test_a_changed_weight_is_found(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
+    shutil.copytree(factorized[1], tmp_path / "b")
+    data = bytearray((tmp_path / "b" / "model.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "b" / "model.onnx").write_bytes(bytes(data))
+    with pytest.raises(BundleError, match=r"model\.onnx differs"):
+        verify(tmp_path / "b")
+
+
+def test_rounded_weights_are_smaller_and_their_error_is_measured(
+    factorized: tuple[LogitsOnly, Path], tmp_path: Path
+) -> None:
+    model, bundle = factorized
+    found = {}
+    for weights in ("int8", "int4"):
+        path = tmp_path / f"{weights}.onnx"
+        shutil.copy(bundle / "model.onnx", path)
+        found[weights] = quantize_weights(model, path, weights, IDS[:3])
+        logits = torch.from_numpy(np.array(Generator(path, threads=1).prefill(IDS[:3].tolist())))
+        with torch.no_grad():
+            assert float((logits - model(IDS[:3])).abs().max()) == pytest.approx(found[weights].max_abs_diff, rel=1e-3)
+    eight, four = found["int8"], found["int4"]
+    # 8 bases and 14 coefficients; the head is the embedding
+    assert eight.products == {8: 22} and four.products == {8: 8, 4: 14}
+    assert four.bytes_after < eight.bytes_after < eight.bytes_before
+    assert 0.0 < eight.divergence < four.divergence and eight.max_abs_diff < 0.1 * four.max_abs_diff
+    assert "8 in 8 bits" in four.text()
+
+
+def test_recipes_that_cannot_generate_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    for change, error, words in (
+        ({"benchmark": {"enabled": True}}, RecipeError, "benchmark.enabled to false"),
+        ({"export": {"weights": "int8"}}, RecipeError, "set export.generator to true"),
+        ({"model": "python:net.py:net"}, ModelError, "cannot generate: it is no model of the transformers"),
+    ):
+        (tmp_path / "net.py").write_text("from torch import nn\n\ndef net():\n    return nn.Embedding(256, 256)\n")
+        path.write_text(yaml.safe_dump({**recipe, "stages": [], **change}))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=words):
+            patch.chdir(tmp_path)
+            run(path, tmp_path / "out")
+
+
+def test_greedy_tokens_are_pytorchs(factorized: tuple[LogitsOnly, Path]) -> None:
+    model, bundle = factorized
     prompts = [IDS[0].tolist(), IDS[1, :5].tolist(), IDS[2, :7].tolist()]
     seen: list[tuple[int, int]] = []
-    found = generate(Generator(made.path, threads=1), prompts, 6, on_token=lambda row, token: seen.append((row, token)))
+    generator = Generator(bundle / "model.onnx", threads=1)
+    found = generate(generator, prompts, 6, on_token=lambda row, token: seen.append((row, token)))
     for row, prompt in enumerate(prompts):
         ids = list(prompt)
         for _ in range(6):
@@ -66,8 +152,8 @@ def test_greedy_tokens_are_pytorchs(factorized: tuple[LogitsOnly, GeneratorExpor
     assert found.steps == 5 and found.prompt_tokens == 21
 
 
-def test_stop_and_sampling(factorized: tuple[LogitsOnly, GeneratorExport]) -> None:
-    generator = Generator(factorized[1].path, threads=1)
+def test_stop_and_sampling(factorized: tuple[LogitsOnly, Path]) -> None:
+    generator = Generator(factorized[1] / "model.onnx", threads=1)
     prompt = [IDS[0].tolist()]
     greedy = generate(generator, prompt, 6).tokens[0]
     assert generate(generator, prompt, 6, stop=greedy[2]).tokens[0] == greedy[: greedy.index(greedy[2]) + 1]
@@ -76,8 +162,8 @@ def test_stop_and_sampling(factorized: tuple[LogitsOnly, GeneratorExport]) -> No
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, GeneratorExport], tmp_path: Path) -> None:
-    generator = Generator(factorized[1].path, threads=1)
+def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
+    generator = Generator(factorized[1] / "model.onnx", threads=1)
     with pytest.raises(InputError, match="prefill first"):
         generator.step(np.zeros((1, 1), np.int64))
     with pytest.raises(InputError, match="at least one token"):
@@ -89,23 +175,19 @@ def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, GeneratorExp
 
 
 def test_the_command_prints_ids_or_text_and_says_how_fast(
-    factorized: tuple[LogitsOnly, GeneratorExport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = factorized[1].path.parent
-    greedy = generate(Generator(factorized[1].path, threads=1), [[65, 66]], 5).tokens[0]
+    folder = factorized[1]
+    greedy = generate(Generator(folder / "model.onnx", threads=1), [[65, 66]], 5).tokens[0]
     options = ["--tokens", "5", "--threads", "1", "--json", str(tmp_path / "r.json")]
     assert main(["generate", str(folder), "--ids", "65,66", *options]) == 0
     shown = capsys.readouterr()
     assert shown.out.split() == [str(token) for token in greedy] and "tokens/s" in shown.err
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["tokens"] == list(greedy) and figures["prompt_tokens"] == 2
-    words = {f"w{i}": i for i in range(256)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    place = ["--tokenizer", str(tmp_path / "tokenizer.json")]
-    assert main(["generate", str(folder), "--prompt", "w65 w66", *place, *options]) == 0
+    # the tokenizer lies in the bundle
+    assert main(["generate", str(folder), "--prompt", "w65 w66", *options]) == 0
     assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy]
-    assert main(["generate", str(folder), "--prompt", "w65"]) == 2
+    shutil.copy(folder / "model.onnx", tmp_path / "bare.onnx")
+    assert main(["generate", str(tmp_path / "bare.onnx"), "--prompt", "w65"]) == 2
     assert "there is no tokenizer" in capsys.readouterr().err
