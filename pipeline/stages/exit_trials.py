@@ -160,21 +160,24 @@ class ExitEvaluator:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """From what exit `first` said to the end: right and true class excluded, bool [n], exit index int64 [n]."""
         targets = self.targets[rows]
-        right = decided & (scores.argmax(dim=1) == targets)
-        exit_of_row = torch.where(decided, first, self.exits)
-        stays = ~decided
-        for i in range(first + 1, self.exits):
-            excluded, decided, scores = self.policy.decide(self.logits[i][rows], given[i], excluded)
-            leaves = stays & decided
-            right = torch.where(leaves, scores.argmax(dim=1) == targets, right)
-            exit_of_row = torch.where(leaves, i, exit_of_row)
-            stays = stays & ~decided
-        last = self.policy.finish(self.logits[-1][rows], excluded).argmax(dim=1)
-        # a row that leaves has one class left: its own, or it is excluded
-        lost = torch.zeros_like(stays) if excluded is None else ~right
+        right, lost = torch.zeros_like(decided), torch.zeros_like(decided)
+        exit_of_row = torch.full_like(rows, self.exits)
+        alive = torch.arange(len(rows), device=self.device)
+        for i in range(first, self.exits):
+            if i > first:
+                excluded, decided, scores = self.policy.decide(self.logits[i][rows[alive]], given[i], excluded)
+            leaving = alive[decided]
+            right[leaving] = scores[decided].argmax(dim=1) == targets[leaving]
+            exit_of_row[leaving] = i
+            alive = alive[~decided]
+            if excluded is not None:
+                # a row that leaves has one class left: its own, or it is excluded
+                lost[leaving] = ~right[leaving]
+                excluded = excluded[~decided]
+        right[alive] = self.policy.finish(self.logits[-1][rows[alive]], excluded).argmax(dim=1) == targets[alive]
         if excluded is not None:
-            lost = torch.where(stays, excluded.gather(1, targets[:, None])[:, 0], lost)
-        return torch.where(stays, last == targets, right), lost, exit_of_row
+            lost[alive] = excluded.gather(1, targets[alive, None])[:, 0]
+        return right, lost, exit_of_row
 
     def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor, wrong: Tensor) -> Trials:
         present = self.class_rows > 0
