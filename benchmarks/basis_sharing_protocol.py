@@ -73,7 +73,7 @@ def _paragraphs(package: Path) -> Iterator[str]:
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 # sentences, not tables of parameters and examples
                 for paragraph in (ast.get_docstring(node) or "").split("\n\n"):
-                    if len(paragraph) > 200 and ">>>" not in paragraph and "---" not in paragraph:
+                    if len(paragraph) > 200 and not any(mark in paragraph for mark in (" : ", ">>>", "---")):
                         yield paragraph
 
 
