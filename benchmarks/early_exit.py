@@ -4,8 +4,7 @@ For every network: the deepest path against the network without exits, the price
 same nodes exported alone, a batch of 32 whose rows leave at different exits against the levels run alone with the same
 rows (`compact_vs_ideal`) and against running all rows to the end, and the seconds that exporting six nested exits
 takes, parity at all four optimization levels included. In the table only: the deepest path of the same network with
-nested `torch.cond` (`cond_export`), with ONNX Runtime's memory patterns, of the split layout, and of the file for any
-batch at one row.
+nested `torch.cond` (`cond_export`), of the split layout, and of the file for any batch at one row.
 
 Weights and inputs are random: thresholds are set so that about a quarter of the rows leaves at each exit. All runs of a
 comparison are interleaved, in blocks of random order. A figure is the median over the blocks; beside it the table has
@@ -28,12 +27,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgewright.edge_runtime.manifest import THRESHOLDS
 from edgewright.edge_runtime.session import session_on
 from edgewright.edge_runtime.split_session import SplitSession
 from edgewright.export import ExportOptions, export_bundle
@@ -282,15 +279,6 @@ def call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float] | 
     return lambda: session.run(None, feeds)
 
 
-def patterned_call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float]) -> Callable[[], object]:
-    """One run of a file with exits with ONNX Runtime's memory patterns, which `edge_runtime` switches off for it."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    given = {**feeds, THRESHOLDS: np.asarray(thresholds, np.float32)}
-    return lambda: session.run(None, given)
-
-
 def split_call(files: Sequence[Path], feeds: Arrays, threads: int) -> Callable[[], object]:
     """One run of the split layout to its end, with the thresholds that its files store."""
     chain = SplitSession([session_on(path, threads=threads).session for path in files], list(feeds), {})
@@ -307,7 +295,6 @@ def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, thread
         contenders = {
             "plain": call(files.plain, row, threads),
             "deepest": call(files.single, row, threads, never),
-            "deepest, patterns": patterned_call(files.single, row, threads, never),
             "deepest, split": split_call(files.split, row, threads),
             "deepest, any batch": call(files.batched, row, threads, never),
             "first": call(files.single, row, threads, always),

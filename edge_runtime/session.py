@@ -193,7 +193,6 @@ def session_on(
         allow_fallback=allow_fallback,
         optimization_level=optimization_level,
         optimized_path=optimized_path,
-        nested=thresholds is not None or (manifest is not None and manifest.policy is not None),
     )
     warn_of_fallback(placement.to_dict())
     if manifest is not None:
@@ -219,12 +218,11 @@ def _opened(
     allow_fallback: bool = False,
     optimization_level: str = "all",
     optimized_path: str | os.PathLike[str] | None = None,
-    nested: bool = False,
     one_of_many: bool = False,
 ) -> tuple[Any, Placement, tuple[float, ...] | None]:
-    """A session, where its nodes run, and the thresholds that were set; as `session_on`, but for two facts on the file.
+    """A session, where its nodes run, and the thresholds that were set; arguments as `session_on`.
 
-    `nested`: exits make nested branches of it. `one_of_many`: other sessions run before and after it, in turn.
+    `one_of_many`: other sessions run before and after it, in turn.
     """
     import onnxruntime
 
@@ -235,9 +233,6 @@ def _opened(
     usable = session_providers(requested, available, allow_fallback)
     strict = not allow_fallback and CPU not in requested
     options = _session_options(threads, optimization_level, strict)
-    # With memory patterns every branch takes its memory in one piece while the pieces of the branches around it are
-    # still held: the working set outgrows the caches (3 % of mobilenet_v3_small's deepest path).
-    options.enable_mem_pattern = not nested
     if one_of_many:
         # threads that wait for more work of a finished level would take the processor from the next
         options.add_session_config_entry("session.force_spinning_stop", "1")

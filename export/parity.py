@@ -12,12 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.errors import ExportError, ParityError
-from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, GoldenCase, ParityReport
+from edgewright.edge_runtime.manifest import (
+    EXIT_INDEX,
+    GoldenCase,
+    ParityReport,
+)
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.models.layers.multi_exit import MultiExit
 
 from .agreement import Agreement, Arrays, label_of, possible_shifts
 from .capture import logits_name
+from .parity_subject import BATCH, Reference, Subject, spread_evenly
 from .source import Source
 
 _ERROR_ROWS = 256
@@ -29,7 +34,6 @@ _BISECTIONS = 8
 _GOLDEN_ROWS = 16
 _GOLDEN_FORCED_ROWS = 2
 _GOLDEN_BYTES = 2**26
-_BATCH = 64
 
 
 @dataclass
@@ -64,77 +68,6 @@ class ParityResult:
             raise ParityError(f"ONNX and PyTorch disagree, no bundle was written:\n  {shown}{more}")
 
 
-class _Torch:
-    """The PyTorch side: logits of all heads, and the answer for given thresholds."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.eval()
-        self.exits = len(model.specs) if isinstance(model, MultiExit) else 0
-
-    @torch.no_grad()
-    def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        if isinstance(self.model, MultiExit):
-            return self.model.all_logits(*inputs)
-        return [self.model(*inputs)]
-
-    @torch.no_grad()
-    def answer(
-        self, logits: Sequence[Tensor], thresholds: Sequence[float] | None, shifts: Sequence[float]
-    ) -> tuple[Arrays, NDArray[np.float32]]:
-        """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
-        if not isinstance(self.model, MultiExit):
-            # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
-            top = logits[0].topk(min(2, logits[0].shape[-1]), dim=-1).values.double()
-            return {LOGITS: logits[0].numpy()}, ((top[..., 0] - top[..., -1]) / 2).float().numpy()
-        values = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float32)
-        output = self.model.decide(logits, values)
-        arrays = {LABEL: output.label.numpy(), SCORES: output.scores.numpy(), EXIT_INDEX: output.exit_index.numpy()}
-        return arrays, self.model.margins(logits, values, shifts).numpy()
-
-    @property
-    def thresholds(self) -> list[float] | None:
-        """Those the model holds; None without exits."""
-        return [float(t) for t in self.model.thresholds] if isinstance(self.model, MultiExit) else None
-
-    def forced(self) -> list[list[float]]:
-        """Thresholds that send every row to exit 0, 1, ... K."""
-        assert isinstance(self.model, MultiExit)
-        never, always = self.model.policy.never, self.model.policy.always
-        return [[never] * k + [always] + [never] * (self.exits - k - 1) for k in range(self.exits)] + [
-            [never] * self.exits
-        ]
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What is compared, and on which rows."""
-
-    torch: _Torch
-    flat_path: Path
-    model_path: Path
-    source: Source
-    split: str
-    rows: Sequence[int]
-
-    def inputs(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
-        return self.source.splits[self.split].batch(rows).inputs
-
-    def feeds(self, inputs: Sequence[Tensor]) -> Arrays:
-        return {name: x.numpy() for name, x in zip(self.source.input_names, inputs, strict=True)}
-
-    @property
-    def batch(self) -> int:
-        """Rows that are run together; fewer where the split says that its outputs are large."""
-        return min(_BATCH, getattr(self.source.splits[self.split], "largest_batch", _BATCH))
-
-    def spread(self, count: int) -> list[int]:
-        return [self.rows[i] for i in _spread(len(self.rows), count)]
-
-    @property
-    def single_rows(self) -> bool:
-        return session_on(self.model_path, threads=1).takes_single_rows
-
-
 def check_parity(
     model: nn.Module,
     flat_path: Path,
@@ -164,7 +97,8 @@ def check_parity(
         ExportError: an exit that no row can take in PyTorch either, so that its branch cannot be proven.
     """
     data = source.splits[split]
-    subject = _Subject(_Torch(model), flat_path, model_path, source, split, _spread(len(data), rows))
+    runner = session_on(model_path, threads=1)
+    subject = Subject(Reference(model), flat_path, model_path, source, split, spread_evenly(len(data), rows), runner)
     reference = subject.torch
     forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
     check = Agreement(abs_tol, rel_tol)
@@ -190,13 +124,7 @@ def check_parity(
     return ParityResult(report, golden, max(shifts), label, exit_index, check.failures)
 
 
-def _spread(total: int, rows: int | None) -> list[int]:
-    if rows is None or rows >= total:
-        return list(range(total))
-    return sorted({round(i * (total - 1) / max(1, rows - 1)) for i in range(rows)})
-
-
-def _logit_errors(subject: _Subject, count: int, level: str, check: Agreement) -> list[float]:
+def _logit_errors(subject: Subject, count: int, level: str, check: Agreement) -> list[float]:
     """Holds the logits of every head to the tolerance; their largest error, per head, says what may flip."""
     runner = session_on(subject.flat_path, threads=1, optimization_level=level)
     rows = subject.spread(count)
@@ -211,22 +139,20 @@ def _logit_errors(subject: _Subject, count: int, level: str, check: Agreement) -
 
 
 def _natural(
-    subject: _Subject, shifts: Sequence[float], check: Agreement
+    subject: Subject, shifts: Sequence[float], check: Agreement
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], list[GoldenCase]]:
     """Every chosen row with the thresholds that are stored: labels, exits, and the golden case of some rows.
 
     Those are up to 16 rows spread evenly, so that their mix of exits is the split's, fewer where outputs are large;
     the forced cases cover every exit.
     """
-    # one thread: what is recorded as reference must be the same bytes each time
-    runner = session_on(subject.model_path, threads=1)
     reference = subject.torch
     labels, exits, kept = [], [], []
     picked: set[int] = set()
     for start in range(0, len(subject.rows), subject.batch):
         indices = subject.rows[start : start + subject.batch]
         inputs = subject.inputs(indices)
-        got = runner.run_rows(subject.feeds(inputs))
+        got = subject.answers(inputs, None)
         want, margin = reference.answer(reference.logits(inputs), reference.thresholds, shifts)
         check.answers("", subject.split, indices, got, want, margin, max(shifts))
         labels.append(label_of(got))
@@ -234,7 +160,7 @@ def _natural(
         if start == 0:
             row_bytes = sum(value[:1].nbytes for value in got.values())
             most = max(1, min(_GOLDEN_ROWS, _GOLDEN_BYTES // max(1, row_bytes)))
-            picked = set(_spread(len(subject.rows), most))
+            picked = set(spread_evenly(len(subject.rows), most))
         mine = [i - start for i in range(start, start + len(indices)) if i in picked]
         kept.append({name: value[mine] for name, value in got.items()})
     joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
@@ -245,7 +171,7 @@ def _natural(
 
 
 def _point(
-    subject: _Subject,
+    subject: Subject,
     name: str,
     thresholds: list[float],
     shifts: Sequence[float],
@@ -255,7 +181,7 @@ def _point(
     """Up to 16 rows at another operating point, which a device may switch to and verify by its name."""
     rows = subject.spread(_GOLDEN_ROWS)
     inputs = subject.inputs(rows)
-    got = session_on(subject.model_path, threads=1, thresholds=thresholds).run_rows(subject.feeds(inputs))
+    got = subject.answers(inputs, thresholds)
     want, margin = subject.torch.answer(subject.torch.logits(inputs), thresholds, shifts)
     own = check.fresh()
     own.answers(f"operating point {name}", subject.split, rows, got, want, margin, max(shifts))
@@ -264,7 +190,7 @@ def _point(
 
 
 def _case(
-    subject: _Subject,
+    subject: Subject,
     inputs: Sequence[Tensor],
     got: Arrays,
     thresholds: list[float] | None,
@@ -280,7 +206,7 @@ def _case(
     )
 
 
-def _rows_reaching(subject: _Subject, exit_index: int) -> list[int]:
+def _rows_reaching(subject: Subject, exit_index: int) -> list[int]:
     """Up to 32 rows to force to an exit: spread evenly if one of them gets there, else looked for in the whole split.
 
     Raises:
@@ -299,14 +225,14 @@ def _rows_reaching(subject: _Subject, exit_index: int) -> list[int]:
     if reached(spread):
         return spread
     total = len(subject.source.splits[subject.split])
-    for start in range(0, total, _BATCH):
-        found = reached(list(range(start, min(start + _BATCH, total))))
+    for start in range(0, total, BATCH):
+        found = reached(list(range(start, min(start + BATCH, total))))
         if found:
             return found[:_FORCED_ROWS]
     raise ExportError(_out_of_reach(subject, model, exit_index, total, spread))
 
 
-def _out_of_reach(subject: _Subject, model: MultiExit, exit_index: int, total: int, rows: Sequence[int]) -> str:
+def _out_of_reach(subject: Subject, model: MultiExit, exit_index: int, total: int, rows: Sequence[int]) -> str:
     logits = subject.torch.logits(subject.inputs(rows))[exit_index]
     place = [spec.at for spec in model.specs][exit_index : exit_index + 1] or ["the network's own end"]
     return (
@@ -320,7 +246,7 @@ def _out_of_reach(subject: _Subject, model: MultiExit, exit_index: int, total: i
 
 
 def _forced(
-    subject: _Subject,
+    subject: Subject,
     forced_rows: Sequence[Sequence[int]],
     shifts: Sequence[float],
     check: Agreement,
@@ -331,7 +257,7 @@ def _forced(
     covered = 0
     for k, (thresholds, rows) in enumerate(zip(reference.forced(), forced_rows, strict=True)):
         inputs = subject.inputs(rows)
-        got = session_on(subject.model_path, threads=1, thresholds=thresholds).run_rows(subject.feeds(inputs))
+        got = subject.answers(inputs, thresholds)
         want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
         own = check.fresh()
         own.answers(f"exit {k} forced", subject.split, rows, got, want, margin, max(shifts))
@@ -349,7 +275,7 @@ def _forced(
 
 
 def _levels(
-    subject: _Subject, forced_rows: Sequence[Sequence[int]], mixing: list[float] | None, check: Agreement
+    subject: Subject, forced_rows: Sequence[Sequence[int]], mixing: list[float] | None, check: Agreement
 ) -> dict[str, float]:
     """Largest difference of the numbers at every graph optimization level, every exit forced.
 
@@ -359,7 +285,11 @@ def _levels(
     settings: list[tuple[str, list[float] | None, list[int]]] = [
         ("", None, subject.spread(_LEVEL_ROWS)),
         *(
-            (f", exit {k} forced", thresholds, [forced_rows[k][i] for i in _spread(len(forced_rows[k]), _LEVEL_ROWS)])
+            (
+                f", exit {k} forced",
+                thresholds,
+                [forced_rows[k][i] for i in spread_evenly(len(forced_rows[k]), _LEVEL_ROWS)],
+            )
             for k, thresholds in enumerate(reference.forced() if reference.exits else ())
         ),
     ]
@@ -369,18 +299,18 @@ def _levels(
     for level in OPTIMIZATION_LEVELS:
         own = check.fresh()
         shifts = possible_shifts(_logit_errors(subject, _LEVEL_ERROR_ROWS, level, own))
+        runner = session_on(subject.model_path, threads=1, optimization_level=level)
         for what, thresholds, rows in settings:
             inputs = subject.inputs(rows)
-            runner = session_on(subject.model_path, threads=1, thresholds=thresholds, optimization_level=level)
             want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
-            got = runner.run_rows(subject.feeds(inputs))
+            got = subject.answers(inputs, thresholds, runner)
             own.answers(f"optimization level {level}{what}", subject.split, rows, got, want, margin, max(shifts))
         found[level] = own.max_abs
         check.beside(own)
     return found
 
 
-def _mixing_thresholds(subject: _Subject) -> list[float]:
+def _mixing_thresholds(subject: Subject) -> list[float]:
     """Thresholds with which every exit, and the network's end, takes about as many of up to 32 rows as the others."""
     model = subject.torch.model
     assert isinstance(model, MultiExit)
@@ -401,7 +331,7 @@ def _mixing_thresholds(subject: _Subject) -> list[float]:
 
 
 def _batch_sizes(
-    subject: _Subject,
+    subject: Subject,
     mixing: list[float] | None,
     shifts: Sequence[float],
     check: Agreement,
@@ -413,7 +343,6 @@ def _batch_sizes(
     """
     if subject.single_rows:
         return
-    runner = session_on(subject.model_path, threads=1, thresholds=mixing)
     total = len(subject.source.splits[subject.split])
     rows_of = [[i % total for i in range(size)] for size in (1, 2, 7)]
     if mixing is not None:
@@ -423,16 +352,16 @@ def _batch_sizes(
         inputs = subject.inputs(rows)
         want, margin = subject.torch.answer(subject.torch.logits(inputs), mixing, shifts)
         own = check.fresh()
-        got = runner.run(subject.feeds(inputs))
+        got = subject.answers(inputs, mixing)
         what = f"batch of {len(rows)}" + (", rows leaving at different exits" if mixing is not None else "")
         own.answers(what, subject.split, rows, got, want, margin, max(shifts))
         check.beside(own)
     if mixing is None:
         return
-    few = _spread(len(rows_of[-2]), _GOLDEN_ROWS)
+    few = spread_evenly(len(rows_of[-2]), _GOLDEN_ROWS)
     inputs = subject.inputs([rows_of[-2][i] for i in few])
-    golden.append(_case(subject, inputs, runner.run(subject.feeds(inputs)), mixing, shifts))
-    nothing = runner.run(subject.feeds([x[:0] for x in inputs]))
+    golden.append(_case(subject, inputs, subject.answers(inputs, mixing), mixing, shifts))
+    nothing = subject.answers([x[:0] for x in inputs], mixing)
     for name, value in nothing.items():
         if value.shape != (0, *want[name].shape[1:]):
             check.failures.append(f"batch without rows: {name} has shape {list(value.shape)}")

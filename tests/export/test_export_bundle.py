@@ -14,7 +14,7 @@ from tiny import tiny_residual, tiny_transformer
 from edgewright.edge_runtime import load, open_bundle, verify
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.manifest import OperatingPoint
-from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity
+from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity_subject
 from edgewright.export.node_table import on_the_graph
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.cost import count
@@ -105,8 +105,8 @@ def test_failed_parity_writes_nothing_and_leaves_the_old_bundle(task, tmp_path, 
     export_bundle(with_exits("residual"), task, target)
     before = (target / "manifest.json").read_bytes()
     model = with_exits("residual")
-    captured = parity._Torch.logits
-    monkeypatch.setattr(parity._Torch, "logits", lambda self, x: [z + 0.01 for z in captured(self, x)])
+    captured = parity_subject.Reference.logits
+    monkeypatch.setattr(parity_subject.Reference, "logits", lambda self, x: [z + 0.01 for z in captured(self, x)])
     with pytest.raises(ParityError, match="no bundle was written"):
         export_bundle(model, task, target, ExportOptions(tolerance=ToleranceOptions(abs=1e-6, rel=0.0)))
     assert (target / "manifest.json").read_bytes() == before

@@ -14,7 +14,7 @@ from torch import nn
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
-from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity
+from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity_subject
 from edgewright.export.agreement import SMALLEST_SHIFT, Agreement, possible_shifts
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.image_classification import ImageClassification
@@ -56,7 +56,7 @@ def test_a_flip_names_the_row_of_the_split_and_how_it_was_run():
 
 
 def test_every_excused_flip_is_listed_with_its_row(task, tmp_path, monkeypatch):
-    answer = parity._Torch.answer
+    answer = parity_subject.Reference.answer
 
     def last_row_on_the_edge(self, logits, thresholds, shifts):
         arrays, margin = answer(self, logits, thresholds, shifts)
@@ -64,7 +64,7 @@ def test_every_excused_flip_is_listed_with_its_row(task, tmp_path, monkeypatch):
         label[-1], margin[-1] = (label[-1] + 1) % CLASSES, 0.0
         return {**arrays, LABEL: label}, margin
 
-    monkeypatch.setattr(parity._Torch, "answer", last_row_on_the_edge)
+    monkeypatch.setattr(parity_subject.Reference, "answer", last_row_on_the_edge)
     report = export_bundle(with_exits("residual"), task, tmp_path / "bundle", parity_rows=5).manifest.parity
     assert report.rows == 5
     assert report.label_agreement == pytest.approx(0.8), "runs beside the split do not count in it"
@@ -77,7 +77,7 @@ def test_every_excused_flip_is_listed_with_its_row(task, tmp_path, monkeypatch):
 
 
 def test_flips_in_batches_name_row_and_batch(task, tmp_path, monkeypatch):
-    answer = parity._Torch.answer
+    answer = parity_subject.Reference.answer
 
     def last_row_on_the_edge(self, logits, thresholds, shifts):
         arrays, margin = answer(self, logits, thresholds, shifts)
@@ -95,7 +95,7 @@ def test_flips_in_batches_name_row_and_batch(task, tmp_path, monkeypatch):
         def forward(self, x):
             return x.mean(dim=(1, 2, 3))[:, None].abs() + self.weight
 
-    monkeypatch.setattr(parity._Torch, "answer", last_row_on_the_edge)
+    monkeypatch.setattr(parity_subject.Reference, "answer", last_row_on_the_edge)
     report = export_bundle(Constant(), task, tmp_path / "bundle").manifest.parity
     batches = {flip.case: flip.row for flip in report.excused if flip.case.startswith("batch")}
     assert batches == {"batch of 1": 0, "batch of 2": 1, "batch of 7": 6}

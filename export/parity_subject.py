@@ -1,0 +1,126 @@
+"""The two sides of a parity check: the PyTorch model, and the exported file on real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, THRESHOLDS
+from edgewright.edge_runtime.runner import Runner
+from edgewright.models.layers.multi_exit import MultiExit
+
+from .agreement import Arrays
+from .source import Source
+
+BATCH = 64
+"""Most rows that are run together."""
+
+
+def spread_evenly(total: int, rows: int | None) -> list[int]:
+    """At most `rows` numbers below `total`, as evenly as it goes; all of them if it is None."""
+    if rows is None or rows >= total:
+        return list(range(total))
+    return sorted({round(i * (total - 1) / max(1, rows - 1)) for i in range(rows)})
+
+
+class Reference:
+    """The PyTorch side: logits of all heads, and the answer for given thresholds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        self.exits = len(model.specs) if isinstance(model, MultiExit) else 0
+
+    @torch.no_grad()
+    def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Of every head, the network's own last."""
+        if isinstance(self.model, MultiExit):
+            return self.model.all_logits(*inputs)
+        return [self.model(*inputs)]
+
+    @torch.no_grad()
+    def answer(
+        self, logits: Sequence[Tensor], thresholds: Sequence[float] | None, shifts: Sequence[float]
+    ) -> tuple[Arrays, NDArray[np.float32]]:
+        """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
+        if not isinstance(self.model, MultiExit):
+            # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
+            top = logits[0].topk(min(2, logits[0].shape[-1]), dim=-1).values.double()
+            return {LOGITS: logits[0].numpy()}, ((top[..., 0] - top[..., -1]) / 2).float().numpy()
+        values = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float32)
+        output = self.model.decide(logits, values)
+        arrays = {LABEL: output.label.numpy(), SCORES: output.scores.numpy(), EXIT_INDEX: output.exit_index.numpy()}
+        return arrays, self.model.margins(logits, values, shifts).numpy()
+
+    @property
+    def thresholds(self) -> list[float] | None:
+        """Those the model holds; None without exits."""
+        return [float(t) for t in self.model.thresholds] if isinstance(self.model, MultiExit) else None
+
+    def forced(self) -> list[list[float]]:
+        """Thresholds that send every row to exit 0, 1, ... K."""
+        assert isinstance(self.model, MultiExit)
+        never, always = self.model.policy.never, self.model.policy.always
+        return [[never] * k + [always] + [never] * (self.exits - k - 1) for k in range(self.exits)] + [
+            [never] * self.exits
+        ]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is compared, and on which rows."""
+
+    torch: Reference
+    flat_path: Path
+    model_path: Path
+    source: Source
+    split: str
+    rows: Sequence[int]
+    runner: Runner
+    """on `model_path`, default level, one thread: what is recorded must be the same bytes each time."""
+
+    def inputs(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
+        """These rows of the split."""
+        return self.source.splits[self.split].batch(rows).inputs
+
+    def feeds(self, inputs: Sequence[Tensor]) -> Arrays:
+        """The same as the file takes them."""
+        return {name: x.numpy() for name, x in zip(self.source.input_names, inputs, strict=True)}
+
+    @property
+    def batch(self) -> int:
+        """Rows that are run together; fewer where the split says that its outputs are large."""
+        return min(BATCH, getattr(self.source.splits[self.split], "largest_batch", BATCH))
+
+    def spread(self, count: int) -> list[int]:
+        """At most `count` of the rows, as evenly as it goes."""
+        return [self.rows[i] for i in spread_evenly(len(self.rows), count)]
+
+    @property
+    def single_rows(self) -> bool:
+        """Whether the file takes one row a run."""
+        return self.runner.takes_single_rows
+
+    def answers(
+        self, inputs: Sequence[Tensor], thresholds: Sequence[float] | None, runner: Runner | None = None
+    ) -> Arrays:
+        """What the exported file says with these thresholds, which go in as an input of the run.
+
+        A session for every setting would load the weights again each time.
+        """
+        runner, feeds = runner or self.runner, self.feeds(inputs)
+        if thresholds is None:
+            return runner.run_rows(feeds)
+        given = {THRESHOLDS: np.asarray(thresholds, np.float32)}
+        rows = len(inputs[0])
+        step = 1 if runner.takes_single_rows else max(1, rows)
+        parts = [
+            runner.session.run(None, {**{name: value[i : i + step] for name, value in feeds.items()}, **given})
+            for i in range(0, max(1, rows), step)
+        ]
+        return {name: np.concatenate(values) for name, *values in zip(runner.output_names, *parts, strict=True)}
