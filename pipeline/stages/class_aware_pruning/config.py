@@ -10,9 +10,11 @@ from ...stage import StageConfig
 from ...training import TrainingConfig
 from .scores import ScoringSettings
 
+CPU_STEP = 8
+"""Channels that ONNX Runtime's blocked convolutions hold at least: 8 with AVX2 and NEON, 16 with AVX-512."""
+
 _PROFILES: dict[str, tuple[int, int]] = {
-    # ONNX Runtime's blocked convolutions hold 8 channels with AVX2 and NEON, 16 with AVX-512
-    "cpu": (8, 16),
+    "cpu": (CPU_STEP, 2 * CPU_STEP),
     # tensor cores take 8 float16 channels, and 32 of INT8
     "tensorrt": (8, 32),
 }

@@ -11,6 +11,7 @@ from ...cost import Cost, count
 from ...metric import Score
 from ...stage import Edit, Json, StageResult
 from . import surgery
+from .config import CPU_STEP
 from .groups import Channels
 from .iterations import Progress
 from .selection import Selection
@@ -93,7 +94,26 @@ def _notes(setup: Setup, progress: Progress, cost: Cost) -> list[str]:
             f"target_mac_reduction {target} was passed ({reduction:.3f}): widths go in steps, here of round_to "
             f"{setup.config.round_to}, and of whole groups where convolutions are grouped"
         )
+    if setup.config.round_to is None and (uneven := _uneven(setup.given, progress.model)):
+        named = ", ".join(uneven[:3]) + (", ..." if len(uneven) > 3 else "")
+        notes.append(
+            f"{len(uneven)} convolutions ({named}) now have a width that is no multiple of {CPU_STEP}, for which ONNX "
+            "Runtime takes longer on a CPU than for a few channels more: `round_to: cpu` keeps to such widths"
+        )
     return notes
+
+
+def _uneven(before: nn.Module, after: nn.Module) -> list[str]:
+    """Convolutions whose width was a multiple of what the CPU computes in one go, and is none any more."""
+    return [
+        path
+        for path, module in after.named_modules()
+        if _width(module) % CPU_STEP and _width(before.get_submodule(path)) % CPU_STEP == 0
+    ]
+
+
+def _width(module: nn.Module) -> int:
+    return module.out_channels if isinstance(module, nn.modules.conv._ConvNd) else 0
 
 
 def _metrics(setup: Setup, progress: Progress, quality: Score, cost: Cost) -> dict[str, Any]:

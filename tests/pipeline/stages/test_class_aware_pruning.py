@@ -251,6 +251,11 @@ def test_without_a_wish_half_of_the_macs_go_or_what_the_widths_allow(tmp_path: P
     less = fit(tiny_residual(), tiny_task(), wide, FolderContext(tmp_path / "less"))
     assert 0.0 < less.metrics["mac_reduction"] < 0.3 and less.metrics["stopped"] == "target reached"
     assert any("min_width 0.8 allows no more" in note for note in less.notes)
+    # 16 filters became another number, and the CPU computes 8 at a time
+    assert any("no multiple of 8" in note and "`round_to: cpu`" in note for note in less.notes)
+    rounded = ClassAwarePruningConfig(**fast, round_to="cpu")
+    even = fit(tiny_residual(), tiny_task(), rounded, FolderContext(tmp_path / "even"))
+    assert even.edit.data["keep"] and not any("no multiple" in note for note in even.notes)
 
 
 def test_target_out_of_reach_is_said_before_any_training(tmp_path: Path) -> None:
