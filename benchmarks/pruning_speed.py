@@ -27,6 +27,7 @@ from edgewright.models.registry import build
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, surgery
+from edgewright.pipeline.stages.class_aware_pruning.attention import reopen
 from edgewright.pipeline.stages.class_aware_pruning.equivalence import probe
 from edgewright.pipeline.task import SPLITS
 
@@ -94,6 +95,7 @@ def prune(
     )
     dense = copy.deepcopy(model)
     result = fit(model, task, config, FolderContext(folder))
+    reopen(dense, result.edit.data.get("opened", ()))
     images = task.splits["test"].batch([0, 1]).inputs[0]
     with torch.no_grad():
         expected = surgery.masked(dense, surgery.from_json(result.edit.data["keep"])).eval()(images)

@@ -76,11 +76,16 @@ def masked(model: nn.Module, keep: Keep) -> nn.Module:
     """A copy of full width that computes what `pruned` computes.
 
     Removed inputs of mixing layers get zero weights; normalisations over channels count only the kept ones.
+
+    Raises:
+        ValueError: `keep` names what the model does not have, such as the parts of an attention layer that is closed.
     """
     dense = copy.deepcopy(model)
-    modules = dict(dense.named_modules())
+    modules, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
     for owner, axes in keep.items():
         module = modules.get(owner)
+        if module is None and owner not in parameters:
+            raise ValueError(f"the model has no {owner!r}: attention layers have to be opened as the stage opened them")
         if module is None:
             continue
         if has_statistics_over_channels(module):
