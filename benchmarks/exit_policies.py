@@ -9,6 +9,7 @@ published greedy search, or by MSDNet's geometric schedule. The test split is re
 `.macs` is the mean cost on test, `.gain` the paired difference in accuracy to `max_probability`.
 
     python benchmarks/exit_policies.py --keep FOLDER   both tasks, three seeds; what is done is kept
+    python benchmarks/exit_policies.py --keep FOLDER --speed --seeds 1   only how fast the thresholds are searched
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def one_seed(found: Mapping[str, Tensor], seed: int) -> dict[str, float]:
     chosen: dict[tuple[str, float], list[float]] = {}
     searches: dict[tuple[str, str], ThresholdSearch] = {}
     for row, (policy, loss, method) in ROWS.items():
-        start = time.perf_counter()
+        start = time.process_time()
         if (policy, loss) not in searches:
             generator = torch.Generator().manual_seed(seed)
             searches[policy, loss] = ThresholdSearch(evaluator(found, "validation", policy, loss), 1, generator)
@@ -131,8 +132,11 @@ def one_seed(found: Mapping[str, Tensor], seed: int) -> dict[str, float]:
             published = search.published(limits)
             best = search.run(limits, published.values()) if method == "coordinate" else published[method]
             chosen[row, budget] = best.thresholds[0].tolist()
-        tried, seconds = sum(map(len, search.everything.log)) - before, time.perf_counter() - start
-        print(f"  {row}: {tried} settings in {seconds:.1f} s, {tried / seconds:,.0f} a second", flush=True)
+        tried, seconds = sum(map(len, search.everything.log)) - before, time.process_time() - start
+        print(
+            f"  {row}: {tried} settings in {seconds:.1f} s of processor time, {tried / seconds:,.0f} a second",
+            flush=True,
+        )
     figures: dict[str, float] = {}
     for (row, budget), thresholds in chosen.items():
         policy, loss, _ = ROWS[row]
@@ -151,15 +155,48 @@ def one_seed(found: Mapping[str, Tensor], seed: int) -> dict[str, float]:
     return figures
 
 
+def search_speed(found: Mapping[str, Tensor], seed: int) -> dict[str, float]:
+    """Settings tried in a second of processor time by the coordinate search, preparation included.
+
+    `.packed` and `.general` are the same search of a policy that excludes, on packed sets of classes and on the path of
+    the other policies; they must try and find the same.
+    """
+    speed: dict[str, float] = {}
+    for policy, loss in (("class_exclusion", "uniform_scale"), ("max_probability", "cross_entropy")):
+        logs = []
+        for name in ("packed", "general") if policy_named(policy).classwise else ("general",):
+            start = time.process_time()
+            everything = evaluator(found, "validation", policy, loss)
+            if name == "general":
+                everything.packed = None
+            search = ThresholdSearch(everything, 1, torch.Generator().manual_seed(seed))
+            for budget in BUDGETS:
+                limits = Limits(budget=budget)
+                search.run(limits, search.published(limits).values())
+            seconds = time.process_time() - start
+            logs.append(torch.cat([trials.table() for trials in everything.log]))
+            speed[f"{policy}.{name}.settings_per_s"] = len(logs[-1]) / seconds
+            print(f"  {policy}, {name}: {len(logs[-1])} settings in {seconds:.2f} s (cpu)", flush=True)
+        if not all(torch.equal(log, logs[0]) for log in logs):
+            raise RuntimeError(f"{policy}: the packed search and the general one tried or found different settings")
+    return speed
+
+
+def kept_heads(folder: Path, task: str, seed: int, quick: bool) -> dict[str, Tensor]:
+    """What `heads_of` gives, from `folder` where it is."""
+    tensors = folder / f"{task}.{seed}.safetensors"
+    if not tensors.exists():
+        start = time.perf_counter()
+        save_file({k: v.contiguous() for k, v in heads_of(task, seed, quick).items()}, tensors)
+        print(f"{task}, seed {seed}: network and heads after {time.perf_counter() - start:.0f} s", flush=True)
+    return load_file(tensors)
+
+
 def kept(folder: Path, task: str, seed: int, quick: bool) -> dict[str, float]:
     """The figures of one task and seed, from `folder` where they are."""
-    results, tensors = folder / f"{task}.{seed}.json", folder / f"{task}.{seed}.safetensors"
+    results = folder / f"{task}.{seed}.json"
     if not results.exists():
-        start = time.perf_counter()
-        if not tensors.exists():
-            save_file({k: v.contiguous() for k, v in heads_of(task, seed, quick).items()}, tensors)
-        print(f"{task}, seed {seed}: network and heads after {time.perf_counter() - start:.0f} s", flush=True)
-        results.write_text(json.dumps(one_seed(load_file(tensors), seed), indent=1))
+        results.write_text(json.dumps(one_seed(kept_heads(folder, task, seed, quick), seed), indent=1))
     found: dict[str, float] = json.loads(results.read_text())
     return found
 
@@ -183,6 +220,7 @@ def main() -> None:
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS))
         parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for logits and interim results")
+        parser.add_argument("--speed", action="store_true", help="measure the search alone")
 
     options = arguments(__doc__ or "", more)
     torch.set_num_threads(options.threads)
@@ -192,12 +230,16 @@ def main() -> None:
         folder = options.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for task in tasks:
-            runs = [kept(folder, task, seed, options.quick) for seed in range(seeds)]
+            if options.speed:
+                runs = [search_speed(kept_heads(folder, task, s, options.quick), s) for s in range(seeds)]
+            else:
+                runs = [kept(folder, task, s, options.quick) for s in range(seeds)]
             for name in runs[0]:
                 values = np.array([run[name] for run in runs])
                 mean, spread = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
                 figures[f"{task}.{name}"] = Figure(mean, mean - spread, mean + spread)
-            table(task, figures)
+            if not options.speed:
+                table(task, figures)
     report("exit_policies", figures, options.json)
 
 

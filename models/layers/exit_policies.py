@@ -41,6 +41,8 @@ class ExitPolicy(Protocol):
     """a threshold with which every row leaves (rows whose two best classes tie exactly may stay)."""
     excludes: ClassVar[bool]
     """True if it rules classes out, which it then remembers from exit to exit."""
+    classwise: ClassVar[bool]
+    """True if it excludes and what it remembers of one class changes nothing for the others (the search packs it)."""
     one_against_rest: ClassVar[bool]
     """True if it reads each logit through its own sigmoid, False if it reads their softmax: so heads are trained."""
 
@@ -85,6 +87,7 @@ class ClassExclusion:
     never: ClassVar[float] = 0.0
     always: ClassVar[float] = 1.0
     excludes: ClassVar[bool] = True
+    classwise: ClassVar[bool] = True
     one_against_rest: ClassVar[bool] = True
 
     def log_strength(self, logits: Tensor) -> Tensor:
@@ -141,6 +144,7 @@ class PermanentExclusion(ClassExclusion):
     """
 
     name: ClassVar[str] = "class_exclusion_permanent"
+    classwise: ClassVar[bool] = False  # the favourite is the best of those that are left
 
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """See `ExitPolicy.decide`; scores are 1 for the survivor."""
@@ -197,6 +201,7 @@ class _Softmax:
     """What the policies have in common that judge a softmax: no memory, and probabilities at the end."""
 
     excludes: ClassVar[bool] = False
+    classwise: ClassVar[bool] = False
     one_against_rest: ClassVar[bool] = False
 
     def finish(self, logits: Tensor, excluded: Tensor | None) -> Tensor:

@@ -94,10 +94,16 @@ def _quantiles(evaluator: ExitEvaluator, shares: Sequence[float], halvings: int)
     for i in range(evaluator.exits):
         logits, wanted = evaluator.logits[i][rows], shares[i] * evaluator.rows
         few, many = policy.never, policy.always
+        sure, open_rows = 0, torch.arange(len(rows), device=rows.device)  # who leaves with `few`; who only with `many`
         for _ in range(halvings):
             middle = (few + many) / 2
-            leaving = int(policy.decide(logits, torch.tensor(middle, device=logits.device), excluded).decided.sum())
-            few, many = (few, middle) if leaving > wanted + 0.5 else (middle, many)
+            before = None if excluded is None else excluded[open_rows]
+            decided = policy.decide(logits[open_rows], torch.tensor(middle, device=logits.device), before).decided
+            leaving = sure + int(decided.sum())
+            if leaving > wanted + 0.5:
+                many, open_rows = middle, open_rows[decided]
+            else:
+                few, sure, open_rows = middle, leaving, open_rows[~decided]
         thresholds.append(few)
         excluded, decided, _ = policy.decide(logits, torch.tensor(few, device=logits.device), excluded)
         rows, excluded = rows[~decided], None if excluded is None else excluded[~decided]

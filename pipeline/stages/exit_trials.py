@@ -1,4 +1,4 @@
-"""Applies thresholds of a network with exits to cached logits: many trials a second, by the policy's own algebra."""
+"""Applies thresholds of a network with exits to cached logits: thousands of trials a second, by the policy's rules."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from edgewright.models.layers.exit_policies import ExitPolicy
+
+from .exit_masks import ExclusionTrials
 
 _ELEMENTS_PER_CHUNK = 1 << 20  # of [trials, rows, classes], small enough to stay in a cache
 
@@ -78,6 +80,7 @@ class ExitEvaluator:
         self.class_rows = torch.bincount(self.targets, minlength=self.classes).cpu()
         self.log: list[Trials] = []
         self._known: dict[Hashable, Trials] = {}
+        self.packed = ExclusionTrials(policy, self.logits, self.targets) if policy.classwise else None
 
     def sample(self, rows: Tensor) -> ExitEvaluator:
         """The same for some of the rows, int64 [n]."""
@@ -102,6 +105,17 @@ class ExitEvaluator:
         return self._known[key]
 
     def _sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Trials:
+        table = torch.tensor(list(thresholds), dtype=torch.float64).repeat(len(values), 1)
+        table[:, exit_index] = torch.tensor(list(values), dtype=torch.float64)
+        if self.packed is None:
+            return self._summary(table, *self._decide_all(thresholds, exit_index, values))
+        counts = self.packed.sweep(thresholds, exit_index, values)
+        return self._summary(table, *(torch.from_numpy(count).to(torch.float64) for count in counts))
+
+    def _decide_all(
+        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For any policy: what `ExclusionTrials.sweep` returns, float64."""
         given = torch.tensor(list(thresholds), dtype=torch.float32, device=self.device)
         tried = torch.tensor(list(values), dtype=torch.float32, device=self.device)
         hits = torch.zeros(len(values), self.classes, dtype=torch.float64, device=self.device)
@@ -126,9 +140,7 @@ class ExitEvaluator:
             hits.index_add_(1, self.targets[rows[chunk]], right.to(torch.float64))
             for i in range(exit_index, self.exits + 1):
                 leaving[:, i] += (exit_of_row == i).sum(dim=1)
-        table = torch.tensor(list(thresholds), dtype=torch.float64).repeat(len(values), 1)
-        table[:, exit_index] = torch.tensor(list(values), dtype=torch.float64)
-        return self._summary(table, hits.cpu(), leaving.cpu(), wrong.cpu())
+        return hits.cpu(), leaving.cpu(), wrong.cpu()
 
     def _outcomes(
         self, given: Tensor, first: int, values: Tensor, rows: Tensor, before: Tensor | None

@@ -179,6 +179,23 @@ def test_permanent_exclusion_is_its_plain_rule(seed: int, exits: int, classes: i
         assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
 
 
+@QUIET
+@given(st.sampled_from([name for name, policy in POLICIES.items() if policy().classwise]), st.data())
+def test_a_classwise_policy_is_known_from_nothing_and_everything_excluded(name: str, data: st.DataObject) -> None:
+    """What the search packs: a class is out if it is out with no memory, or was out and is out with all excluded."""
+    policy, generator = policy_named(name), torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
+    values = st.one_of(st.floats(-20, 20, width=32), st.sampled_from(NASTY))
+    logits = torch.tensor(data.draw(st.lists(st.lists(values, min_size=4, max_size=4), min_size=1, max_size=8)))
+    before = torch.rand(logits.shape, generator=generator) < 0.5
+    beta = torch.tensor(data.draw(st.floats(0, 1, width=32)))
+    excluded, decided, _ = policy.decide(logits, beta, before)
+    alone = policy.decide(logits, beta, None).excluded
+    favourites = policy.decide(logits, torch.tensor(policy.never), torch.ones_like(before)).excluded
+    assert excluded is not None and alone is not None and favourites is not None
+    assert torch.equal(excluded, alone | (before & favourites))
+    assert torch.equal(decided, (~excluded).sum(dim=1) == 1)
+
+
 def test_permanent_exclusion_never_readmits_and_never_rules_all_out() -> None:
     policy, before = PermanentExclusion(), torch.tensor([[True, False, False], [True, True, False]])
     for beta in (0.0, 0.5, 1.0):

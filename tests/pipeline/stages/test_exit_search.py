@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgewright.models.layers.exit_policies import ClassExclusion
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.recipe import parse_recipe
-from edgewright.pipeline.stages import exit_search, exit_trials
+from edgewright.pipeline.stages import exit_masks, exit_search, exit_trials
 from edgewright.pipeline.stages.exit_limits import ExitSearchConfig, Limits
 from edgewright.pipeline.stages.exit_published import geometric, geometric_schedules, greedy, published_steps
 from edgewright.pipeline.stages.exit_search import OperatingPointResult, candidate_thresholds, search_thresholds
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+from edgewright.pipeline.stages.exit_trials import ExitEvaluator, Trials
 
 POLICIES = ("class_exclusion", "max_probability")
 
@@ -55,7 +56,7 @@ def search(
     return points, model, logits, targets
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, "class_exclusion_permanent"])
 @pytest.mark.parametrize("exits", [1, 4])
 @pytest.mark.parametrize("chunk", [1 << 20, 1 << 11])
 def test_trials_equal_the_network_itself(policy: str, exits: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +88,53 @@ def test_trials_equal_the_network_itself(policy: str, exits: int, chunk: int, mo
                 if excluded is not None:
                     state = torch.where((output.exit_index >= k)[:, None], excluded, state)
             assert trials.wrong_exclusions[t] == state.gather(1, targets[:, None]).double().mean()
+
+
+def assert_same(one: Trials, other: Trials) -> None:
+    for name in Trials.__dataclass_fields__:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@pytest.mark.parametrize("policy", ["class_exclusion", "class_exclusion_softmax"])
+@pytest.mark.parametrize("classes", [1, 2, 62, 64, 65, 130])
+def test_packed_trials_equal_the_policy_run_in_pytorch(
+    policy: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ties, logits that round to the same probability, sigmoids that underflow, rows of NaN: all as the policy says."""
+    monkeypatch.setattr(exit_masks, "_WORDS_PER_CHUNK", 800)
+    monkeypatch.setattr(exit_masks, "_ELEMENTS_PER_DECISION", 100 * classes)
+    monkeypatch.setattr(exit_masks, "_REMEMBERED_BYTES", 1 << 14)
+    logits, targets = data(3, classes=classes)
+    for z in logits:
+        z[:40] = z[:40].round()
+        z[40:50] -= 200.0
+        z[50:60] *= 40.0
+        z[60:65] = float("nan")
+        z[65:70] = -1e30
+        z[70:75, 0] = float("inf")
+        z[75:140, -1] = z[75:140, 0] + 10.0 ** -torch.arange(4.0, 10.5, 0.1)  # 1e-4 to 1e-10 apart
+    logits[-1][75:140, [0, -1]] *= 0.01
+    logits[-1][75:140, 1:-1] -= 50.0
+    targets[75:100], targets[100:140] = 0, classes - 1
+    model, macs = network(3, classes, policy), macs_of(3)
+    packed, general = (ExitEvaluator(model.policy, logits, targets, macs) for _ in range(2))
+    assert packed.packed is not None
+    general.packed = None
+    values = [0.0, 1e-5, 0.003, *(step / 20 for step in range(1, 21)), 0.99]
+    generator = torch.Generator().manual_seed(classes)
+    for i in [0, 1, 2] * 3:
+        start = (torch.rand(3, generator=generator) ** 3).tolist()
+        assert_same(packed.sweep(start, i, values), general.sweep(start, i, values))
+    assert_same(packed.evaluate([0.0] * 3), general.evaluate([0.0] * 3))
+
+
+def test_the_search_takes_the_same_settings_packed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"tolerance": 0.02, "classes": 20, "rows": 150, "max_wrong_exclusion": 0.05, "restarts": 1}
+    packed = search(3, "class_exclusion", **config)[0]
+    monkeypatch.setattr(ClassExclusion, "classwise", False)
+    general = search(3, "class_exclusion", **config)[0]
+    assert [p.to_json() for p in packed] == [p.to_json() for p in general]
+    assert all(torch.equal(one.trials, other.trials) for one, other in zip(packed, general, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

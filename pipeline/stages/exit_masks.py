@@ -1,0 +1,157 @@
+"""Trials of policies that exclude classes, on sets of classes packed into words of 64 bits.
+
+Where a policy judges every class by itself (`ExitPolicy.classwise`), two sets of classes say all about one row at one
+exit with one threshold: the strong ones, which stay if nothing was excluded before, and the favourites, which stay or
+come back whatever was excluded. What is left of ``left`` is then ``strong & (left | favourites)``: one operation for 64
+classes. Both sets come from the policy's own `decide`, so this is its algebra and no copy of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgewright.models.layers.exit_policies import ExitPolicy
+
+Words = NDArray[np.uint64]
+
+_WORD = 64
+_REMEMBERED_BYTES = 256 << 20  # of packed sets
+_ELEMENTS_PER_DECISION = 1 << 20  # of [rows, classes]
+_WORDS_PER_CHUNK = 1 << 15  # of [trials, rows, classes / 64], small enough to stay in a cache
+_CLOSE = 1e-6  # logits nearer than this may round to the same probability
+
+
+def pack(classes: Tensor) -> Words:
+    """Sets of classes, bool [N, C], as uint64 [ceil(C / 64), N]."""
+    octets = np.packbits(classes.cpu().numpy(), axis=1, bitorder="little")
+    padded = np.zeros((len(octets), -(-classes.shape[1] // _WORD) * 8), np.uint8)
+    padded[:, : octets.shape[1]] = octets
+    return np.ascontiguousarray(padded.view(np.uint64).T)
+
+
+def unpack(words: Words, classes: int) -> Tensor:
+    """The inverse of `pack`: bool [N, C]."""
+    octets = np.ascontiguousarray(words.T).view(np.uint8)
+    return torch.from_numpy(np.unpackbits(octets, axis=1, count=classes, bitorder="little")).to(torch.bool)
+
+
+def _one_left(left: Words) -> NDArray[np.bool_]:
+    """Bool [...]: the sets [words, ...] that hold exactly one class."""
+    several = ((left & (left - np.uint64(1))) != 0).any(axis=0)
+    single: NDArray[np.bool_] = (np.count_nonzero(left, axis=0) == 1) & ~several
+    return single
+
+
+class ExclusionTrials:
+    """Outcomes of many settings of the thresholds on cached logits, for a policy that is `ExitPolicy.classwise`.
+
+    Args:
+        policy: excludes, class by class.
+        logits: K + 1 tensors float [N, C].
+        targets: int64 [N].
+    """
+
+    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor) -> None:
+        self.policy, self.logits = policy, logits
+        self.exits = len(logits) - 1
+        self.rows, self.classes = logits[0].shape
+        self._chunk = max(1, _ELEMENTS_PER_DECISION // self.classes)
+        self.targets: NDArray[np.int64] = targets.cpu().numpy()
+        self.device_targets = targets
+        self.favourites = [self._kept(i, policy.never, memory=True) for i in range(self.exits)]
+        self._strong: OrderedDict[tuple[int, float], Words] = OrderedDict()
+        self._remember = max(1, _REMEMBERED_BYTES // max(1, self.favourites[0].nbytes))
+        own = torch.nn.functional.one_hot(targets.cpu(), self.classes).to(torch.bool)
+        self.own = pack(own)
+        self.rivals, self.close = self._rivals()
+
+    def sweep(
+        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Tries `values` as the threshold of one exit while the others stay.
+
+        Returns:
+            Per value the right rows of every class int64 [T, C], the rows that leave at every exit int64 [T, K + 1],
+            and those that end with their true class excluded, int64 [T].
+        """
+        size = max(1, _WORDS_PER_CHUNK // self.own.size)
+        parts = [self._sweep(thresholds, exit_index, values[k : k + size]) for k in range(0, len(values), size)]
+        hits, leaving, wrong = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return hits, leaving, wrong
+
+    def _sweep(
+        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        tried = len(values)
+        left = np.full((len(self.own), 1, self.rows), np.uint64(2**64 - 1))
+        inside = np.ones((1, self.rows), np.bool_)
+        leaving = np.zeros((tried, self.exits + 1), np.int64)
+        for i in range(self.exits):
+            if i == exit_index:
+                strong = np.stack([self._strong_at(i, value) for value in values], axis=1)
+                left, inside = np.repeat(left, tried, axis=1), np.repeat(inside, tried, axis=0)
+            else:
+                strong = self._strong_at(i, thresholds[i])[:, None]
+            # what a row had left when it left the network stays
+            np.copyto(left, strong & (left | self.favourites[i][:, None]), where=inside)
+            leaves = inside & _one_left(left)
+            leaving[:, i] = np.count_nonzero(leaves, axis=1)
+            inside ^= leaves
+        leaving[:, -1] = np.count_nonzero(inside, axis=1)
+        own = self.own[:, None]
+        # one class left is a row's own if it is there; at the end no rival may be left beside it
+        right = ((left & (self.rivals[:, None] | own)) == own).all(axis=0)
+        self._settle(right, left, inside)
+        trial, row = right.nonzero()
+        hits = np.bincount(trial * self.classes + self.targets[row], minlength=tried * self.classes)
+        wrong = self.rows - np.count_nonzero((left & own).any(axis=0), axis=1)
+        return hits.reshape(tried, self.classes), leaving, wrong
+
+    def _settle(self, right: NDArray[np.bool_], left: Words, inside: NDArray[np.bool_]) -> None:
+        """Asks the policy itself about rows at the network's end whose logits are too close to compare, in place."""
+        if len(self.close) == 0:
+            return
+        trial, at = inside[:, self.close].nonzero()
+        row = self.close[at]
+        excluded = ~unpack(left[:, trial, row], self.classes)
+        logits = self.logits[-1][torch.from_numpy(row).to(self.logits[-1].device)]
+        best = self.policy.finish(logits, excluded.to(logits.device)).argmax(dim=1).cpu().numpy()
+        right[trial, row] = best == self.targets[row]
+
+    def _strong_at(self, exit_index: int, threshold: float) -> Words:
+        """The strong classes of all rows, remembered: sweeps meet the same thresholds again and again."""
+        key = (exit_index, threshold)
+        if key not in self._strong:
+            self._strong[key] = self._kept(exit_index, threshold, memory=False)
+            if len(self._strong) > self._remember:
+                self._strong.popitem(last=False)
+        self._strong.move_to_end(key)
+        return self._strong[key]
+
+    def _kept(self, exit_index: int, threshold: float, memory: bool) -> Words:
+        """The classes that an exit does not exclude if before it nothing was excluded or, with `memory`, everything."""
+        parts = []
+        for logits in torch.split(self.logits[exit_index], self._chunk):
+            beta = torch.tensor(threshold, dtype=torch.float32, device=logits.device)
+            before = torch.ones_like(logits, dtype=torch.bool) if memory else None
+            excluded = self.policy.decide(logits, beta, before).excluded
+            assert excluded is not None
+            parts.append(pack(~excluded))
+        return np.concatenate(parts, axis=1)
+
+    def _rivals(self) -> tuple[Words, NDArray[np.int64]]:
+        """Classes that win over a row's own at the network's end, and the rows where logits alone do not say it."""
+        words, close = [], []
+        number = torch.arange(self.classes, device=self.logits[-1].device)
+        parts = (torch.split(x, self._chunk) for x in (self.logits[-1], self.device_targets))
+        for logits, targets in zip(*parts, strict=True):
+            ahead = logits.to(torch.float32) - logits.to(torch.float32).gather(1, targets[:, None])
+            words.append(pack((ahead > 0) | ((ahead == 0) & (number < targets[:, None]))))
+            close.append((~torch.isfinite(ahead) | ((ahead != 0) & (ahead.abs() < _CLOSE))).any(dim=1))
+        return np.concatenate(words, axis=1), torch.cat(close).nonzero()[:, 0].cpu().numpy()
