@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.archive import write_runtime_archive
 from edgewright.edge_runtime.bundle import pack_zip, write_manifest
 from edgewright.edge_runtime.errors import ExportError
-from edgewright.edge_runtime.feeds import specs_of
 from edgewright.edge_runtime.golden import write_golden
 from edgewright.edge_runtime.manifest import (
     GOLDEN_FILE,
@@ -32,7 +31,6 @@ from edgewright.edge_runtime.manifest import (
     SplitSpec,
     Tolerances,
 )
-from edgewright.edge_runtime.session import session_on
 from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
 
@@ -134,6 +132,7 @@ def export_bundle(
             runtime = optimized(work / MODEL_FILE)
             ledger = build_ledger(model, raw, final, runtime, options.shared_across_exits == "latency")
             notes = (note, *more, *check_duplication(model, raw, final, runtime, ledger))
+            del raw, runtime  # each holds all weights
             parity = check_parity(
                 model,
                 flat_path,
@@ -153,7 +152,7 @@ def export_bundle(
                     split_spec, note = write_split(split_graphs, work, external_above)
                 notes = (*notes, note)
             manifest = _manifest(
-                model, source, options, flat, final, ledger, parity, work / MODEL_FILE, _example(source, chosen, 1),
+                model, source, options, flat, final, ledger, parity, _example(source, chosen, 1),
                 operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
                 split=split_spec,
             )  # fmt: skip
@@ -259,7 +258,6 @@ def _manifest(
     final: ir.Model,
     ledger: Ledger,
     parity: ParityResult,
-    model_path: Path,
     example: tuple[Tensor, ...],
     *,
     operating_points: Sequence[OperatingPoint],
@@ -284,12 +282,11 @@ def _manifest(
     nodes = node_table(final, flat_costs(flat, row), level)
     exits = exit_specs(nodes, exit_names)
     points, costed = on_the_graph(points, exits)
-    session = session_on(model_path).session
     return Manifest(
         name=name,
         batch=batch,
-        inputs=specs_of(session.get_inputs()),
-        outputs=specs_of(session.get_outputs()),
+        inputs=parity.inputs,
+        outputs=parity.outputs,
         labels=tuple(source.labels),
         preprocessing=source.preprocessing,
         exits=exits,

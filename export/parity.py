@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from edgewright.edge_runtime.errors import ExportError, ParityError
-from edgewright.edge_runtime.manifest import (
-    EXIT_INDEX,
-    GoldenCase,
-    ParityReport,
-)
+from edgewright.edge_runtime.feeds import specs_of
+from edgewright.edge_runtime.manifest import EXIT_INDEX, GoldenCase, ParityReport, TensorSpec
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.models.layers.multi_exit import MultiExit
 
@@ -25,8 +22,9 @@ from .capture import logits_name
 from .parity_subject import BATCH, Reference, Subject, spread_evenly
 from .source import Source
 
+_DEFAULT_LEVEL = "all"
 _ERROR_ROWS = 256
-_LEVEL_ERROR_ROWS = 16
+_LEVEL_ERROR_ROWS = 4
 _LEVEL_ROWS = 2
 _FORCED_ROWS = 32
 _MIXED_ROWS = 7
@@ -46,6 +44,8 @@ class ParityResult:
         flip_margin: twice the largest logit error that was measured; in the units of the cases' margins.
         label: int64 [rows], from the exported file.
         exit_index: int64 [rows], from the exported file.
+        inputs: as ONNX Runtime reads them from the exported file.
+        outputs: the same.
         failures: why parity does not hold; empty if it does.
     """
 
@@ -54,6 +54,8 @@ class ParityResult:
     flip_margin: float
     label: NDArray[np.int64]
     exit_index: NDArray[np.int64]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
     failures: list[str] = field(default_factory=list)
 
     def require(self) -> None:
@@ -102,14 +104,15 @@ def check_parity(
     reference = subject.torch
     forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
     check = Agreement(abs_tol, rel_tol)
-    shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, "all", check))
+    shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, _DEFAULT_LEVEL, check))
     label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
     for name, thresholds in (points or {}).items():
         _point(subject, name, list(thresholds), shifts, check, golden)
     mixing = _mixing_thresholds(subject) if reference.exits and not subject.single_rows else None
-    levels = _levels(subject, forced_rows, mixing, check)
     _batch_sizes(subject, mixing, shifts, check, golden)
+    everywhere = check.max_abs  # so far everything ran at the default level
+    levels = {**_levels(subject, forced_rows, mixing, check), _DEFAULT_LEVEL: everywhere}
     report = ParityReport(
         max_abs_diff=check.max_abs,
         fraction_outside=check.outside / max(1, check.elements),
@@ -121,7 +124,8 @@ def check_parity(
         excused=tuple(check.flips),
         optimization_levels=levels,
     )
-    return ParityResult(report, golden, max(shifts), label, exit_index, check.failures)
+    inputs, outputs = specs_of(runner.session.get_inputs()), specs_of(runner.session.get_outputs())
+    return ParityResult(report, golden, max(shifts), label, exit_index, inputs, outputs, check.failures)
 
 
 def _logit_errors(subject: Subject, count: int, level: str, check: Agreement) -> list[float]:
@@ -130,9 +134,9 @@ def _logit_errors(subject: Subject, count: int, level: str, check: Agreement) ->
     rows = subject.spread(count)
     largest = [0.0] * (subject.torch.exits + 1)
     for start in range(0, len(rows), subject.batch):
-        inputs = subject.inputs(rows[start : start + subject.batch])
-        got = runner.run_rows(subject.feeds(inputs))
-        for head, want in enumerate(subject.torch.logits(inputs)):
+        some = rows[start : start + subject.batch]
+        got = subject.answers(subject.inputs(some), None, runner)
+        for head, want in enumerate(subject.logits(some)):
             what = f"logits of head {head}, rows from {rows[start]}, optimization level {level}"
             largest[head] = max(largest[head], check.numbers(what, got[logits_name(head)], want.numpy()))
     return largest
@@ -151,9 +155,8 @@ def _natural(
     picked: set[int] = set()
     for start in range(0, len(subject.rows), subject.batch):
         indices = subject.rows[start : start + subject.batch]
-        inputs = subject.inputs(indices)
-        got = subject.answers(inputs, None)
-        want, margin = reference.answer(reference.logits(inputs), reference.thresholds, shifts)
+        got = subject.answers(subject.inputs(indices), None)
+        want, margin = reference.answer(subject.logits(indices), reference.thresholds, shifts)
         check.answers("", subject.split, indices, got, want, margin, max(shifts))
         labels.append(label_of(got))
         exits.append(got.get(EXIT_INDEX, np.zeros_like(labels[-1])))
@@ -164,9 +167,7 @@ def _natural(
         mine = [i - start for i in range(start, start + len(indices)) if i in picked]
         kept.append({name: value[mine] for name, value in got.items()})
     joined = {name: np.concatenate([part[name] for part in kept]) for name in kept[0]}
-    golden = _case(
-        subject, subject.inputs([subject.rows[i] for i in sorted(picked)]), joined, reference.thresholds, shifts
-    )
+    golden = _case(subject, [subject.rows[i] for i in sorted(picked)], joined, reference.thresholds, shifts)
     return np.concatenate(labels), np.concatenate(exits), [golden]
 
 
@@ -180,25 +181,24 @@ def _point(
 ) -> None:
     """Up to 16 rows at another operating point, which a device may switch to and verify by its name."""
     rows = subject.spread(_GOLDEN_ROWS)
-    inputs = subject.inputs(rows)
-    got = subject.answers(inputs, thresholds)
-    want, margin = subject.torch.answer(subject.torch.logits(inputs), thresholds, shifts)
+    got = subject.answers(subject.inputs(rows), thresholds)
+    want, margin = subject.torch.answer(subject.logits(rows), thresholds, shifts)
     own = check.fresh()
     own.answers(f"operating point {name}", subject.split, rows, got, want, margin, max(shifts))
     check.beside(own)
-    golden.append(_case(subject, inputs, got, thresholds, shifts))
+    golden.append(_case(subject, rows, got, thresholds, shifts))
 
 
 def _case(
     subject: Subject,
-    inputs: Sequence[Tensor],
+    rows: Sequence[int],
     got: Arrays,
     thresholds: list[float] | None,
     shifts: Sequence[float],
 ) -> GoldenCase:
-    want, margin = subject.torch.answer(subject.torch.logits(inputs), thresholds, shifts)
+    want, margin = subject.torch.answer(subject.logits(rows), thresholds, shifts)
     return GoldenCase(
-        inputs=subject.feeds(inputs),
+        inputs=subject.feeds(subject.inputs(rows)),
         torch=want,
         reference=got,
         thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
@@ -217,7 +217,7 @@ def _rows_reaching(subject: Subject, exit_index: int) -> list[int]:
     thresholds = torch.tensor(subject.torch.forced()[exit_index], dtype=torch.float32)
 
     def reached(rows: Sequence[int]) -> list[int]:
-        logits = subject.torch.logits(subject.inputs(rows))
+        logits = subject.logits(rows)
         there = model.decide(logits, thresholds).exit_index == exit_index
         return [row for row, yes in zip(rows, there.tolist(), strict=True) if yes]
 
@@ -233,7 +233,7 @@ def _rows_reaching(subject: Subject, exit_index: int) -> list[int]:
 
 
 def _out_of_reach(subject: Subject, model: MultiExit, exit_index: int, total: int, rows: Sequence[int]) -> str:
-    logits = subject.torch.logits(subject.inputs(rows))[exit_index]
+    logits = subject.logits(rows)[exit_index]
     place = [spec.at for spec in model.specs][exit_index : exit_index + 1] or ["the network's own end"]
     return (
         f"exit {exit_index} at {place[0]!r} can be taken by none of the {total} rows of the split "
@@ -256,9 +256,8 @@ def _forced(
     reference = subject.torch
     covered = 0
     for k, (thresholds, rows) in enumerate(zip(reference.forced(), forced_rows, strict=True)):
-        inputs = subject.inputs(rows)
-        got = subject.answers(inputs, thresholds)
-        want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
+        got = subject.answers(subject.inputs(rows), thresholds)
+        want, margin = reference.answer(subject.logits(rows), thresholds, shifts)
         own = check.fresh()
         own.answers(f"exit {k} forced", subject.split, rows, got, want, margin, max(shifts))
         check.beside(own)
@@ -270,14 +269,15 @@ def _forced(
             continue
         covered += 1
         few = there[:_GOLDEN_FORCED_ROWS].tolist()
-        golden.append(_case(subject, [x[few] for x in inputs], {n: v[few] for n, v in got.items()}, thresholds, shifts))
+        answers = {name: value[few] for name, value in got.items()}
+        golden.append(_case(subject, [rows[i] for i in few], answers, thresholds, shifts))
     return covered
 
 
 def _levels(
     subject: Subject, forced_rows: Sequence[Sequence[int]], mixing: list[float] | None, check: Agreement
 ) -> dict[str, float]:
-    """Largest difference of the numbers at every graph optimization level, every exit forced.
+    """Largest difference of the numbers at every other graph optimization level, every exit forced.
 
     What may flip at a level is what the logits are off by at that level.
     """
@@ -295,26 +295,33 @@ def _levels(
     ]
     if mixing is not None:
         settings.append((", rows leaving at different exits", mixing, subject.spread(_MIXED_ROWS)))
-    found: dict[str, float] = {}
+    found = {}
     for level in OPTIMIZATION_LEVELS:
-        own = check.fresh()
-        shifts = possible_shifts(_logit_errors(subject, _LEVEL_ERROR_ROWS, level, own))
-        runner = session_on(subject.model_path, threads=1, optimization_level=level)
-        for what, thresholds, rows in settings:
-            inputs = subject.inputs(rows)
-            want, margin = reference.answer(reference.logits(inputs), thresholds, shifts)
-            got = subject.answers(inputs, thresholds, runner)
-            own.answers(f"optimization level {level}{what}", subject.split, rows, got, want, margin, max(shifts))
-        found[level] = own.max_abs
-        check.beside(own)
+        if level != _DEFAULT_LEVEL:
+            own = check.fresh()
+            _level(subject, level, settings, own)
+            found[level] = own.max_abs
+            check.beside(own)
     return found
+
+
+def _level(
+    subject: Subject, level: str, settings: Sequence[tuple[str, list[float] | None, list[int]]], check: Agreement
+) -> None:
+    """One level; its sessions, each with all weights, end with it."""
+    shifts = possible_shifts(_logit_errors(subject, _LEVEL_ERROR_ROWS, level, check))
+    runner = session_on(subject.model_path, threads=1, optimization_level=level)
+    for what, thresholds, rows in settings:
+        want, margin = subject.torch.answer(subject.logits(rows), thresholds, shifts)
+        got = subject.answers(subject.inputs(rows), thresholds, runner)
+        check.answers(f"optimization level {level}{what}", subject.split, rows, got, want, margin, max(shifts))
 
 
 def _mixing_thresholds(subject: Subject) -> list[float]:
     """Thresholds with which every exit, and the network's end, takes about as many of up to 32 rows as the others."""
     model = subject.torch.model
     assert isinstance(model, MultiExit)
-    logits = subject.torch.logits(subject.inputs(subject.spread(_FORCED_ROWS)))
+    logits = subject.logits(subject.spread(_FORCED_ROWS))
     exits = subject.torch.exits
     thresholds = torch.full((exits,), model.policy.never, dtype=torch.float32)
     for k in range(exits):
@@ -349,18 +356,17 @@ def _batch_sizes(
         spread = subject.spread(_FORCED_ROWS)
         rows_of += [spread, spread[::-1]]
     for rows in rows_of:
-        inputs = subject.inputs(rows)
-        want, margin = subject.torch.answer(subject.torch.logits(inputs), mixing, shifts)
+        want, margin = subject.torch.answer(subject.logits(rows), mixing, shifts)
         own = check.fresh()
-        got = subject.answers(inputs, mixing)
+        got = subject.answers(subject.inputs(rows), mixing)
         what = f"batch of {len(rows)}" + (", rows leaving at different exits" if mixing is not None else "")
         own.answers(what, subject.split, rows, got, want, margin, max(shifts))
         check.beside(own)
     if mixing is None:
         return
-    few = spread_evenly(len(rows_of[-2]), _GOLDEN_ROWS)
-    inputs = subject.inputs([rows_of[-2][i] for i in few])
-    golden.append(_case(subject, inputs, subject.answers(inputs, mixing), mixing, shifts))
+    few = [rows_of[-2][i] for i in spread_evenly(len(rows_of[-2]), _GOLDEN_ROWS)]
+    inputs = subject.inputs(few)
+    golden.append(_case(subject, few, subject.answers(inputs, mixing), mixing, shifts))
     nothing = subject.answers([x[:0] for x in inputs], mixing)
     for name, value in nothing.items():
         if value.shape != (0, *want[name].shape[1:]):

@@ -131,7 +131,7 @@ def _rejected(
             return f"{side} changed from {old_names} to {new_names}"
     names = [v.name or "" for v in model.graph.outputs]
     try:
-        old_values, new_values = session_on(source).run(feeds), session_on(target).run(feeds)
+        old_values, new_values = (session_on(path, threads=1).run(feeds) for path in (source, target))
     except EdgewrightError as error:
         return f"ONNX Runtime does not run it ({str(error).splitlines()[0][:200]})"
     for name in names:

@@ -55,8 +55,13 @@ def test_a_flip_names_the_row_of_the_split_and_how_it_was_run():
     assert "row 15: exit 1 in PyTorch, 0 in ONNX" in failure and "exit 1 forced" in failure
 
 
-def test_every_excused_flip_is_listed_with_its_row(task, tmp_path, monkeypatch):
-    answer = parity_subject.Reference.answer
+def test_every_excused_flip_is_listed_with_its_row_and_pytorch_runs_each_row_once(task, tmp_path, monkeypatch):
+    answer, logits = parity_subject.Reference.answer, parity_subject.Reference.logits
+    ran = []
+
+    def counted(self, inputs):
+        ran.extend(row.numpy().tobytes() for row in inputs[0])
+        return logits(self, inputs)
 
     def last_row_on_the_edge(self, logits, thresholds, shifts):
         arrays, margin = answer(self, logits, thresholds, shifts)
@@ -65,14 +70,14 @@ def test_every_excused_flip_is_listed_with_its_row(task, tmp_path, monkeypatch):
         return {**arrays, LABEL: label}, margin
 
     monkeypatch.setattr(parity_subject.Reference, "answer", last_row_on_the_edge)
+    monkeypatch.setattr(parity_subject.Reference, "logits", counted)
     report = export_bundle(with_exits("residual"), task, tmp_path / "bundle", parity_rows=5).manifest.parity
-    assert report.rows == 5
+    assert report.rows == len(ran) == len(set(ran)) == 5
     assert report.label_agreement == pytest.approx(0.8), "runs beside the split do not count in it"
     assert {flip.row for flip in report.excused} == {23}, "the last of five rows spread over 24"
     forced = [f"exit {k} forced" for k in range(3)]
-    levels = [
-        f"optimization level {level}{way}" for level in OPTIMIZATION_LEVELS for way in ("", *(f", {f}" for f in forced))
-    ]
+    others = [level for level in OPTIMIZATION_LEVELS if level != "all"]  # at which all else runs
+    levels = [f"optimization level {level}{way}" for level in others for way in ("", *(f", {f}" for f in forced))]
     assert Counter(flip.case for flip in report.excused) == Counter(["", *forced, *levels])
 
 
