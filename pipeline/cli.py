@@ -161,10 +161,10 @@ def mix(
     Without --shares the mix of the test split.
     """
     with _errors(debug):
-        from .exit_mix import mix_of_report, mix_text, numbers_of, read_json, read_report
+        from .exit_mix import mix_of_report, mix_text, numbers_of, read_latency_table, read_report
 
         report = read_report(run)
-        table = None if latency_table is None else read_json(latency_table)
+        table = None if latency_table is None else read_latency_table(latency_table)
         cost = mix_of_report(report, None if shares is None else numbers_of(shares), table)
         typer.echo(mix_text(cost, [row["name"] for row in report["exits"]["table"]]))
 

@@ -84,7 +84,7 @@ def mix_of_report(report: Mapping[str, Any], mix: Sequence[float] | None, table:
     Args:
         report: content of report.json.
         mix: shares or any positive weights, one per exit and one for the network's end; None is the measured mix.
-        table: content of a latency table, microseconds under ``exits``, in place of the report's latencies.
+        table: a latency table, microseconds under ``exits``, in place of the report's latencies.
 
     Raises:
         InputError: no exits, or numbers that do not fit them.
@@ -99,7 +99,7 @@ def mix_of_report(report: Mapping[str, Any], mix: Sequence[float] | None, table:
         raise InputError(f"a mix is {len(rows)} numbers of 0 or more, the shares of {names}; given were {shares}")
     latency = [row["p50_ms"] for row in rows]
     if table is not None:
-        latency = [value / 1e3 for value in table.get("exits", [])]
+        latency = [value / 1e3 for value in table["exits"]]
         if len(latency) != len(rows):
             raise InputError(f"the latency table has {len(latency)} exits and the report {len(rows)}")
     total = sum(shares)
@@ -151,21 +151,30 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not there or no report.
     """
-    return read_json(path / "report.json" if path.is_dir() else path)
+    place = path / "report.json" if path.is_dir() else path
+    content = _read_json(place, str(place))
+    if not isinstance(content, dict):
+        raise InputError(f"{place} holds no JSON object")
+    return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+def read_latency_table(path: Path) -> dict[str, Any]:
+    """The ``exits``, microseconds per exit, and the ``device`` of a latency table.
 
     Raises:
         InputError: it is not there or something else.
     """
+    what = f"the latency table {path}"
+    content = _read_json(path, what)
+    if not isinstance(content, dict) or "exits" not in content:
+        raise InputError(f'{what} must be {{"exits": [microseconds per exit ...], "device": "..."}}')
+    return {"exits": content["exits"], "device": content.get("device", "")}
+
+
+def _read_json(path: Path, what: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{what} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object")
-    return content
+        raise InputError(f"{what} is no JSON: {error}") from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +10,8 @@ import torch
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from torch import Tensor
 
+from ..errors import InputError
+from ..exit_mix import read_latency_table
 from ..stage import StageConfig
 from .exit_trials import Trials
 
@@ -20,7 +20,7 @@ _TIE = 1e-6  # what the second criterion counts beside the first
 
 
 class LatencyTable(StageConfig):
-    """How long a row takes that leaves at each exit, as measured on the device (`edgewright bench`)."""
+    """How long a row takes that leaves at each exit, as measured on the device (`latency-table`)."""
 
     exits: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=2)] = (1.0, 1.0)
     """Microseconds of a row that leaves at the first exit, the second, ..., at the network's end."""
@@ -33,16 +33,10 @@ def _read_table(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str | Path):
         return value
     folder = (info.context or {}).get("folder", Path())
-    path = Path(folder) / Path(value).expanduser()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"the latency table {path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"the latency table {path} is no JSON: {error}") from None
-    if not isinstance(content, Mapping) or "exits" not in content:
-        raise ValueError(f'the latency table {path} must be {{"exits": [microseconds per exit ...], "device": "..."}}')
-    return {"exits": content["exits"], "device": content.get("device", "")}
+        return read_latency_table(Path(folder) / Path(value).expanduser())
+    except InputError as error:
+        raise ValueError(str(error)) from None  # pydantic names the field
 
 
 class ExitSearchConfig(StageConfig):
