@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from . import errors
 from .golden import read_npz
 from .measuring import Feed, write_feeds
+from .providers import provider_names
 
 _PACKAGE = __package__ or "edge_runtime"
 # `python -c` puts the working folder first on the path, where a user's own `models` or `numpy.py` may lie.
@@ -65,6 +66,39 @@ class ChildResult:
     answer: Mapping[str, Any]
     samples: NDArray[np.int64]
     exits: NDArray[np.int64]
+
+
+def block_settings(
+    mode: str,
+    *,
+    providers: Sequence[str] | str | None,
+    threads: int | None,
+    allow_fallback: bool,
+    optimization_level: str,
+    blocks: int,
+    block_runs: int,
+    warmup_seconds: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The child's settings where it measures in blocks; arguments as in `interleave.interleaved`.
+
+    Raises:
+        InputError: a number of blocks or runs that is not positive.
+        ProviderError: an unknown provider.
+    """
+    if blocks < 1 or block_runs < 1:
+        raise errors.InputError(f"blocks and block_runs are positive numbers, not {blocks} and {block_runs}")
+    return {
+        "mode": mode,
+        "providers": list(provider_names(providers)),
+        "threads": threads,
+        "allow_fallback": allow_fallback,
+        "optimization_level": optimization_level,
+        "blocks": blocks,
+        "block_runs": block_runs,
+        "warmup_seconds": warmup_seconds,
+        "seed": seed,
+    }
 
 
 def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeout_s: float) -> ChildResult:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from . import statistics
 from .bench_inputs import Feed, golden_feeds, read_inputs, user_feeds
 from .bundle import Bundle, open_bundle
-from .child import Artefact, run_child
+from .child import Artefact, block_settings, run_child
 from .device import collect_facts, fingerprint
 from .errors import EdgewrightError, InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE, PolicySpec
-from .providers import provider_names, warn_of_fallback
+from .providers import warn_of_fallback
 from .session import LAYOUTS, require_layout
 
 SCHEMA_VERSION = 1
@@ -66,19 +66,17 @@ def latency_table(
         InputError: no exits, an option that does not fit, or an exit that none of the inputs takes although forced.
         ProviderError: the provider is not there, or does not take every node.
     """
-    if blocks < 1 or block_runs < 1:
-        raise InputError(f"blocks and block_runs are positive numbers, not {blocks} and {block_runs}")
-    settings: dict[str, Any] = {
-        "mode": "exits",
-        "providers": list(provider_names(providers)),
-        "threads": threads,
-        "allow_fallback": allow_fallback,
-        "optimization_level": optimization_level,
-        "blocks": blocks,
-        "block_runs": block_runs,
-        "warmup_seconds": 2.0,
-        "seed": seed,
-    }
+    settings = block_settings(
+        "exits",
+        providers=providers,
+        threads=threads,
+        allow_fallback=allow_fallback,
+        optimization_level=optimization_level,
+        blocks=blocks,
+        block_runs=block_runs,
+        warmup_seconds=2.0,
+        seed=seed,
+    )
     with ExitStack() as stack:
         opened = bundle if isinstance(bundle, Bundle) else stack.enter_context(open_bundle(bundle))
         manifest = opened.manifest

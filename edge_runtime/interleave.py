@@ -20,10 +20,10 @@ from . import statistics
 from .bench_inputs import MOST_FEEDS, cut, golden_feeds, not_zero, read_inputs, user_feeds
 from .benchmark import latency_figures
 from .bundle import open_bundle
-from .child import Artefact, run_child
+from .child import Artefact, block_settings, run_child
 from .errors import EdgewrightError, InputError
 from .manifest import MANIFEST_FILE, MODEL_FILE
-from .providers import provider_names, warn_of_fallback
+from .providers import warn_of_fallback
 from .session import explicit_thresholds, require_layout
 
 _STATISTICS = ("median", "mean")
@@ -154,19 +154,17 @@ def interleaved(
         raise InputError(f"the baseline {baseline!r} is none of {', '.join(contenders)}")
     if statistic not in _STATISTICS:
         raise InputError(f"unknown statistic {statistic!r}: use {' or '.join(_STATISTICS)}")
-    if blocks < 1 or block_runs < 1:
-        raise InputError(f"blocks and block_runs are positive numbers, not {blocks} and {block_runs}")
-    settings: dict[str, Any] = {
-        "mode": "interleaved",
-        "providers": list(provider_names(providers)),
-        "threads": threads,
-        "allow_fallback": allow_fallback,
-        "optimization_level": optimization_level,
-        "blocks": blocks,
-        "block_runs": block_runs,
-        "warmup_seconds": warmup_seconds,
-        "seed": seed,
-    }
+    settings = block_settings(
+        "interleaved",
+        providers=providers,
+        threads=threads,
+        allow_fallback=allow_fallback,
+        optimization_level=optimization_level,
+        blocks=blocks,
+        block_runs=block_runs,
+        warmup_seconds=warmup_seconds,
+        seed=seed,
+    )
     with ExitStack() as stack:
         artefacts = [
             _artefact(name, side if isinstance(side, Contender) else Contender(side), inputs, rows, stack)
