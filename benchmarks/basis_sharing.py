@@ -7,7 +7,8 @@ windows. Intervals come from the spread of the windows' losses.
 
 Rows: `dense`, `svd_llm.R`, `published.R`, `ours.R`, `recovered.R`, `control` (the dense model after the training of
 `recovered`), ablations; `cost.20` and `layers.N` (time and memory from the beginning), `export.R` and `time.R` (files;
-0 is dense). Each runs in a process of its own and is kept; called again, only what is missing is measured.
+0 is dense). Each runs in a process of its own and is kept; called again, only what is missing is measured. Figures have
+the names of their rows; those of `cost.R`, `export.R` and `time.R` belong to `ours.R`, of `export.0` to `dense`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ def rows_asked(options: argparse.Namespace) -> list[str]:
         table += ["control", "cost.20", "layers.10", "layers.20", "layers.30", "export.0", "export.50", "time.50"]
     chosen = options.only or table
     return [*chosen, *(f"{name}.{ratio}" for ratio in ratios for name in options.ablations)]
+
+
+def figures_of(row: str) -> str:
+    """What the names of a row's figures begin with."""
+    kind, _, ratio = row.partition(".")
+    if kind not in ("cost", "export", "time"):
+        return row
+    return "dense" if ratio == "0" else f"ours.{ratio}"
 
 
 def parsed() -> argparse.Namespace:
@@ -78,7 +87,7 @@ def main() -> None:
             done = subprocess.run([sys.executable, *sys.argv, "--row", row], check=False)
             failed += [row] if done.returncode else []
         figures = {
-            f"{file.stem}.{name}": Figure(**figure)
+            f"{figures_of(file.stem)}.{name}": Figure(**figure)
             for file in sorted(results.glob("*.json"))
             for name, figure in json.loads(file.read_text(encoding="utf-8")).items()
         }

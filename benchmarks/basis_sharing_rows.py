@@ -156,7 +156,9 @@ def _recovered(protocol: Protocol, ratio: int) -> dict[str, Figure]:
     context = FolderContext(protocol.kept / f"recovered.{ratio}")
     start = time.monotonic()
     recover(model, dense_model(), _first_half(protocol), protocol.recovery, context)
-    return {"seconds": _exact(time.monotonic() - start), **protocol.judged(model)}
+    seconds, processor = time.monotonic() - start, time.process_time()
+    cost = {"seconds": _exact(seconds), "processor_seconds": _exact(processor)}
+    return {**cost, **protocol.judged(model)}
 
 
 def _control(protocol: Protocol) -> dict[str, Figure]:
