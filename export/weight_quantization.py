@@ -25,7 +25,7 @@ from .model_file import EXTERNAL_ABOVE, data_file, save_model
 WeightFormat: TypeAlias = Literal["float32", "int8", "int4"]
 
 _BLOCK = 32
-"""Weights that have one scale."""
+"""Weights that have one scale and one zero point: without a zero point SmolLM2 loses a seventh more in 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def quantize_weights(model: LogitsOnly, path: Path, weights: WeightFormat, promp
     for bits in sorted(set(bits_of.values())):
         chosen = [name for name, wanted in bits_of.items() if wanted == bits]
         quantizer = MatMulNBitsQuantizer(
-            proto, bits=bits, block_size=_BLOCK, is_symmetric=True, nodes_to_include=chosen
+            proto, bits=bits, block_size=_BLOCK, is_symmetric=False, nodes_to_include=chosen
         )
         quantizer.process()
         proto = quantizer.model.model
