@@ -22,16 +22,17 @@ Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class ImageClassification:
-    """A classification task over one input tensor; images by default, any [N, ...] works.
+    """A classification task; its inputs are one tensor of images by default, any number of tensors [N, ...] works.
 
     Args:
-        splits: per name a `Split`, a pair ``(inputs, targets)`` of arrays, or a map-style dataset of pairs.
+        splits: per name a `Split`, a pair ``(inputs, targets)`` of arrays, or a map-style dataset of pairs. Several
+            inputs need a `Split`, e.g. `TensorSplit`; `from_arrays` makes them.
         labels: class names.
         preprocessing: how raw images become inputs on the device.
         augment: ``(inputs [N, ...], generator) -> inputs``, for training batches only.
         metric: what floors and tolerances are measured in: the name of one that ships, or your own.
         name: for reports.
-        input_name: name of the ONNX input.
+        input_name: name of the ONNX input; of several inputs their names, in the order of the model's forward.
         provenance: where the data come from (files and their sha256, fonts), JSON; for the report and the data digests.
 
     Raises:
@@ -47,7 +48,7 @@ class ImageClassification:
         augment: Augmentation | None = None,
         metric: str | Metric = "accuracy",
         name: str = "image_classification",
-        input_name: str = "image",
+        input_name: str | Sequence[str] = "image",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self._splits: dict[SplitName, Split] = {}
@@ -59,7 +60,8 @@ class ImageClassification:
         self._preprocessing = preprocessing or Preprocessing()
         self._augment = augment
         self._metric = metric_named(metric, len(self._labels)) if isinstance(metric, str) else metric
-        self._name, self._input_name = name, input_name
+        self._name = name
+        self._input_names = (input_name,) if isinstance(input_name, str) else tuple(input_name)
         self._provenance = dict(provenance or {})
         for key, split in self._splits.items():
             if len(split) == 0:
@@ -75,7 +77,7 @@ class ImageClassification:
     @classmethod
     def from_arrays(
         cls,
-        inputs: Tensor | NDArray[Any],
+        inputs: Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any]],
         targets: Tensor | NDArray[Any],
         labels: Sequence[str],
         *,
@@ -83,22 +85,24 @@ class ImageClassification:
         seed: int = 0,
         **options: Any,
     ) -> ImageClassification:
-        """Splits one array into the four splits, class by class; see `stratified_split`.
+        """Splits arrays into the four splits, class by class; see `stratified_split`.
 
         Args:
-            inputs: [len, ...].
+            inputs: [len, ...]; a list or tuple of them for a model with several inputs, with as many names in
+                `input_name`.
             targets: class indices [len].
             labels: class names.
             fractions: share of each split, default train 0.6, calibration 0.1, validation 0.1, test 0.2.
             seed: of the shuffle.
             options: as for the class.
         """
-        x, y = torch.as_tensor(inputs), class_indices(targets)
-        chosen = stratified_split(TensorSplit([x], y).sample_digests, y, labels, fractions, seed)
+        several = inputs if isinstance(inputs, list | tuple) else [inputs]
+        xs, y = [torch.as_tensor(x) for x in several], class_indices(targets)
+        chosen = stratified_split(TensorSplit(xs, y).sample_digests, y, labels, fractions, seed)
         parts: dict[SplitName, Any] = {}
         for name, indices in chosen.items():
             order = torch.tensor(sorted(indices), dtype=torch.int64)
-            parts[name] = TensorSplit([x[order]], y[order])
+            parts[name] = TensorSplit([x[order] for x in xs], y[order])
         return cls(parts, labels, **options)
 
     @property
@@ -113,13 +117,13 @@ class ImageClassification:
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """One input."""
-        return (self._input_name,)
+        """In the order of the model's forward."""
+        return self._input_names
 
     @property
     def dynamic_axes(self) -> tuple[Mapping[int, str], ...]:
-        """The batch may vary."""
-        return ({0: "batch"},)
+        """The batch may vary, in every input."""
+        return tuple({0: "batch"} for _ in self._input_names)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgewright.models.pretrained import LogitsOnly
 from edgewright.models.python_source import place_of
 
 from .errors import ModelError
+from .model_output import described, wrapping
 from .task import Task, split_of
 
 _FIXES = (
@@ -57,7 +58,7 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
         ) from error
     wanted = [len(inputs[0]), len(task.labels)] if task.labels else [len(inputs[0]), *_axes_beyond(output)]
     if not isinstance(output, Tensor):
-        raise ModelError(f"{name} returns {_described(output)}; {_wrapping(output, wanted)}")
+        raise ModelError(f"{name} returns {described(output)}; {wrapping(output, wanted)}")
     if list(output.shape) != wanted or not output.is_floating_point():
         raise ModelError(
             f"{name} returns {str(output.dtype).removeprefix('torch.')} {list(output.shape)} for inputs {shapes}; "
@@ -192,30 +193,6 @@ def _advice(module: nn.Module, given: Sequence[Any]) -> str:
             "task.args, where the task has it) is not the one the model was made for"
         )
     return ": change the size of the inputs, or the model"
-
-
-def _described(output: Any) -> str:
-    """What a model returned, with the shapes inside."""
-    if isinstance(output, Mapping):
-        inside = ", ".join(f"{key!r}: {_described(value)}" for key, value in output.items())
-        return f"a {type(output).__name__} {{{inside}}}"
-    if isinstance(output, list | tuple):
-        return f"a {type(output).__name__} of {len(output)} ({', '.join(map(_described, output))})"
-    if isinstance(output, Tensor):
-        return f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
-    return f"a {type(output).__name__}"
-
-
-def _wrapping(output: Any, wanted: list[int]) -> str:
-    """The adapter that would make a classifier of it."""
-    entries = list(output.items()) if isinstance(output, Mapping) else []
-    if isinstance(output, list | tuple):
-        entries = list(enumerate(output))
-    fitting = [key for key, value in entries if isinstance(value, Tensor) and list(value.shape) == wanted]
-    needed = f"a classifier returns one tensor of logits {wanted}: wrap it in a module"
-    if not fitting:
-        return f"{needed} whose forward returns only those"
-    return f"{needed} whose forward is `return self.model(*inputs)[{fitting[0]!r}]`"
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def prepare(recipe: Recipe) -> Inputs:
         tasks = tasks_of(recipe, task)
         check_splits(recipe, tasks)
         check_labels(task)
+        check_inputs(task)
         data = data_digests(task)
     check_stages(recipe, task)
     around = environment(device)
@@ -206,6 +207,22 @@ def check_labels(task: Task) -> None:
         raise DataError(
             f"the task {task.name!r} has the one label {task.labels[0]!r}: a classifier needs at least two classes"
         )
+
+
+def check_inputs(task: Task) -> None:
+    """Refuses a task whose samples have more or fewer inputs than names.
+
+    Raises:
+        DataError: names the split and both numbers.
+    """
+    for name, split in task.splits.items():
+        given = len(split.batch([0]).inputs) if len(split) else len(task.input_names)
+        if given != len(task.input_names):
+            raise DataError(
+                f"the samples of split {name!r} of the task {task.name!r} have {given} input(s) and there are "
+                f"{len(task.input_names)} input_names ({', '.join(task.input_names)}): each input needs one name, in "
+                "the order in which the model takes them"
+            )
 
 
 def remarks(inputs: Inputs) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import StageError
+from .model_output import training_logits
 from .optimizer_state import optimizer_state, restore_optimizer
 from .stage import Context, Json, StageConfig, State
 from .task import Batch, Task, batches, split_of
@@ -84,7 +85,7 @@ def task_loss(task: Task, config: TrainingConfig) -> BatchLoss:
     """The task's own loss on the model's logits, with label smoothing where the recipe asks for it."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits: Tensor = model(*batch.inputs)
+        logits = training_logits(model, model(*batch.inputs))
         if config.label_smoothing > 0.0:
             return nn.functional.cross_entropy(logits, batch.targets, label_smoothing=config.label_smoothing)
         return task.loss(logits, batch.targets)
@@ -117,6 +118,7 @@ def train_model(
 
     Raises:
         StageError: the loss, the gradient or a trained value is not finite; names the epoch and what helps.
+        ModelError: the model returns more than logits while it is trained.
     """
     loss = task_loss(task, config) if loss is None else loss
     split = split_of(task, "train", needed_by=f"training ({name})")

@@ -15,6 +15,7 @@ from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
 from ..image_classification import ImageClassification
+from ..model_output import training_logits
 from ..splits import TensorSplit
 from ..stage import Context, Json, StageConfig
 from ..task import Batch, Split, Task, batches, split_of
@@ -113,7 +114,9 @@ def train_jointly(model: MultiExit, task: Task, config: ExitTrainingConfig, cont
     weights = exit_weights(len(model.specs))
 
     def loss(module: nn.Module, batch: Batch) -> Tensor:
-        *heads, last = cast(MultiExit, module).all_logits(*batch.inputs)
+        network = cast(MultiExit, module)
+        *heads, output = network.all_logits(*batch.inputs)
+        last = training_logits(network.base, output)
         smoothing = config.training.label_smoothing
         if smoothing > 0.0:
             own = functional.cross_entropy(last, batch.targets, label_smoothing=smoothing)

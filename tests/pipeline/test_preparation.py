@@ -17,7 +17,7 @@ from edgewright.pipeline.control import check_control, control_recipe
 from edgewright.pipeline.errors import DataError, EdgewrightError, InputError, ModelError, ProviderError, RecipeError
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.model_check import check_model
-from edgewright.pipeline.preparation import check_labels, prepare, remarks
+from edgewright.pipeline.preparation import check_inputs, check_labels, prepare, remarks
 from edgewright.pipeline.recipe import Requirements, load_recipe
 from edgewright.pipeline.runner import run
 
@@ -124,6 +124,18 @@ def test_a_fixed_number_of_rows_is_found_before_training(tmp_path: Path) -> None
 )
 def test_what_a_model_returns_or_takes_is_described(tmp_path: Path, body: str, message: str) -> None:
     assert message in own_model(tmp_path, body)
+
+
+def test_several_inputs_have_as_many_names() -> None:
+    ids, y = torch.arange(80).view(40, 2), torch.arange(40) % 2
+    names = ["input_ids", "attention_mask"]
+    task = ImageClassification.from_arrays([ids, ids % 2], y, ["no", "yes"], input_name=names)
+    check_inputs(task)
+    assert task.input_names == tuple(names) and task.dynamic_axes == ({0: "batch"},) * 2
+    first, second = task.splits["test"].batch([0, 1]).inputs
+    assert torch.equal(first % 2, second), "rows stay together"
+    with pytest.raises(DataError, match=r"have 2 input\(s\) and there are 1 input_names \(image\)"):
+        check_inputs(ImageClassification.from_arrays([ids, ids % 2], y, ["no", "yes"]))
 
 
 def test_a_model_with_more_inputs_than_the_task(tmp_path: Path) -> None:

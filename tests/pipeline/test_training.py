@@ -9,12 +9,14 @@ import torch
 from tiny import tiny_residual, tiny_task
 from torch import nn
 
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.errors import StageError
+from edgewright.pipeline.errors import ModelError, StageError
 from edgewright.pipeline.evaluation import evaluate
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stages.early_exit import EarlyExitConfig
 from edgewright.pipeline.stages.early_exit import fit as add_exits
+from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, train_jointly
 from edgewright.pipeline.stages.train import TrainConfig, fit
 from edgewright.pipeline.training import TrainingConfig, train_model
 
@@ -105,6 +107,30 @@ def test_values_that_break_in_the_last_step_are_seen(tmp_path: Path) -> None:
 
     with pytest.raises(StageError, match="'average' is no longer finite in epoch 1 of 2"):
         fit(Fragile(), tiny_task(rows={"train": 16}), TrainConfig(epochs=2), FolderContext(tmp_path))
+
+
+class WithAuxiliary(nn.Module):
+    """Returns a second output while it is trained, as networks with auxiliary classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.fc = nn.Linear(144, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        y = self.body(x.flatten(1))
+        logits: torch.Tensor = self.fc(y)
+        return (logits, y) if self.training else logits
+
+
+def test_more_than_logits_in_training_is_named(tmp_path: Path) -> None:
+    wanted = r"WithAuxiliary returns a tuple of 2 \(float32 \[8, 4\], float32 \[8, 8\]\) in training mode"
+    task, short = tiny_task(rows={"train": 16}), TrainConfig(epochs=1)
+    with pytest.raises(ModelError, match=wanted):
+        fit(WithAuxiliary(), task, short, FolderContext(tmp_path / "plain"))
+    exits = MultiExit(WithAuxiliary().eval(), [HeadSpec("body", 8)], [2], 4, "max_probability")
+    with pytest.raises(ModelError, match=wanted):
+        config = ExitTrainingConfig(training=TrainingConfig(epochs=1))
+        train_jointly(exits, task, config, FolderContext(tmp_path / "exits"))
 
 
 def test_unscaled_inputs_are_named_as_the_cause(tmp_path: Path) -> None:
