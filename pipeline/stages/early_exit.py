@@ -76,6 +76,7 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     metrics = _metrics(network, task, logits, validation.targets, points, macs, before, given_accuracy, log)
     if placement is not None:
         metrics["placement"] = placement
+        notes += _fewer(config, len(chosen), len(placement["candidates"]))
     notes += _summary(network, points[0], metrics, before, config)
     data = {
         "policy": config.policy,
@@ -142,7 +143,7 @@ def _places(
         network.policy, logits, validation.targets, macs, heads, config.auto, lambda e: default_limits(e, config)
     )
     context.progress.say(
-        f"places: {len(candidates)} candidates, {found.tried} sets of {len(found.chosen)} tried, a mean row costs "
+        f"places: {len(candidates)} candidates, {found.tried} sets tried, a mean row costs "
         f"{found.mean_cost:.1%} of the network at {', '.join(candidates[i].path for i in found.chosen)}"
     )
     told = {"candidates": [place.path for place in candidates], **dataclasses.asdict(found)}
@@ -177,6 +178,14 @@ def _mask_of(task: Task, config: EarlyExitConfig) -> tuple[int, int] | None:
     if mask.dim() != 2:
         raise RecipeError(f"early_exit.mask: the input {config.mask!r} has {mask.dim()} axes, a mask has 2, [N, T]")
     return index, mask.shape[1]
+
+
+def _fewer(config: EarlyExitConfig, found: int, candidates: int) -> tuple[str, ...]:
+    """Why `auto` has placed fewer exits than it may."""
+    if config.auto is None or found >= config.auto:
+        return ()
+    why = "there are no more places" if found == candidates else "no validation row would take another one"
+    return (f"auto may place {config.auto} exits and placed {found}: {why}",)
 
 
 def _nowhere(model: nn.Module) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from itertools import accumulate, combinations
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,17 @@ from .. import cost
 from .exit_limits import Limits
 from .exit_placement import LATEST, Place, places
 from .exit_published import geometric, geometric_schedules
-from .exit_trials import ExitEvaluator
+from .exit_search import ThresholdSearch
+from .exit_trials import ExitEvaluator, Trials
 
 MOST_CANDIDATES = 24
 _ROWS = 2000
 _SUBSETS = 64  # up to so many are all tried
 _HALVINGS = 12
+_SEARCHED = 4  # of the best subsets, with the search that sets the thresholds in the end
+
+_Verdict: TypeAlias = tuple[bool, float]
+"""Whether the limits fail, and the mean cost in units of the network without exits; smaller is better."""
 
 
 def boundaries(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Place]:
@@ -85,7 +90,7 @@ class Placement:
 
     Attributes:
         chosen: indices of the candidates, in order of depth.
-        mean_cost: of a validation row, in units of the deepest path.
+        mean_cost: of a validation row, in units of the network without exits.
         within: whether the limits hold with these exits.
         tried: subsets that were judged.
     """
@@ -105,10 +110,12 @@ def choose_subset(
     count: int,
     limits: Callable[[ExitEvaluator], Limits],
 ) -> Placement:
-    """The `count` of M candidates with the least mean cost that keep to the limits; exact where there are few subsets.
+    """At most `count` of M candidates, with the least mean cost that keeps to the limits.
 
-    Otherwise the best candidate is added one by one, then single ones are exchanged until nothing improves. A subset is
-    judged by the best of the geometric schedules of its thresholds, so that nothing is random.
+    All subsets of that size are judged by the best of their geometric schedules where there are few; otherwise the best
+    candidate is added one by one, then single ones are exchanged until nothing improves. The best of them are judged
+    again by the coordinate search, from these schedules on: an exit that it leaves without rows is left out. Nothing
+    is random.
 
     Args:
         policy: decides.
@@ -123,48 +130,72 @@ def choose_subset(
         # rows may be sorted by class: an even stride sees all of them
         rows = torch.linspace(0, len(targets) - 1, _ROWS).long()
         logits, targets = [x[rows] for x in logits], targets[rows]
-    known: dict[tuple[int, ...], tuple[bool, float]] = {}
-
-    def judge(subset: Iterable[int]) -> tuple[bool, float]:
-        chosen = tuple(sorted(subset))
-        if chosen not in known:
-            known[chosen] = _judge(policy, logits, targets, macs, head_macs, chosen, limits)
-        return known[chosen]
-
+    trial = _Trial(policy, logits, targets, macs, head_macs, limits)
     candidates = range(len(macs) - 1)
     count = min(count, len(candidates))
     if math.comb(len(candidates), count) <= _SUBSETS:
-        best = min(combinations(candidates, count), key=judge)
+        for subset in combinations(candidates, count):
+            trial.by_schedule(subset)
     else:
-        best = ()
+        best: tuple[int, ...] = ()
         for _ in range(count):
-            best = min((tuple(sorted((*best, c))) for c in candidates if c not in best), key=judge)
+            best = min((tuple(sorted((*best, c))) for c in candidates if c not in best), key=trial.by_schedule)
         improved = True
         while improved:
             swaps = [tuple(sorted({*best, new} - {old})) for old in best for new in candidates if new not in best]
-            other = min(swaps, key=judge)
-            improved = judge(other) < judge(best)
+            other = min(swaps, key=trial.by_schedule)
+            improved = trial.by_schedule(other) < trial.by_schedule(best)
             best = other if improved else best
-    outside, mean_cost = judge(best)
-    return Placement(tuple(best), mean_cost, not outside, len(known))
+    full = [subset for subset in trial.known if len(subset) == count]
+    finalists = dict(map(trial.by_search, sorted(full, key=trial.by_schedule)[:_SEARCHED]))
+    chosen = min(finalists, key=lambda subset: (finalists[subset], len(subset)))
+    outside, mean_cost = finalists[chosen]
+    return Placement(chosen, mean_cost, not outside, len(trial.known))
 
 
-def _judge(
-    policy: ExitPolicy,
-    logits: Sequence[Tensor],
-    targets: Tensor,
-    macs: Sequence[int],
-    head_macs: Sequence[int],
-    chosen: Sequence[int],
-    limits: Callable[[ExitEvaluator], Limits],
-) -> tuple[bool, float]:
-    passed, costs = 0, []
-    for c in chosen:
-        passed += head_macs[c]
-        costs.append(macs[c] + passed)
-    costs.append(macs[-1] + passed)
-    evaluator = ExitEvaluator(policy, [*(logits[c] for c in chosen), logits[-1]], targets, costs)
-    bound = limits(evaluator)
-    best = geometric(geometric_schedules(evaluator, evaluator, _HALVINGS), bound)
-    # in units of the network without exits, so that heads count and subsets can be compared
-    return float(bound.violation(best)[0]) > 0.0, float(best.mean_macs[0]) / macs[-1]
+class _Trial:
+    """Judges subsets of candidates on cached logits; arguments as of `choose_subset`."""
+
+    def __init__(
+        self,
+        policy: ExitPolicy,
+        logits: Sequence[Tensor],
+        targets: Tensor,
+        macs: Sequence[int],
+        head_macs: Sequence[int],
+        limits: Callable[[ExitEvaluator], Limits],
+    ) -> None:
+        self.policy, self.logits, self.targets, self.limits = policy, logits, targets, limits
+        self.macs, self.head_macs = macs, head_macs
+        self.known: dict[tuple[int, ...], _Verdict] = {}
+
+    def by_schedule(self, subset: tuple[int, ...]) -> _Verdict:
+        """With the best of the geometric schedules of its thresholds."""
+        if subset not in self.known:
+            evaluator = self._evaluator(subset)
+            bound = self.limits(evaluator)
+            best = geometric(geometric_schedules(evaluator, evaluator, _HALVINGS), bound)
+            self.known[subset] = self._verdict(best, bound)
+        return self.known[subset]
+
+    def by_search(self, subset: tuple[int, ...]) -> tuple[tuple[int, ...], _Verdict]:
+        """With thresholds as they are searched in the end; of `subset` without the exits that no row takes then."""
+        evaluator = self._evaluator(subset)
+        bound = self.limits(evaluator)
+        search = ThresholdSearch(evaluator, 0, torch.Generator().manual_seed(0))
+        best = search.run(bound, search.published(bound).values())
+        used = tuple(c for c, share in zip(subset, best.shares[0].tolist(), strict=False) if share > 0.0)
+        if used and used != subset:
+            return self.by_search(used)
+        return subset, self._verdict(best, bound)
+
+    def _evaluator(self, subset: Iterable[int]) -> ExitEvaluator:
+        chosen = list(subset)
+        passed = list(accumulate(self.head_macs[c] for c in chosen))
+        costs = [self.macs[c] + heads for c, heads in zip(chosen, passed, strict=True)]
+        logits = [*(self.logits[c] for c in chosen), self.logits[-1]]
+        return ExitEvaluator(self.policy, logits, self.targets, [*costs, self.macs[-1] + passed[-1]])
+
+    def _verdict(self, trials: Trials, bound: Limits) -> _Verdict:
+        # in units of the network without exits, so that heads count and subsets can be compared
+        return float(bound.violation(trials)[0]) > 0.0, float(trials.mean_macs[0]) / self.macs[-1]

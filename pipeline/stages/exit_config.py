@@ -24,7 +24,8 @@ class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
     """Shares of the network's MACs; an exit goes to the outermost module near each. Without `at` and `auto`: 0.25, 0.5
     and 0.75."""
     auto: int | None = Field(default=None, ge=1, le=16)
-    """So many exits, where they save most on the validation split: heads are tried between all blocks."""
+    """At most so many exits, where they save most on the validation split: heads are tried between all blocks, and an
+    exit that no validation row would take is left out."""
     head: Literal["pooled", "token"] = "pooled"
     """What a head reads: the average over all positions, or the first of the tokens [N, T, C], the class token."""
     pool: int = Field(default=1, ge=1, le=16)
