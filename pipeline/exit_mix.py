@@ -125,7 +125,14 @@ def mix_text(cost: MixCost, names: Sequence[str]) -> str:
 def break_even_text(cost: MixCost) -> str:
     """One sentence on how many rows have to leave early."""
     if cost.break_even is None:
-        return "break-even: not known (no row leaves early, or a latency was not measured)"
+        if not any(cost.mix[:-1]):
+            return "break-even: not known, no row of this mix leaves early"
+        if cost.plain_ms is None:
+            return "break-even: not known, the network without exits was not measured"
+        return (
+            "break-even: not known, no measured row went to the network's end or to another exit of this mix; "
+            "`latency-table` measures them all"
+        )
     if cost.break_even > 1.0:
         return "break-even: none, with this spread over the exits they cost more than they save"
     if cost.break_even == 0.0:

@@ -53,7 +53,8 @@ def tradeoff(steps: Sequence[Mapping[str, Any]]) -> str:
             axis.scatter(s[key] / scale, quality[s["step"]], s=46, edgecolor=color, facecolor=face, zorder=2, lw=1.6,
                          label=s["step"])  # fmt: skip
         axis.set_xlabel(unit)
-        axis.set_xlim(left=0)
+        # of the whole axis: a margin of the data's range would cut points that lie close together far from zero
+        axis.set_xlim(0, 1.05 * max(max(s[key] for s in steps) / scale, 1e-9))
         lowest = min(quality.values())
         if classes:
             axis.set_ylim(max(0.0, lowest - 0.5 * (100 - lowest) - 0.5), 100.5)

@@ -9,7 +9,7 @@ import pytest
 
 from edgewright.pipeline.cli import main
 from edgewright.pipeline.errors import InputError
-from edgewright.pipeline.exit_mix import break_even, expected, mix_cost, mix_of_report
+from edgewright.pipeline.exit_mix import break_even, break_even_text, expected, mix_cost, mix_of_report
 
 REPORT = {
     "exits": {
@@ -44,6 +44,12 @@ def test_what_was_not_measured_is_not_made_up() -> None:
     assert break_even([0.5, 0.5], [1.0, 3.0], 3.5) == 0.0
     assert break_even([0.5, 0.5], [3.0, 3.0], 2.0) == 2.0, "never"
     assert mix_cost([0.5, 0.5], [None, 3.0], 2.0, [1, 2]).expected_macs == 1.5
+    for mix, latency, plain, why in (
+        ([0.0, 1.0], [1.0, 3.0], 2.0, "no row of this mix leaves early"),
+        ([0.5, 0.5], [1.0, 3.0], None, "the network without exits was not measured"),
+        ([1.0, 0.0], [1.0, None], 2.0, "no measured row went to the network's end"),
+    ):
+        assert why in break_even_text(mix_cost(mix, latency, plain, [1, 2]))
 
 
 def test_the_command_costs_any_mix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
