@@ -120,6 +120,8 @@ def test_a_fixed_number_of_rows_is_found_before_training(tmp_path: Path) -> None
         ("return self.layer(x), x", "a tuple of 2 (float32 [2, 3], float32 [2, 5])"),
         ("return self.layer(x)[:, 0]", "returns float32 [2] for inputs [2, 5]"),
         ("return self.layer(x[:, :4])", "takes 5 features and gets 4"),
+        ("return self.layer(x - x.mean(dim=0))", "answers a row otherwise when another is beside it (off by "),
+        ("return self.layer(x).squeeze()", "answers one row with [3], and [1, 3] is needed"),
     ],
 )
 def test_what_a_model_returns_or_takes_is_described(tmp_path: Path, body: str, message: str) -> None:
