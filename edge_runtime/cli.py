@@ -28,7 +28,7 @@ COMMANDS = {
     "predict": "Classify an INPUT (.npy, .npz or image) with a BUNDLE.",
     "bench": "Measure the latency of a BUNDLE here.",
     "latency-table": "Measure what a row costs that leaves a BUNDLE at each of its exits, for the threshold search.",
-    "generate": "Continue a prompt with a language MODEL that has its cache.",
+    "generate": "Continue prompts with a language MODEL that has its cache.",
     "doctor": "Show this machine and what is wrong with it.",
 }
 """The commands and what they do; `edgewright` offers the same ones."""

@@ -1,10 +1,11 @@
-"""The command ``generate``: text or token ids in, text or token ids out as they come, then how fast it was."""
+"""The command ``generate``: texts or token ids in, texts or token ids out as they come, then how fast it was."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,24 @@ from .manifest import MODEL_FILE, TOKENIZER_FILE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's own arguments."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="an ONNX file with its cache, or its folder")
+    parser.add_argument("bundle", type=Path, metavar="MODEL", help="the bundle of a generator, or its bare ONNX file")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="needs the package tokenizers (extra [text])")
-    prompt.add_argument("--ids", metavar="ID,ID,...", type=_ids, help="token ids in place of a text")
+    prompt.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="needs the package tokenizers (extra [text]); repeat for more"
+    )
+    prompt.add_argument(
+        "--ids", action="append", metavar="ID,ID,...", type=_ids, help="token ids in place of a text; repeat for more"
+    )
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help=f"default {TOKENIZER_FILE} beside the model")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="at most so many, default 64")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest with P of the probability")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws")
-    parser.add_argument("--stop", type=int, metavar="ID", help="the token that ends the answer")
+    parser.add_argument(
+        "--stop", action="append", type=int, metavar="ID", help="a token that ends an answer; default the model's own"
+    )
+    parser.add_argument("--no-stop", action="store_true", help="always give all --tokens")
 
 
 def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,29 +43,36 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
         session: what `Generator` takes.
 
     Raises:
+        BundleError: the bundle is not intact.
         InputError: no model, no tokenizer, or options that make no sense.
     """
+    from .bundle import open_bundle
     from .generation import Generator, generate
+    from .sampling import Sampling
 
-    model: Path = options.model / MODEL_FILE if options.model.is_dir() else options.model
-    ids, decode = options.ids, None
-    if ids is None:
-        ids, decode = _encoded(options.prompt, options.tokenizer or model.parent / TOKENIZER_FILE)
-    generator = Generator(model, **session)
-    printed = _Printer(decode)
-    found = generate(
-        generator,
-        [ids],
-        options.tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
-        stop=options.stop,
-        on_token=lambda _row, token: printed.take(token),
-    )
-    printed.end()
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    with ExitStack() as opened:
+        model: Path = options.bundle
+        if model.is_dir() or model.suffix == ".zip":
+            model = opened.enter_context(open_bundle(model)).folder / MODEL_FILE
+        prompts, decode = options.ids, None
+        if prompts is None:
+            prompts, decode = _encoded(options.prompt, options.tokenizer or model.parent / TOKENIZER_FILE)
+        generator = Generator(model, **session)
+        printed = _Printer(decode, len(prompts))
+        found = generate(
+            generator,
+            prompts,
+            options.tokens,
+            sampling=sampling,
+            stop=() if options.no_stop else options.stop or generator.end_tokens,
+            on_token=printed.take,
+        )
+        printed.end()
     decoded, peak = found.decode_tokens_per_second, _peak_memory()
     first_ms = 1e3 * found.prefill_seconds
+    if found.context_full:
+        print(f"ended at the model's context of {generator.positions} tokens", file=sys.stderr)
     print(
         f"prefill {found.prefill_tokens_per_second:.1f} tokens/s, first token after {first_ms:.1f} ms, "
         + (f"decode {decoded:.1f} tokens/s" if decoded is not None else "no decode step")
@@ -64,8 +80,10 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
         file=sys.stderr,
     )
     return {
-        "tokens": list(found.tokens[0]),
+        "tokens": [list(row) for row in found.tokens],
+        "texts": None if decode is None else [decode(list(row)) for row in found.tokens],
         "prompt_tokens": found.prompt_tokens,
+        "context_full": found.context_full,
         "first_token_ms": first_ms,
         "prefill_tokens_per_second": found.prefill_tokens_per_second,
         "decode_tokens_per_second": decoded,
@@ -74,33 +92,45 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
 
 
 class _Printer:
-    """Shows tokens as they come: ids, or the text that they have become so far."""
+    """Shows the tokens of one row as they come, ids or the text that they have become; of several rows at the end."""
 
-    def __init__(self, decode: Callable[[list[int]], str] | None) -> None:
+    def __init__(self, decode: Callable[[list[int]], str] | None, rows: int) -> None:
         self._decode = decode
-        self._tokens: list[int] = []
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
         self._shown = 0
 
-    def take(self, token: int) -> None:
+    def take(self, row: int, token: int) -> None:
         """One more token."""
-        self._tokens.append(token)
+        self._tokens[row].append(token)
+        if len(self._tokens) > 1:
+            return
         if self._decode is None:
             print(token, end=" ", flush=True)
             return
-        text = self._decode(self._tokens)
+        text = self._decode(self._tokens[0])
         # half a character decodes to a replacement mark: wait for its other bytes
         if not text.endswith("\ufffd"):
-            print(text[self._shown :], end="", flush=True)
+            print(_plain(text[self._shown :]), end="", flush=True)
             self._shown = len(text)
 
     def end(self) -> None:
         """Nothing more comes."""
+        if len(self._tokens) > 1:
+            for row, tokens in enumerate(self._tokens):
+                text = " ".join(map(str, tokens)) if self._decode is None else _plain(self._decode(tokens))
+                print(f"[{row}] {text}")
+            return
         if self._decode is not None:
-            print(self._decode(self._tokens)[self._shown :], end="")
+            print(_plain(self._decode(self._tokens[0])[self._shown :]), end="")
         print(flush=True)
 
 
-def _encoded(prompt: str, place: Path) -> tuple[list[int], Callable[[list[int]], str]]:
+def _plain(text: str) -> str:
+    """`text` without what would steer the terminal: a model may say anything."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def _encoded(prompts: Sequence[str], place: Path) -> tuple[list[list[int]], Callable[[list[int]], str]]:
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -113,11 +143,20 @@ def _encoded(prompt: str, place: Path) -> tuple[list[int], Callable[[list[int]],
         tokenizer: Any = Tokenizer.from_file(str(place))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{place} is no tokenizer: {error}") from error
-    return list(tokenizer.encode(prompt).ids), lambda ids: str(tokenizer.decode(ids))
+    # a file may carry the settings of a training run
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = [list(tokenizer.encode(prompt).ids) for prompt in prompts]
+    if not all(ids):
+        raise InputError(f"the prompt {prompts[ids.index([])]!r} has no token: give a text that is not empty")
+    return ids, lambda row: str(tokenizer.decode(row))
 
 
 def _ids(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 504,3575") from None
 
 
 def _peak_memory() -> int | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EdgewrightError, InputError
-from .manifest import LOGITS, PAST, PRESENT
+from .manifest import END_TOKENS, LOGITS, PAST, POSITIONS, PRESENT
+from .sampling import Sampling
 from .session import session_on
 
 
@@ -26,6 +29,7 @@ class Generation:
         prefill_seconds: until the first token of every row was known.
         decode_seconds: for all further steps.
         steps: further steps.
+        context_full: it ended because the model has no further positions.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -33,6 +37,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     steps: int
+    context_full: bool = False
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -55,6 +60,10 @@ class Generator:
         allow_fallback: as in `load`.
         optimization_level: as in `load`.
 
+    Attributes:
+        positions: the longest sequence that the model knows positions for, prompt and answer together; None: any.
+        end_tokens: what the model says when it has finished.
+
     Raises:
         InputError: no such file, or one without a cache among its inputs and outputs.
         ProviderError: as in `load`.
@@ -76,14 +85,24 @@ class Generator:
             optimization_level=optimization_level,
         ).session
         self._past = [i for i in self._session.get_inputs() if i.name.startswith(PAST)]
-        outputs = {o.name for o in self._session.get_outputs()}
+        outputs = {o.name: o for o in self._session.get_outputs()}
         wanted = {LOGITS, *(i.name.replace(PAST, PRESENT, 1) for i in self._past)}
-        if not self._past or wanted - outputs:
+        if not self._past or wanted - outputs.keys():
             raise InputError(
                 f"{model} has no cache (inputs {PAST}*, outputs {LOGITS}, {PRESENT}*): write it with export_generator"
             )
+        written = self._session.get_modelmeta().custom_metadata_map
+        self.positions: int | None = json.loads(written.get(POSITIONS, "null"))
+        self.end_tokens: tuple[int, ...] = tuple(json.loads(written.get(END_TOKENS, "[]")))
+        vocabulary = outputs[LOGITS].shape[-1]
+        self._vocabulary = vocabulary if isinstance(vocabulary, int) else sys.maxsize
         self._cache: dict[str, Any] = {}
         self._mask = np.zeros((0, 0), np.int64)
+
+    @property
+    def positions_left(self) -> int:
+        """How many more tokens the longest row may have."""
+        return sys.maxsize if self.positions is None else self.positions - self._mask.shape[1]
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Forgets what was before and reads `prompts`, shorter ones padded on the left.
@@ -92,7 +111,8 @@ class Generator:
             Logits [N, longest, V]; those of the padding mean nothing.
 
         Raises:
-            InputError: no prompt, or an empty one.
+            InputError: no prompt, an empty one, one that is longer than the model's context, or a token that the model
+                does not know.
         """
         import onnxruntime
 
@@ -119,13 +139,25 @@ class Generator:
             Logits [N, S, V].
 
         Raises:
-            InputError: before any prefill, or with another number of rows.
+            InputError: before any prefill, with another number of rows, a token that the model does not know, or more
+                tokens than it has positions for.
         """
         if len(ids) != len(self._mask) or not self._cache:
             raise InputError(f"{len(ids)} rows cannot go on from {len(self._mask)}: prefill first")
         return self._run(np.ascontiguousarray(ids, np.int64), np.ones(ids.shape, np.int64))
 
     def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        unknown = (ids < 0) | (ids >= self._vocabulary)
+        if unknown.any():
+            raise InputError(
+                f"the token {ids[unknown][0]} is none of the {self._vocabulary} that the model knows: "
+                "use the tokenizer that belongs to it"
+            )
+        if ids.shape[1] > self.positions_left:
+            raise InputError(
+                f"{self._mask.shape[1] + ids.shape[1]} tokens are more than the model's context of {self.positions}: "
+                "shorten the prompt"
+            )
         self._mask = np.concatenate([self._mask, mask], axis=1)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", ids)
@@ -152,39 +184,35 @@ def generate(
     prompts: Sequence[Sequence[int]],
     tokens: int,
     *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-    stop: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop: Collection[int] = (),
     on_token: Callable[[int, int], None] | None = None,
 ) -> Generation:
-    """Continues every prompt by at most `tokens` tokens.
+    """Continues every prompt by at most `tokens` tokens, fewer where the model has no positions for them.
 
     Args:
         generator: a loaded model.
         prompts: token ids per row.
         tokens: at least 1.
-        temperature: 0 takes the likeliest token; above, tokens are drawn.
-        top_k: draws among so many likeliest tokens.
-        seed: of the draws.
-        stop: the token that ends a row.
+        sampling: how tokens are chosen.
+        stop: the tokens that end a row; `Generator.end_tokens` are the model's own.
         on_token: called with row and token as soon as a token is known.
 
     Raises:
         InputError: options that make no sense; see `Generator.prefill`.
     """
-    if tokens < 1 or temperature < 0.0 or (top_k is not None and top_k < 1):
-        raise InputError(f"tokens {tokens}, temperature {temperature}, top_k {top_k}: at least 1, 0 and 1")
-    random = np.random.default_rng(seed)
+    if tokens < 1:
+        raise InputError(f"at least one token can be generated, not {tokens}")
+    random = sampling.generator()
     found: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
 
     def take(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        chosen = np.asarray([_chosen(row, temperature, top_k, random) for row in logits[:, -1]], np.int64)
+        chosen = np.asarray([sampling.choose(row, random) for row in logits[:, -1]], np.int64)
         for row, token in enumerate(chosen.tolist()):
             if not ended[row]:
                 found[row].append(token)
-                ended[row] = token == stop
+                ended[row] = token in stop
                 if on_token is not None:
                     on_token(row, token)
         return chosen[:, None]
@@ -193,18 +221,9 @@ def generate(
     following = take(generator.prefill(prompts))
     first = time.perf_counter()
     steps = 0
-    while steps < tokens - 1 and not all(ended):
+    while steps < tokens - 1 and not all(ended) and generator.positions_left > 0:
         following = take(generator.step(following))
         steps += 1
     end = time.perf_counter()
-    return Generation(tuple(map(tuple, found)), sum(map(len, prompts)), first - start, end - first, steps)
-
-
-def _chosen(logits: NDArray[np.float32], temperature: float, top_k: int | None, random: np.random.Generator) -> int:
-    if temperature == 0.0:
-        return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    if top_k is not None and top_k < scaled.size:
-        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
-    return int(random.choice(scaled.size, p=weights / weights.sum()))
+    full = steps < tokens - 1 and not all(ended)
+    return Generation(tuple(map(tuple, found)), sum(map(len, prompts)), first - start, end - first, steps, full)

@@ -48,6 +48,9 @@ DECIDED = "decided"
 PAST, PRESENT = "past.", "present."
 """What the names of a generator's cache begin with, as inputs, which may be empty, and as outputs."""
 
+POSITIONS, END_TOKENS = "edgewright.positions", "edgewright.end_tokens"
+"""Metadata keys of a generator's model.onnx, JSON: its longest sequence or null, and the tokens that end an answer."""
+
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
 

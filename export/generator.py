@@ -7,6 +7,7 @@ inputs and outputs, ``past.<layer>.key`` and ``present.<layer>.key`` and so on, 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgewright.edge_runtime.archive import write_runtime_archive
@@ -26,10 +28,12 @@ from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.generation import Generator
 from edgewright.edge_runtime.golden import write_golden
 from edgewright.edge_runtime.manifest import (
+    END_TOKENS,
     GOLDEN_FILE,
     LOGITS,
     MODEL_FILE,
     PAST,
+    POSITIONS,
     PRESENT,
     RUNTIME_FILE,
     TOKENIZER_FILE,
@@ -126,6 +130,8 @@ def export_generator(
     except ValueError as error:
         raise ExportError(str(error)) from error
     raw, final, note = _graphs(step, tokens, options)
+    positions = model.positions
+    final.metadata_props.update({POSITIONS: json.dumps(positions), END_TOKENS: json.dumps(model.end_tokens)})
     with scratch(target) as folder:
         work = folder / "bundle"
         work.mkdir()
@@ -134,14 +140,13 @@ def export_generator(
             save_model(final, path, external_above)
         check_file(path)
         prompts = tokens[:3, :_PROMPT]
-        positions = getattr(getattr(model.model, "config", None), "max_position_embeddings", None)
         decode_steps = min(decode_steps, (positions or sys.maxsize) - prompts.shape[1])
         # the first row alone, and three of different lengths
         batches = [[prompts[0]], [prompts[0], prompts[1, :-1], prompts[2, 1:-1]]]
-        worst = max(_largest_difference(model, path, rows, decode_steps, tolerance) for rows in batches)
+        worst = _largest_difference(model, path, batches, decode_steps, tolerance)
         written, quantization = final, None
         if options.weights != "float32":
-            quantization = quantize_weights(model, path, options.weights, prompts)
+            quantization = quantize_weights(model, path, options.weights, prompts, external_above)
             written = ir.load(path)
         cases = golden_cases(step, path, batches)
         manifest = manifest_of(
@@ -224,13 +229,39 @@ def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple
 
 
 @torch.no_grad()
-def _largest_difference(model: LogitsOnly, path: Path, prompts: list[Tensor], steps: int, tolerance: float) -> float:
-    """Runs `prompts` through the file as a batch, and every row of PyTorch by itself over what the file generated."""
+def _largest_difference(
+    model: LogitsOnly, path: Path, batches: Sequence[Sequence[Tensor]], steps: int, tolerance: float
+) -> float:
+    """Runs every batch of prompts through the file, and every row of PyTorch by itself over what the file generated."""
     generator = Generator(path, threads=1)
+    done: dict[tuple[int, ...], Tensor] = {}
+    worst = 0.0
+    for prompts in batches:
+        written, seen = _continued(generator, prompts, steps)
+        for row, ids in enumerate(written):
+            if tuple(ids) not in done:
+                done[tuple(ids)] = model(torch.tensor([ids]))
+            expected = done[tuple(ids)]
+            worst = max(worst, float(np.abs(expected.numpy() - seen[row]).max()))
+            length = len(prompts[row])
+            chosen = expected[0, length - 1 : -1].argmax(dim=-1).tolist()
+            near = expected[0, length - 1 : -1].topk(2, dim=-1).values
+            for at, (mine, other) in enumerate(zip(ids[length:], chosen, strict=True)):
+                if mine != other and float(near[at, 0] - near[at, 1]) > 2 * tolerance:
+                    raise ParityError(f"decode step {at} of row {row}: the file chose token {mine}, PyTorch {other}")
+    if not worst <= tolerance:
+        raise ParityError(f"logits of the file differ from PyTorch's by {worst:.3g}, more than {tolerance:g}")
+    return worst
+
+
+def _continued(
+    generator: Generator, prompts: Sequence[Tensor], steps: int
+) -> tuple[list[list[int]], list[NDArray[np.float32]]]:
+    """`prompts` with `steps` greedy tokens each, and the logits [1, T, V] that the file gave at all their places."""
     half = [prompt[: len(prompt) // 2] for prompt in prompts]
     rest = [prompt[len(prompt) // 2 :].tolist() for prompt in prompts]
     if len({len(r) for r in rest}) > 1:  # a second chunk cannot be padded: the cache lies before it
-        half, rest = prompts, []
+        half, rest = list(prompts), []
     logits = generator.prefill([prompt.tolist() for prompt in half])
     seen = [logits[row : row + 1, -len(prompt) :] for row, prompt in enumerate(half)]
     if rest and rest[0]:
@@ -242,16 +273,4 @@ def _largest_difference(model: LogitsOnly, path: Path, prompts: list[Tensor], st
         more = generator.step(np.asarray(following, np.int64)[:, None])
         seen = [np.concatenate([old, more[row : row + 1]], axis=1) for row, old in enumerate(seen)]
         written = [[*row, token] for row, token in zip(written, following, strict=True)]
-    worst = 0.0
-    for row, ids in enumerate(written):
-        expected = model(torch.tensor([ids]))
-        worst = max(worst, float(np.abs(expected.numpy() - seen[row]).max()))
-        length = len(prompts[row])
-        chosen = expected[0, length - 1 : -1].argmax(dim=-1).tolist()
-        near = expected[0, length - 1 : -1].topk(2, dim=-1).values
-        for at, (mine, other) in enumerate(zip(ids[length:], chosen, strict=True)):
-            if mine != other and float(near[at, 0] - near[at, 1]) > 2 * tolerance:
-                raise ParityError(f"decode step {at} of row {row}: the file chose token {mine}, PyTorch {other}")
-    if not worst <= tolerance:
-        raise ParityError(f"logits of the file differ from PyTorch's by {worst:.3g}, more than {tolerance:g}")
-    return worst
+    return written, seen

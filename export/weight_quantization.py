@@ -61,7 +61,9 @@ class Quantization:
         )
 
 
-def quantize_weights(model: LogitsOnly, path: Path, weights: WeightFormat, prompts: Tensor) -> Quantization:
+def quantize_weights(
+    model: LogitsOnly, path: Path, weights: WeightFormat, prompts: Tensor, external_above: int = EXTERNAL_ABOVE
+) -> Quantization:
     """Rounds the constant weights of the file's matrix products, in place, and measures what that changes.
 
     A weight that something else reads too, such as an embedding that is the head as well, stays as it is.
@@ -71,6 +73,7 @@ def quantize_weights(model: LogitsOnly, path: Path, weights: WeightFormat, promp
         path: the file, with its external data if it has any.
         weights: ``int8``, or ``int4`` with 8 bits for bases.
         prompts: int64 [N, T], what it is measured on.
+        external_above: see `save_model`.
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -96,7 +99,7 @@ def quantize_weights(model: LogitsOnly, path: Path, weights: WeightFormat, promp
         proto = quantizer.model.model
     rounded = ir.from_proto(proto)
     data_file(path).unlink(missing_ok=True)
-    save_model(rounded, path, EXTERNAL_ABOVE)
+    save_model(rounded, path, external_above)
     counts = {bits: sum(x == bits for x in bits_of.values()) for bits in set(bits_of.values())}
     after = stored_bytes(rounded)
     return Quantization(weights, counts, before, after, *_changes(model, path, prompts))

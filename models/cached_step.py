@@ -36,6 +36,7 @@ class CachedStep(nn.Module):
         # kept whole, so that weights are called as in its checkpoints
         self.model = model
         self.positions = "position_ids" in accepted
+        self._past: tuple[Tensor, ...] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         """One step.
@@ -69,6 +70,8 @@ class CachedStep(nn.Module):
     @torch.no_grad()
     def empty_past(self, rows: int) -> tuple[Tensor, ...]:
         """A past without tokens for `rows` rows."""
-        token = torch.zeros(1, 1, dtype=torch.int64)
-        present = self(token, torch.ones_like(token))[1:]
-        return tuple(x.new_zeros(rows, x.shape[1], 0, x.shape[3]) for x in present)
+        if self._past is None:
+            token = torch.zeros(1, 1, dtype=torch.int64)
+            present = self(token, torch.ones_like(token))[1:]
+            self._past = tuple(x[:, :, :0].clone() for x in present)
+        return tuple(x.expand(rows, -1, -1, -1) for x in self._past)

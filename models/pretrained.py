@@ -41,6 +41,21 @@ class LogitsOnly(nn.Module):
         config = getattr(model, "config", None)
         self.options = {"use_cache": False} if getattr(config, "use_cache", None) is not None else {}
 
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the configuration knows positions for; None if it does not say."""
+        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """The tokens that end an answer, of those that the model can give."""
+        settings = (getattr(self.model, name, None) for name in ("generation_config", "config"))
+        found = next((x for x in (getattr(s, "eos_token_id", None) for s in settings) if x is not None), ())
+        listed = (found,) if isinstance(found, int) else tuple(found)
+        known = getattr(getattr(self.model, "config", None), "vocab_size", 0)
+        return tuple(token for token in listed if 0 <= token < known)
+
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits, float32."""
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}

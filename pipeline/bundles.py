@@ -64,7 +64,12 @@ def with_bundle(row: StepRow, bundle: Path) -> StepRow:
     exits = Manifest.from_json((bundle / MANIFEST_FILE).read_text(encoding="utf-8")).exits
     end = exits[-1]
     row = dataclasses.replace(row, file_bytes=model_bytes(bundle))
-    if (end.macs, end.attention_macs) != (row.macs, row.attention_macs):
+    # what reads one tensor multiplies a shared basis once in the graph, and each for itself in PyTorch
+    merged = row.metrics.get("macs_after", 0) - row.metrics.get("macs_after_merged", 0)
+    if merged and (end.macs, end.attention_macs) == (row.macs - merged, row.attention_macs):
+        note = f"the exported graph costs {end.macs} MACs: it multiplies a basis once for all that read one tensor"
+        row = dataclasses.replace(row, notes=(*row.notes, note))
+    elif (end.macs, end.attention_macs) != (row.macs, row.attention_macs):
         note = (
             f"the exported graph costs {end.macs} MACs and {end.attention_macs} of attention to its end, PyTorch's "
             f"operators {row.macs:.0f} and {row.attention_macs:.0f}: one of them does not count, or does not run, "

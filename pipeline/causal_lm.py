@@ -189,6 +189,11 @@ def windows_of(
         limit = (most or {}).get(name)
         if limit is not None and limit < len(rows):
             rows = [rows[i * len(rows) // limit] for i in range(limit)]
+        if not rows and round(count * (share - part)) < stop:
+            raise DataError(
+                f"every window of split {name!r} has the very tokens of a window of an earlier split: the text repeats "
+                "itself, or the tokenizer does not know it and gives one token for everything"
+            )
         if not rows:
             raise DataError(
                 f"the text has {count} windows of {window} tokens, and the share {part} of split {name!r} is none: "

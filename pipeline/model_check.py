@@ -66,6 +66,12 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
             f"the task {task.name!r} has {len(task.labels)} labels, so logits {wanted} are needed: set its number of "
             "classes under model.args, or correct the task's labels"
         )
+    vocabulary = getattr(task, "vocabulary", None)
+    if vocabulary is not None and output.shape[-1] < vocabulary:
+        raise ModelError(
+            f"{name} knows {output.shape[-1]} tokens, and the tokenizer of the task {task.name!r} has {vocabulary}: "
+            "give the model's own tokenizer, `tokenizer_path` under task.args"
+        )
     if not torch.isfinite(output).all():
         raise ModelError(
             f"{name} returns NaN or infinity for the first test rows: check its weights and the scale of the data"
@@ -212,6 +218,11 @@ def _advice(module: nn.Module, given: Sequence[Any]) -> str:
         return (
             f": it takes {module.in_channels} channels and the data has {x.shape[1]}: give the images that many "
             "(`channels` under task.args, where the task has it), or build the model for the data's"
+        )
+    if isinstance(module, nn.Embedding) and not x.is_floating_point() and int(x.max()) >= module.num_embeddings:
+        return (
+            f": it has {module.num_embeddings} rows and the data the number {int(x.max())}: if these are tokens, give "
+            "the model's own tokenizer (`tokenizer_path` under task.args), and no more of them than it has positions"
         )
     if isinstance(module, nn.Linear) and x.shape[-1] != module.in_features:
         return (

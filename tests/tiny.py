@@ -125,3 +125,26 @@ def tiny_task(seed: int = 0, rows: Mapping[SplitName, int] | None = None) -> Ima
             x[i, 0, top + shift[0] : top + shift[0] + 3, left + shift[1] : left + shift[1] + 3] += 1.0
         splits[name] = (x, y)
     return ImageClassification(splits, [f"corner{i}" for i in range(CLASSES)], name="tiny")
+
+
+class TinySignal(nn.Module):
+    """One-dimensional convolutions that differ in stride, padding and bias; an image is read as one long signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(1, 12, 5, 2, 2)
+        self.conv1 = nn.Conv1d(12, 12, 5, padding=2, bias=False)
+        self.conv2 = nn.Conv1d(12, 12, 5, 2, padding="valid")
+        self.conv3 = nn.Conv1d(12, 16, 5, padding="same")
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x.flatten(2)))
+        x = torch.relu(self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x))))))
+        logits: Tensor = self.out(x.mean(dim=2))
+        return logits
+
+
+def tiny_signal() -> nn.Module:
+    torch.manual_seed(0)
+    return TinySignal().eval()

@@ -42,9 +42,13 @@ class FactorizedLinear(nn.Module):
         """Width of the output."""
         return self.coefficients.shape[1]
 
+    def project(self, x: Tensor) -> Tensor:
+        """Multiplies with the basis: ``[..., in] -> [..., rank]``."""
+        return x @ self.basis.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in] -> [..., out]``."""
-        y = (x @ self.basis.weight) @ self.coefficients
+        y = self.project(x) @ self.coefficients
         return y if self.bias is None else y + self.bias
 
     def dense_weight(self) -> Tensor:
@@ -105,16 +109,22 @@ class _FactorizedConv(nn.Module):
 class FactorizedConv1d(_FactorizedConv):
     """See `_FactorizedConv`."""
 
+    def project(self, x: Tensor) -> Tensor:
+        """Convolves with the basis: ``[N, I, T] -> [N, rank, T']``."""
+        return nn.functional.conv1d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, I, T] -> [N, O, T']``."""
-        y = nn.functional.conv1d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
-        return nn.functional.conv1d(y, self.coefficients, self.bias)
+        return nn.functional.conv1d(self.project(x), self.coefficients, self.bias)
 
 
 class FactorizedConv2d(_FactorizedConv):
     """See `_FactorizedConv`."""
 
+    def project(self, x: Tensor) -> Tensor:
+        """Convolves with the basis: ``[N, I, H, W] -> [N, rank, H', W']``."""
+        return nn.functional.conv2d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, I, H, W] -> [N, O, H', W']``."""
-        y = nn.functional.conv2d(x, self.basis.weight, None, self.stride, self.padding, self.dilation)
-        return nn.functional.conv2d(y, self.coefficients, self.bias)
+        return nn.functional.conv2d(self.project(x), self.coefficients, self.bias)

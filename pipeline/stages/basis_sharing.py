@@ -27,7 +27,7 @@ from ..training import train_model
 from .basis_config import BasisSharingConfig, LayerPatterns
 from .basis_fitting import Outcome, fit_factors
 from .coefficient_updates import updated
-from .factor_recovery import recover
+from .factor_recovery import check_packages, recover
 from .grouping import check_patterns
 
 __all__ = ["STAGE", "BasisSharingConfig", "LayerPatterns", "check", "fit", "install", "rebuild"]
@@ -38,7 +38,10 @@ def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
 
     Raises:
         RecipeError: names the pattern, and the nearest paths or the reasons.
+        StageError: a package that the recovery needs is not installed.
     """
+    if config.recovery is not None:
+        check_packages(config.recovery)
     ranks = list(config.rank) if isinstance(config.rank, dict) else []
     if config.layers.include or config.layers.exclude or ranks:
         split = split_of(task, "calibration", needed_by="basis_sharing")

@@ -6,6 +6,7 @@ steps, and what goes on after an interruption ends with the bits of an uninterru
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -53,6 +54,18 @@ class RecoveryConfig(StageConfig):
 _Factorized = FactorizedLinear | FactorizedConv1d | FactorizedConv2d
 
 
+def check_packages(config: RecoveryConfig) -> None:
+    """Refuses a recovery whose libraries are not installed.
+
+    Raises:
+        StageError: names the package.
+    """
+    needed = {"accelerate": "recovery"} | ({"peft": "recovery with method lora"} if config.method == "lora" else {})
+    for package, what in needed.items():
+        if importlib.util.find_spec(package) is None:
+            raise StageError(f"{what} needs the package {package}: pip install 'edgewright[hf]'")
+
+
 def recover(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -81,6 +94,7 @@ def recover(
     """
     if config.distillation > 0.0 and teacher is None:
         raise StageError(f"{name}: distillation {config.distillation:g} needs the dense model: give it, or set it to 0")
+    check_packages(config)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     adapters = _Adapters(model, config, context, name) if config.method == "lora" else None
     trained = adapters.parameters() if adapters else list(parameters or _factors(model))
@@ -193,10 +207,8 @@ def _rows(split: Split, size: int, step: int, name: str, context: Context) -> Te
 
 
 def _accelerator(context: Context) -> Any:
-    try:
-        from accelerate import Accelerator
-    except ImportError as error:
-        raise StageError("recovery needs the package accelerate: pip install 'edgewright[hf]'") from error
+    from accelerate import Accelerator
+
     return Accelerator(cpu=context.device.type == "cpu")
 
 
@@ -222,27 +234,24 @@ def _restored(
 class _Coefficients(nn.Module):
     """A factorized layer whose coefficients are an ordinary layer, which adapters can be put on."""
 
-    def __init__(self, layer: FactorizedLinear | FactorizedConv2d) -> None:
+    def __init__(self, layer: _Factorized) -> None:
         super().__init__()
         self.basis: SharedBasis = layer.basis
         self.original = [layer]
-        bias = layer.bias is not None
+        rank, bias = layer.basis.rank, layer.bias is not None
+        self.coefficients: nn.Module
         if isinstance(layer, FactorizedLinear):
-            self.coefficients: nn.Module = nn.Linear(layer.basis.rank, layer.out_features, bias, device="meta")
+            self.coefficients = nn.Linear(rank, layer.out_features, bias, device="meta")
             weight = layer.coefficients.detach().T
         else:
-            self.coefficients = nn.Conv2d(layer.basis.rank, layer.out_channels, 1, bias=bias, device="meta")
+            kind = nn.Conv1d if isinstance(layer, FactorizedConv1d) else nn.Conv2d
+            self.coefficients = kind(rank, layer.out_channels, 1, bias=bias, device="meta")
             weight = layer.coefficients.detach()
         self.coefficients.weight = nn.Parameter(weight.contiguous())
         self.coefficients.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.original[0]
-        if isinstance(layer, FactorizedLinear):
-            y = x @ self.basis.weight
-        else:
-            y = nn.functional.conv2d(x, self.basis.weight, None, layer.stride, layer.padding, layer.dilation)
-        found: Tensor = self.coefficients(y)
+        found: Tensor = self.coefficients(self.original[0].project(x))
         return found
 
 
@@ -250,12 +259,10 @@ class _Adapters:
     """LoRA adapters of `peft` on the coefficients of all factorized layers of a model."""
 
     def __init__(self, model: nn.Module, config: RecoveryConfig, context: Context, name: str) -> None:
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise StageError(f"{name}: method lora needs the package peft: pip install 'edgewright[hf]'") from error
+        from peft import LoraConfig, inject_adapter_in_model
+
         self.model = model
-        layers = [(p, m) for p, m in model.named_modules() if isinstance(m, FactorizedLinear | FactorizedConv2d)]
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, _Factorized)]
         self.paths = [path for path, _ in layers]
         for path, layer in layers:
             replace_module(model, path, _Coefficients(layer))

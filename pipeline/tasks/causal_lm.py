@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..task import SplitName
 _FRACTIONS: Mapping[SplitName, float] = {"train": 0.2, "calibration": 0.25, "validation": 0.05, "test": 0.5}
 _SMOLLM2 = "smollm2"
 _BYTES = "bytes"
+_TOKENIZER_FILE = "tokenizer.json"
 
 
 def causal_lm(
@@ -85,22 +87,36 @@ def _tokens(text: str, tokenizer: str, tokenizer_path: str | None) -> tuple[Tens
         return torch.tensor(list(text.encode("utf-8")), dtype=torch.int64), 256, _BYTES, None
     if tokenizer_path is None and tokenizer != _SMOLLM2:
         raise DataError(f"unknown tokenizer {tokenizer!r}; there are {_SMOLLM2}, {_BYTES}, or give tokenizer_path")
-    try:
-        from transformers import AutoTokenizer
-
-        place = packaged_file("smollm2-135m") if tokenizer_path is None else Path(tokenizer_path)
-        if place.is_file():
-            made = AutoTokenizer.from_pretrained(str(place.parent), gguf_file=place.name, local_files_only=True)
-        else:
-            made = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
-    except (ImportError, OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"no tokenizer from {tokenizer_path or tokenizer}: {str(error).splitlines()[0]}; install "
-            "'edgewright[hf]', and give a folder with tokenizer.json or a GGUF file"
-        ) from error
-    backend = made.backend_tokenizer
+    backend = _backend(tokenizer, tokenizer_path)
+    # a file may carry the settings of a training run, and would silently cut the text
+    backend.no_truncation()
+    backend.no_padding()
     # the whole text at once, without the special tokens that a chat would begin with
     ids = backend.encode(text, add_special_tokens=False).ids
     text_of_it = backend.to_str()
     digest = hashlib.sha256(text_of_it.encode()).hexdigest()
     return torch.tensor(ids, dtype=torch.int64), int(backend.get_vocab_size()), f"sha256 {digest}", text_of_it
+
+
+def _backend(tokenizer: str, tokenizer_path: str | None) -> Any:
+    """The `tokenizers.Tokenizer` of the packaged model, of a folder, or of a GGUF file."""
+    try:
+        place = packaged_file("smollm2-135m") if tokenizer_path is None else Path(tokenizer_path)
+        if (place / _TOKENIZER_FILE).is_file():
+            # the file itself, as the device reads it: some classes of transformers make another one of it
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(place / _TOKENIZER_FILE))
+        from transformers import AutoTokenizer
+
+        if place.is_file():
+            return AutoTokenizer.from_pretrained(
+                str(place.parent), gguf_file=place.name, local_files_only=True
+            ).backend_tokenizer
+        return AutoTokenizer.from_pretrained(str(place), local_files_only=True).backend_tokenizer
+    except Exception as error:  # tokenizers raises plain Exception
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"no tokenizer from {tokenizer_path or tokenizer}: {reason}; install 'edgewright[hf]', and give a folder "
+            "with tokenizer.json or a GGUF file"
+        ) from error

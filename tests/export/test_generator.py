@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -16,11 +17,13 @@ import yaml
 from language import write_llama
 
 from edgewright.edge_runtime import verify
-from edgewright.edge_runtime.bundle import open_bundle
+from edgewright.edge_runtime.bundle import open_bundle, pack_zip, write_manifest
 from edgewright.edge_runtime.cli import main
 from edgewright.edge_runtime.errors import BundleError, InputError
 from edgewright.edge_runtime.generation import Generator, generate
+from edgewright.edge_runtime.sampling import Sampling
 from edgewright.export.generator import export_generator
+from edgewright.export.model_file import save_model
 from edgewright.export.weight_quantization import quantize_weights
 from edgewright.models.pretrained import LogitsOnly
 from edgewright.pipeline.checkpoint import load_checkpoint
@@ -121,15 +124,54 @@ def test_rounded_weights_are_smaller_and_their_error_is_measured(
     assert "8 in 8 bits" in four.text()
 
 
+def test_weights_beside_the_graph(
+    factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What happens beyond 2 GB, with the limit lowered."""
+    model, inline = factorized
+    greedy = generate(Generator(inline / "model.onnx", threads=1), [[65, 66]], 5).tokens[0]
+    folder = tmp_path / "b"
+    shutil.copytree(inline, folder)
+    save_model(ir.load(inline / "model.onnx"), folder / "model.onnx", external_above=2000)
+    with open_bundle(inline) as opened:
+        write_manifest(folder, opened.manifest)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    places = {entry.value for w in graph.initializer for entry in w.external_data if entry.key == "location"}
+    assert places == {"model.onnx.data"} and (folder / "model.onnx").stat().st_size < 150_000
+    assert verify(folder, threads=1).passed
+    pack_zip(folder, tmp_path / "b.zip")
+    for place in (folder, tmp_path / "b.zip"):
+        assert main(["generate", str(place), "--ids", "65,66", "--tokens", "5"]) == 0
+        assert capsys.readouterr().out.split() == [str(token) for token in greedy]
+    for name in ("model.onnx", "model.onnx.data"):
+        shutil.copy(folder / name, tmp_path / name)
+    before = (tmp_path / "model.onnx.data").stat().st_size
+    rounded = quantize_weights(model, tmp_path / "model.onnx", "int8", IDS[:3], external_above=2000)
+    # the embedding, which is the head, stays float32
+    assert rounded.products == {8: 22} and (tmp_path / "model.onnx.data").stat().st_size < 0.75 * before
+    (folder / "model.onnx.data").write_bytes(bytes(before))
+    with pytest.raises(BundleError, match=r"model\.onnx\.data differs"):
+        verify(folder)
+
+
 def test_recipes_that_cannot_generate_are_refused_before_anything_runs(tmp_path: Path) -> None:
     path = write_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text())
+    of_bytes = {"task": {"name": "causal_lm", "args": {"path": "text.txt", "window": 12, "tokenizer": "bytes"}}}
+    shapes = {"net": (256, 256), "narrow": (256, 200), "short": (60, 256)}
+    functions = [f"def {name}():\n    return nn.Sequential(nn.Embedding{shape})\n" for name, shape in shapes.items()]
+    (tmp_path / "net.py").write_text("\n".join(["from torch import nn\n", *functions]))
     for change, error, words in (
         ({"benchmark": {"enabled": True}}, RecipeError, "benchmark.enabled to false"),
         ({"export": {"weights": "int8"}}, RecipeError, "set export.generator to true"),
+        ({**of_bytes, "model": "python:net.py:narrow"}, ModelError, "knows 200 tokens, and the tokenizer .* has 256"),
+        (
+            {**of_bytes, "model": "python:net.py:short"},
+            ModelError,
+            "has 60 rows and the data the number .* own tokenizer",
+        ),
         ({"model": "python:net.py:net"}, ModelError, "cannot generate: it is no model of the transformers"),
     ):
-        (tmp_path / "net.py").write_text("from torch import nn\n\ndef net():\n    return nn.Embedding(256, 256)\n")
         path.write_text(yaml.safe_dump({**recipe, "stages": [], **change}))
         with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=words):
             patch.chdir(tmp_path)
@@ -156,10 +198,22 @@ def test_stop_and_sampling(factorized: tuple[LogitsOnly, Path]) -> None:
     generator = Generator(factorized[1] / "model.onnx", threads=1)
     prompt = [IDS[0].tolist()]
     greedy = generate(generator, prompt, 6).tokens[0]
-    assert generate(generator, prompt, 6, stop=greedy[2]).tokens[0] == greedy[: greedy.index(greedy[2]) + 1]
-    assert generate(generator, prompt, 6, temperature=1.0, top_k=1, seed=5).tokens[0] == greedy
-    drawn = [generate(generator, prompt, 6, temperature=2.0, seed=seed).tokens for seed in (1, 1, 2)]
+    assert generate(generator, prompt, 6, stop=[greedy[2]]).tokens[0] == greedy[: greedy.index(greedy[2]) + 1]
+    for narrow in (Sampling(1.0, top_k=1, seed=5), Sampling(1.0, top_p=1e-6, seed=5)):
+        assert generate(generator, prompt, 6, sampling=narrow).tokens[0] == greedy
+    drawn = [generate(generator, prompt, 6, sampling=Sampling(2.0, seed=seed)).tokens for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_it_ends_where_the_model_has_no_further_positions(factorized: tuple[LogitsOnly, Path]) -> None:
+    generator = Generator(factorized[1] / "model.onnx", threads=1)
+    assert generator.positions == 64 and generator.end_tokens == (2,)
+    with pytest.raises(InputError, match="65 tokens are more than the model's context of 64"):
+        generator.prefill([[1] * 65])
+    found = generate(generator, [[1] * 62, [3]], 64)
+    # the last token needs no position of its own
+    assert found.context_full and [len(row) for row in found.tokens] == [3, 3]
+    assert not generate(generator, [[1] * 62], 3).context_full
 
 
 def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
@@ -168,8 +222,9 @@ def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, Path], tmp_p
         generator.step(np.zeros((1, 1), np.int64))
     with pytest.raises(InputError, match="at least one token"):
         generator.prefill([[1], []])
-    with pytest.raises(InputError, match="temperature -1"):
-        generate(generator, [[1]], 3, temperature=-1.0)
+    for token in (-1, 256):
+        with pytest.raises(InputError, match=f"token {token} is none of the 256"):
+            generator.prefill([[1], [token]])
     with pytest.raises(InputError, match="too few"):
         export_generator(factorized[0], IDS[:2], tmp_path)
 
@@ -184,10 +239,31 @@ def test_the_command_prints_ids_or_text_and_says_how_fast(
     shown = capsys.readouterr()
     assert shown.out.split() == [str(token) for token in greedy] and "tokens/s" in shown.err
     figures = json.loads((tmp_path / "r.json").read_text())
-    assert figures["tokens"] == list(greedy) and figures["prompt_tokens"] == 2
-    # the tokenizer lies in the bundle
+    assert figures["tokens"] == [list(greedy)] and figures["prompt_tokens"] == 2
+    # the tokenizer lies in the bundle; several prompts at once give what each gives alone
+    words = [f"w{token}" for token in greedy]
     assert main(["generate", str(folder), "--prompt", "w65 w66", *options]) == 0
-    assert capsys.readouterr().out.split() == [f"w{token}" for token in greedy]
+    assert capsys.readouterr().out.split() == words
+    assert main(["generate", str(folder), "--prompt", "w7 w8 w9", "--prompt", "w65 w66", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["[1]", *words]
+    assert main(["generate", str(folder), "--ids", "65,66", "--stop", str(greedy[1]), *options]) == 0
+    assert capsys.readouterr().out.split() == [str(token) for token in greedy[: greedy.index(greedy[1]) + 1]]
+
+
+def test_the_command_refuses_what_it_cannot_continue(
+    factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = factorized[1]
     shutil.copy(folder / "model.onnx", tmp_path / "bare.onnx")
-    assert main(["generate", str(tmp_path / "bare.onnx"), "--prompt", "w65"]) == 2
-    assert "there is no tokenizer" in capsys.readouterr().err
+    shutil.copytree(folder, tmp_path / "changed")
+    (tmp_path / "changed" / "tokenizer.json").write_text("{}")
+    for wanted, given in {
+        "there is no tokenizer": [tmp_path / "bare.onnx", "--prompt", "w65"],
+        "has no token": [folder, "--prompt", ""],
+        "tokenizer.json": [tmp_path / "changed", "--ids", "1"],
+        "set a temperature": [folder, "--ids", "1", "--top-p", "0.5"],
+        "context of 64": [folder, "--ids", ",".join(["1"] * 65)],
+        "lies in the bundle": [folder, "--ids", "1", "--json", folder / "r.json"],
+    }.items():
+        assert main(["generate", *map(str, given)]) in (1, 2)
+        assert wanted in capsys.readouterr().err

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import yaml
 from language import TEXT, write_llama
@@ -91,8 +92,30 @@ def test_text_of_a_folder_and_the_packaged_one(tmp_path: Path) -> None:
         build_task("causal_lm", {"path": "none", **options}, tmp_path)
 
 
+def test_the_tokenizer_file_is_taken_as_it_is_and_never_cuts_the_text(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="c"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.enable_truncation(4)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "tokenizer.json"))
+    # transformers would make another tokenizer for this type of model
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    words = ["ab"[i] for i in torch.randint(2, (200,), generator=torch.Generator().manual_seed(0)).tolist()]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    options = {"path": "text.txt", "tokenizer_path": ".", "window": 20}
+    task = build_task("causal_lm", options, tmp_path)
+    assert task.provenance["tokens"] == 200
+    assert task.splits["train"].batch([0]).inputs[0][0].tolist() == ["ab".index(word) for word in words[:20]]
+    (tmp_path / "text.txt").write_text("x " * 200)
+    with pytest.raises(DataError, match="the tokenizer does not know it"):
+        build_task("causal_lm", options, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"no tokenizer from .*: EOF while"):
+        build_task("causal_lm", options, tmp_path)
+
+
 def test_a_run_without_stages(tmp_path: Path) -> None:
-    write_llama(tmp_path / "llama")
+    write_llama(tmp_path / "llama", layers=1)
     (tmp_path / "text.txt").write_text(TEXT)
     recipe = {
         "model": "hf:llama",

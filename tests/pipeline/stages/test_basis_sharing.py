@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import Block, TinyResidual, tiny_residual, tiny_task, tiny_transformer
+from tiny import Block, TinyResidual, tiny_residual, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -55,35 +55,12 @@ def pruned_residual() -> nn.Module:
     return model.eval()
 
 
-class Signal(nn.Module):
-    """One-dimensional convolutions that differ in stride, padding and bias; an image is read as one long signal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv1d(1, 12, 5, 2, 2)
-        self.conv1 = nn.Conv1d(12, 12, 5, padding=2, bias=False)
-        self.conv2 = nn.Conv1d(12, 12, 5, 2, padding="valid")
-        self.conv3 = nn.Conv1d(12, 16, 5, padding="same")
-        self.out = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x.flatten(2)))
-        x = torch.relu(self.conv3(torch.relu(self.conv2(torch.relu(self.conv1(x))))))
-        logits: Tensor = self.out(x.mean(dim=2))
-        return logits
-
-
-def signal() -> nn.Module:
-    torch.manual_seed(0)
-    return Signal().eval()
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformer": tiny_transformer,
     "residual": tiny_residual,
     "pruned": pruned_residual,
     "mlp": mlp,
-    "signal": signal,
+    "signal": tiny_signal,
 }
 # every member list that `share: always` must give with groups of up to three neighbours
 GROUPS = {

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_residual, tiny_task, tiny_transformer
+from tiny import tiny_residual, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
 
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stage import StageResult, State
-from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, fit
+from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, check, fit
 from edgewright.pipeline.stages.factor_recovery import RecoveryConfig, recover
 
 TASK = tiny_task(rows={"train": 24, "calibration": 24})
-MODELS = {"transformer": tiny_transformer, "residual": tiny_residual}
+MODELS = {"transformer": tiny_transformer, "residual": tiny_residual, "signal": tiny_signal}
 SHORT = {"steps": 10, "batch_size": 24, "save_every": 4, "learning_rate": 1e-3, "distillation": 1.0}
 
 
@@ -69,6 +70,19 @@ def test_it_comes_nearer_to_the_dense_model_and_goes_on_where_it_was_killed(
     assert changed == ({"coefficients", "basis"} if method == "factors" else {"coefficients"})
     assert [row["steps"] for row in whole.metrics["recovery"]] == [4, 8, 10]
     assert all(p.requires_grad and p.grad is None for p in whole.model.parameters())
+
+
+@pytest.mark.parametrize(("method", "package"), [("factors", "accelerate"), ("lora", "peft")])
+def test_a_missing_package_is_named_before_any_compute(
+    method: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = BasisSharingConfig(recovery=RecoveryConfig(method=method))  # type: ignore[arg-type]
+    check(tiny_transformer(), TASK, config)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StageError, match=f"needs the package {package}: pip install"):
+        check(tiny_transformer(), TASK, config)
+    with pytest.raises(StageError, match=f"needs the package {package}: pip install"):
+        run(tiny_transformer(), FolderContext(tmp_path), method=method)
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
