@@ -33,7 +33,7 @@ class BasisSharingConfig(StageConfig):
     """How to factorize."""
 
     ratio: float = Field(default=0.3, ge=0.0, lt=1.0)
-    """Share of the weights removed from every factorized layer."""
+    """Share of the weights removed from every factorized layer; 0 leaves the model as it is."""
     rank: Rank | dict[str, Rank] | None = None
     """In place of `ratio`: one rank for all groups, or ranks by glob pattern over member paths (the rest goes by
     `ratio`). If a group is cut because sharing does not pay, its parts get ranks of equal bytes in all."""
@@ -66,7 +66,7 @@ class BasisSharingConfig(StageConfig):
     update_target: Literal["outputs", "weights"] = "outputs"
     """What an update fits: the outputs of the model as it was, or its weights on the new inputs (the published one)."""
     align: int | None = Field(default=None, ge=1)
-    """Ranks are rounded down to a multiple of this; default 1 below 64, else 8."""
+    """Ranks of at least this are rounded down to a multiple of it; default 1 below 64, else 8."""
     layers: LayerPatterns = LayerPatterns()
     """Which layers take part."""
     min_width: int = Field(default=8, ge=1)

@@ -149,6 +149,7 @@ class _Fitting:
         cost = group.fan_in + sum(group.widths)
         most = (group.fan_in * sum(group.widths) - 1) // cost
         align = self.config.align if self.config.align is not None else (8 if uniform >= 64 else 1)
+        align = align if uniform >= align else 1
         # the joint norm is the sum over the inputs: each of them is met once per token all the same
         spectrum = algebra.spectrum(group) / inputs
         return RankDemand(spectrum, cost, uniform, max(1, most // align * align), align)

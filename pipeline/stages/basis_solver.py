@@ -19,6 +19,7 @@ from .factorization import (
     Metric,
     Refit,
     Target,
+    aligned,
     factorize,
     joint_metric,
     rank_for,
@@ -48,9 +49,10 @@ class Budget:
 
     def rank(self, group: Candidate, keep: Fraction) -> int | None:
         """Rank of `group` at a share `keep`, None if that saves nothing."""
+        if keep >= 1:  # a ratio of 0: factors of as many weights would only be less exact
+            return None
         rank = rank_for(keep, group.fan_in, group.widths)
-        align = self.align if self.align is not None else (8 if rank >= 64 else 1)
-        rank = max(1, rank // align * align)
+        rank = aligned(rank, self.align if self.align is not None else (8 if rank >= 64 else 1))
         return rank if saves_weights(rank, group.fan_in, group.widths) else None
 
 

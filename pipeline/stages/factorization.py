@@ -109,17 +109,21 @@ def kept_share(ratio: float) -> Fraction:
 def rank_for(keep: Fraction, d_in: int, d_outs: Sequence[int], align: int = 1) -> int:
     """Largest rank whose factors have at most the share `keep` of the dense weights (METHODS §3.2).
 
-    ``k = floor(keep · d_in · Σd_out / (d_in + Σd_out))``, rounded down to a multiple of `align`, at least 1.
+    ``k = floor(keep · d_in · Σd_out / (d_in + Σd_out))``, at least 1, aligned.
 
     Args:
         keep: share of the weights that stays.
         d_in: rows of every matrix.
         d_outs: columns of each.
-        align: see above.
+        align: see `aligned`.
     """
     total = sum(d_outs)
-    rank = int(keep * d_in * total / (d_in + total))
-    return max(1, rank // align * align)
+    return aligned(max(1, int(keep * d_in * total / (d_in + total))), align)
+
+
+def aligned(rank: int, align: int) -> int:
+    """`rank` rounded down to a multiple of `align`, as it is below that: there would be nothing left of it."""
+    return rank // align * align or rank
 
 
 def saves_weights(rank: int, d_in: int, d_outs: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from edgewright.models.pretrained import build
 from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stage import StageResult
+from edgewright.pipeline.stage import StageResult, State
 from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, fit, rebuild
 from edgewright.pipeline.task import Task
 
@@ -194,6 +194,19 @@ def test_ranks_by_loss_keep_the_budget_and_move_bytes(tmp_path: Path) -> None:
     ]
 
 
+def test_ratios_at_the_ends_are_kept(tmp_path: Path) -> None:
+    model, task = loaded("gpt2", tmp_path)
+    nothing = run(model, task, tmp_path / "s", ratio=0.0)
+    assert nothing.edit.data["groups"] == [] and "no layer was factorized" in nothing.notes[0]
+    options: dict[str, Any] = {"groups": "readers", "whitening": "two_sided", "ranks": "loss", "align": 8}
+    for ratio in (0.6, 0.8):
+        result = run(model, task, tmp_path / str(ratio), ratio=ratio, **options)
+        assert result.metrics["removed_share"] >= ratio
+    # one basis vector each is the least
+    least = run(model, task, tmp_path / "t", ratio=0.99, **options)
+    assert {group["rank"] for group in least.edit.data["groups"]} == {1}
+
+
 def test_ranks_by_loss_need_gradients() -> None:
     with pytest.raises(ValidationError, match="needs whitening: two_sided"):
         BasisSharingConfig(ranks="loss")
@@ -224,3 +237,33 @@ def test_updates_undo_drift(tmp_path: Path) -> None:
             # what nothing has drifted in front of stays as it was
             assert torch.allclose(first, untouched, atol=1e-3)
     assert errors[1] < errors[0] and errors[2] != errors[0]
+
+
+class Dying(FolderContext):
+    """Dies when it saves for the second time: after the factors, and after some steps."""
+
+    left = 2
+
+    def save(self, name: str, state: State) -> None:
+        super().save(name, state)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("mistral", "factors")])
+def test_recovery_of_a_language_model_goes_on_where_it_was_killed(name: str, method: str, tmp_path: Path) -> None:
+    model, task = loaded(name, tmp_path)
+    windows = task.splits["calibration"].batch(range(24)).inputs[0]
+    both = CausalLM({"train": windows.flip(0), "calibration": windows}, WORDS)
+    recovery = {"method": method, "steps": 4, "save_every": 2, "batch_size": 8, "lora_rank": 2, "learning_rate": 1e-3}
+    settings = BasisSharingConfig(
+        ratio=0.5, groups="readers", share="always", min_width=4, recovery=recovery  # type: ignore[arg-type]
+    )  # fmt: skip
+    whole = fit(copy.deepcopy(model), both, settings, FolderContext(tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        fit(copy.deepcopy(model), both, settings, Dying(tmp_path / "cut"))
+    resumed = fit(copy.deepcopy(model), both, settings, FolderContext(tmp_path / "cut"))
+    states = whole.model.state_dict(), resumed.model.state_dict()
+    assert states[0].keys() == states[1].keys() and [row["steps"] for row in resumed.metrics["recovery"]] == [2, 4]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())

@@ -70,6 +70,10 @@ def test_rank_is_exact_where_binary_fractions_are_not() -> None:
     assert rank_for(kept_share(0.3), 64, [32, 96]) == int(Fraction(7, 10) * 64 * 128 / 192)
 
 
+def test_alignment_leaves_small_ranks_alone() -> None:
+    assert [rank_for(kept_share(0.0), d, [d], 8) for d in (14, 16, 34)] == [7, 8, 16]
+
+
 @given(
     d_in=st.integers(1, 300),
     d_outs=st.lists(st.integers(1, 300), min_size=1, max_size=6),
