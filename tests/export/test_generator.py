@@ -148,7 +148,7 @@ def test_weights_beside_the_graph(
     before = (tmp_path / "model.onnx.data").stat().st_size
     rounded = quantize_weights(model, tmp_path / "model.onnx", "int8", IDS[:3], external_above=2000)
     # the embedding, which is the head, stays float32
-    assert rounded.products == {8: 22} and (tmp_path / "model.onnx.data").stat().st_size < 0.75 * before
+    assert rounded.products == {8: 22} and (tmp_path / "model.onnx.data").stat().st_size < 0.9 * before
     (folder / "model.onnx.data").write_bytes(bytes(before))
     with pytest.raises(BundleError, match=r"model\.onnx\.data differs"):
         verify(folder)
@@ -158,13 +158,13 @@ def test_recipes_that_cannot_generate_are_refused_before_anything_runs(tmp_path:
     path = write_recipe(tmp_path)
     recipe = yaml.safe_load(path.read_text())
     of_bytes = {"task": {"name": "causal_lm", "args": {"path": "text.txt", "window": 12, "tokenizer": "bytes"}}}
-    shapes = {"net": (256, 256), "narrow": (256, 200), "short": (60, 256)}
+    shapes = {"net": (256, 256), "narrow": (256, 100), "short": (60, 256)}
     functions = [f"def {name}():\n    return nn.Sequential(nn.Embedding{shape})\n" for name, shape in shapes.items()]
     (tmp_path / "net.py").write_text("\n".join(["from torch import nn\n", *functions]))
     for change, error, words in (
         ({"benchmark": {"enabled": True}}, RecipeError, "benchmark.enabled to false"),
         ({"export": {"weights": "int8"}}, RecipeError, "set export.generator to true"),
-        ({**of_bytes, "model": "python:net.py:narrow"}, ModelError, "knows 200 tokens, and the tokenizer .* has 256"),
+        ({**of_bytes, "model": "python:net.py:narrow"}, ModelError, "knows 100 tokens, and the text .* the token 119"),
         (
             {**of_bytes, "model": "python:net.py:short"},
             ModelError,
