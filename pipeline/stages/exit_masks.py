@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,9 @@ from edgewright.models.layers.exit_policies import ExitPolicy
 Words = NDArray[np.uint64]
 
 _WORD = 64
-_REMEMBERED_BYTES = 256 << 20  # of packed sets
+_REMEMBERED_BYTES = 512 << 20  # of packed sets
 _ELEMENTS_PER_DECISION = 1 << 20  # of [rows, classes]
-_WORDS_PER_CHUNK = 1 << 15  # of [trials, rows, classes / 64], small enough to stay in a cache
+_WORDS_PER_CHUNK = 1 << 16  # of [trials, rows, classes / 64], small enough to stay in a cache
 _CLOSE = 1e-6  # logits nearer than this may round to the same probability
 
 
@@ -46,6 +47,19 @@ def _one_left(left: Words) -> NDArray[np.bool_]:
     several = ((left & (left - np.uint64(1))) != 0).any(axis=0)
     single: NDArray[np.bool_] = (np.count_nonzero(left, axis=0) == 1) & ~several
     return single
+
+
+class _Outcomes(NamedTuple):
+    """What became of rows, [n], or of rows in trials, [T, n]."""
+
+    right: NDArray[np.bool_]
+    lost: NDArray[np.bool_]
+    """The true class is excluded."""
+    exit_of: NDArray[np.int16]
+
+    @classmethod
+    def empty(cls, *shape: int) -> _Outcomes:
+        return cls(np.zeros(shape, np.bool_), np.zeros(shape, np.bool_), np.zeros(shape, np.int16))
 
 
 class ExclusionTrials:
@@ -80,49 +94,80 @@ class ExclusionTrials:
             Per value the right rows of every class int64 [T, C], the rows that leave at every exit int64 [T, K + 1],
             and those that end with their true class excluded, int64 [T].
         """
-        size = max(1, _WORDS_PER_CHUNK // self.own.size)
-        parts = [self._sweep(thresholds, exit_index, values[k : k + size]) for k in range(0, len(values), size)]
-        hits, leaving, wrong = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return hits, leaving, wrong
+        outcomes = _Outcomes.empty(len(values), self.rows)
+        size = max(1, _WORDS_PER_CHUNK // (len(self.own) * len(values)))
+        for start in range(0, self.rows, size):
+            self._sweep(thresholds, exit_index, values, np.arange(start, min(start + size, self.rows)), outcomes)
+        trial, row = outcomes.right.nonzero()
+        hits = np.bincount(trial * self.classes + self.targets[row], minlength=len(values) * self.classes)
+        leaving = np.stack([np.count_nonzero(outcomes.exit_of == i, axis=1) for i in range(self.exits + 1)], axis=1)
+        return hits.reshape(len(values), self.classes), leaving, np.count_nonzero(outcomes.lost, axis=1)
 
     def _sweep(
-        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        tried = len(values)
-        left = np.full((len(self.own), 1, self.rows), np.uint64(2**64 - 1))
-        inside = np.ones((1, self.rows), np.bool_)
-        leaving = np.zeros((tried, self.exits + 1), np.int64)
-        for i in range(self.exits):
-            if i == exit_index:
-                strong = np.stack([self._strong_at(i, value) for value in values], axis=1)
-                left, inside = np.repeat(left, tried, axis=1), np.repeat(inside, tried, axis=0)
-            else:
-                strong = self._strong_at(i, thresholds[i])[:, None]
-            # what a row had left when it left the network stays
-            np.copyto(left, strong & (left | self.favourites[i][:, None]), where=inside)
-            leaves = inside & _one_left(left)
-            leaving[:, i] = np.count_nonzero(leaves, axis=1)
-            inside ^= leaves
-        leaving[:, -1] = np.count_nonzero(inside, axis=1)
-        own = self.own[:, None]
-        # one class left is a row's own if it is there; at the end no rival may be left beside it
-        right = ((left & (self.rivals[:, None] | own)) == own).all(axis=0)
-        self._settle(right, left, inside)
-        trial, row = right.nonzero()
-        hits = np.bincount(trial * self.classes + self.targets[row], minlength=tried * self.classes)
-        wrong = self.rows - np.count_nonzero((left & own).any(axis=0), axis=1)
-        return hits.reshape(tried, self.classes), leaving, wrong
+        self,
+        thresholds: Sequence[float],
+        exit_index: int,
+        values: Sequence[float],
+        rows: NDArray[np.int64],
+        outcomes: _Outcomes,
+    ) -> None:
+        """Some rows, neighbours, of a sweep."""
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        left = np.full((len(self.own), len(rows)), np.uint64(2**64 - 1))
+        for i in range(exit_index):  # what comes before is the same for all trials
+            left = self._strong_at(i, thresholds[i])[:, rows] & (left | self.favourites[i][:, rows])
+            leaves = _one_left(left)
+            gone = rows[leaves]
+            right = (left[:, leaves] & self.own[:, gone]).any(axis=0)
+            outcomes.right[:, gone], outcomes.lost[:, gone], outcomes.exit_of[:, gone] = right, ~right, i
+            left, rows = left[:, ~leaves], rows[~leaves]
+        states = np.stack([self._strong_at(exit_index, value)[:, part] for value in values], axis=1)
+        if len(rows) < states.shape[2]:
+            states = states[:, :, rows - part.start]
+        states &= (left | self.favourites[exit_index][:, rows])[:, None]
+        # neighbouring thresholds mostly leave a row the same classes: what follows is computed once for each run
+        new = np.ones(states.shape[1:], np.bool_)
+        np.any(states[:, 1:] != states[:, :-1], axis=0, out=new[1:])
+        trial, row = new.nonzero()
+        run_of = np.zeros(new.shape, np.int64)
+        run_of[new] = np.arange(len(trial))
+        run_of = np.maximum.accumulate(run_of, axis=0)  # numbered trial by trial, so a row's own number only grows
+        found = self._follow(thresholds, exit_index, states[:, trial, row], rows[row])
+        for whole, some in zip(outcomes, found, strict=True):
+            whole[:, rows] = some[run_of]
 
-    def _settle(self, right: NDArray[np.bool_], left: Words, inside: NDArray[np.bool_]) -> None:
+    def _follow(self, thresholds: Sequence[float], first: int, left: Words, rows: NDArray[np.int64]) -> _Outcomes:
+        """From what exit `first` left of some rows, [words, n], to the end; the outcomes are [n]."""
+        outcomes = _Outcomes.empty(len(rows))
+        alive = np.arange(len(rows))
+        for i in range(first, self.exits):
+            if i > first:
+                here = rows[alive]
+                left = self._strong_at(i, thresholds[i])[:, here] & (left | self.favourites[i][:, here])
+            leaves = _one_left(left)
+            gone = alive[leaves]
+            # a row that leaves has one class left: its own, or it is excluded
+            right = (left[:, leaves] & self.own[:, rows[gone]]).any(axis=0)
+            outcomes.right[gone], outcomes.lost[gone], outcomes.exit_of[gone] = right, ~right, i
+            alive, left = alive[~leaves], left[:, ~leaves]
+        here = rows[alive]
+        own = self.own[:, here]
+        outcomes.exit_of[alive] = self.exits
+        outcomes.lost[alive] = ~(left & own).any(axis=0)
+        right = ((left & (self.rivals[:, here] | own)) == own).all(axis=0)  # no rival is left beside it
+        self._settle(right, left, here)
+        outcomes.right[alive] = right
+        return outcomes
+
+    def _settle(self, right: NDArray[np.bool_], left: Words, rows: NDArray[np.int64]) -> None:
         """Asks the policy itself about rows at the network's end whose logits are too close to compare, in place."""
-        if len(self.close) == 0:
+        at = self.close[rows].nonzero()[0]
+        if len(at) == 0:
             return
-        trial, at = inside[:, self.close].nonzero()
-        row = self.close[at]
-        excluded = ~unpack(left[:, trial, row], self.classes)
-        logits = self.logits[-1][torch.from_numpy(row).to(self.logits[-1].device)]
+        excluded = ~unpack(left[:, at], self.classes)
+        logits = self.logits[-1][torch.from_numpy(rows[at]).to(self.logits[-1].device)]
         best = self.policy.finish(logits, excluded.to(logits.device)).argmax(dim=1).cpu().numpy()
-        right[trial, row] = best == self.targets[row]
+        right[at] = best == self.targets[rows[at]]
 
     def _strong_at(self, exit_index: int, threshold: float) -> Words:
         """The strong classes of all rows, remembered: sweeps meet the same thresholds again and again."""
@@ -145,8 +190,8 @@ class ExclusionTrials:
             parts.append(pack(~excluded))
         return np.concatenate(parts, axis=1)
 
-    def _rivals(self) -> tuple[Words, NDArray[np.int64]]:
-        """Classes that win over a row's own at the network's end, and the rows where logits alone do not say it."""
+    def _rivals(self) -> tuple[Words, NDArray[np.bool_]]:
+        """Classes that win over a row's own at the network's end; bool [N], where logits alone do not say it."""
         words, close = [], []
         number = torch.arange(self.classes, device=self.logits[-1].device)
         parts = (torch.split(x, self._chunk) for x in (self.logits[-1], self.device_targets))
@@ -154,4 +199,4 @@ class ExclusionTrials:
             ahead = logits.to(torch.float32) - logits.to(torch.float32).gather(1, targets[:, None])
             words.append(pack((ahead > 0) | ((ahead == 0) & (number < targets[:, None]))))
             close.append((~torch.isfinite(ahead) | ((ahead != 0) & (ahead.abs() < _CLOSE))).any(dim=1))
-        return np.concatenate(words, axis=1), torch.cat(close).nonzero()[:, 0].cpu().numpy()
+        return np.concatenate(words, axis=1), torch.cat(close).cpu().numpy()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgewright.models.layers.exit_policies import ExitPolicy
 
+from .exit_confidence import ConfidenceTrials
 from .exit_masks import ExclusionTrials
 
 _ELEMENTS_PER_CHUNK = 1 << 20  # of [trials, rows, classes], small enough to stay in a cache
@@ -80,7 +81,11 @@ class ExitEvaluator:
         self.class_rows = torch.bincount(self.targets, minlength=self.classes).cpu()
         self.log: list[Trials] = []
         self._known: dict[Hashable, Trials] = {}
-        self.packed = ExclusionTrials(policy, self.logits, self.targets) if policy.classwise else None
+        self.fast: ExclusionTrials | ConfidenceTrials | None = None
+        if policy.classwise:
+            self.fast = ExclusionTrials(policy, self.logits, self.targets)
+        elif not policy.excludes:
+            self.fast = ConfidenceTrials(policy, self.logits, self.targets)
 
     def sample(self, rows: Tensor) -> ExitEvaluator:
         """The same for some of the rows, int64 [n]."""
@@ -107,9 +112,9 @@ class ExitEvaluator:
     def _sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Trials:
         table = torch.tensor(list(thresholds), dtype=torch.float64).repeat(len(values), 1)
         table[:, exit_index] = torch.tensor(list(values), dtype=torch.float64)
-        if self.packed is None:
+        if self.fast is None:
             return self._summary(table, *self._decide_all(thresholds, exit_index, values))
-        counts = self.packed.sweep(thresholds, exit_index, values)
+        counts = self.fast.sweep(thresholds, exit_index, values)
         return self._summary(table, *(torch.from_numpy(count).to(torch.float64) for count in counts))
 
     def _decide_all(

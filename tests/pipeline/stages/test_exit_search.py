@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from edgewright.models.layers.exit_policies import ClassExclusion
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.recipe import parse_recipe
-from edgewright.pipeline.stages import exit_masks, exit_search, exit_trials
+from edgewright.pipeline.stages import exit_confidence, exit_masks, exit_search, exit_trials
 from edgewright.pipeline.stages.exit_limits import ExitSearchConfig, Limits
 from edgewright.pipeline.stages.exit_published import geometric, geometric_schedules, greedy, published_steps
 from edgewright.pipeline.stages.exit_search import OperatingPointResult, candidate_thresholds, search_thresholds
@@ -95,15 +96,24 @@ def assert_same(one: Trials, other: Trials) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-@pytest.mark.parametrize("policy", ["class_exclusion", "class_exclusion_softmax"])
-@pytest.mark.parametrize("classes", [1, 2, 62, 64, 65, 130])
-def test_packed_trials_equal_the_policy_run_in_pytorch(
+@pytest.mark.parametrize(
+    ("policy", "classes"),
+    [
+        *((policy, n) for policy in ("class_exclusion", "class_exclusion_softmax") for n in (1, 2, 62, 64, 65, 130)),
+        *(("max_probability", n) for n in (1, 2, 65)),
+        ("entropy", 62),
+    ],
+)
+def test_fast_trials_equal_the_policy_run_in_pytorch(
     policy: str, classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ties, logits that round to the same probability, sigmoids that underflow, rows of NaN: all as the policy says."""
     monkeypatch.setattr(exit_masks, "_WORDS_PER_CHUNK", 800)
     monkeypatch.setattr(exit_masks, "_ELEMENTS_PER_DECISION", 100 * classes)
     monkeypatch.setattr(exit_masks, "_REMEMBERED_BYTES", 1 << 14)
+    monkeypatch.setattr(exit_confidence, "_ELEMENTS_PER_DECISION", 100 * classes)
+    monkeypatch.setattr(exit_confidence, "_ELEMENTS_PER_CHUNK", 700)
+    monkeypatch.setattr(exit_confidence, "_REMEMBERED_BYTES", 3000)
     logits, targets = data(3, classes=classes)
     for z in logits:
         z[:40] = z[:40].round()
@@ -117,24 +127,31 @@ def test_packed_trials_equal_the_policy_run_in_pytorch(
     logits[-1][75:140, 1:-1] -= 50.0
     targets[75:100], targets[100:140] = 0, classes - 1
     model, macs = network(3, classes, policy), macs_of(3)
-    packed, general = (ExitEvaluator(model.policy, logits, targets, macs) for _ in range(2))
-    assert packed.packed is not None
-    general.packed = None
+    fast, general = (ExitEvaluator(model.policy, logits, targets, macs) for _ in range(2))
+    assert fast.fast is not None
+    general.fast = None
     values = [0.0, 1e-5, 0.003, *(step / 20 for step in range(1, 21)), 0.99]
     generator = torch.Generator().manual_seed(classes)
     for i in [0, 1, 2] * 3:
         start = (torch.rand(3, generator=generator) ** 3).tolist()
-        assert_same(packed.sweep(start, i, values), general.sweep(start, i, values))
-    assert_same(packed.evaluate([0.0] * 3), general.evaluate([0.0] * 3))
+        assert_same(fast.sweep(start, i, values), general.sweep(start, i, values))
+    assert_same(fast.evaluate([0.0] * 3), general.evaluate([0.0] * 3))
 
 
-def test_the_search_takes_the_same_settings_packed_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("policy", ["class_exclusion", "max_probability"])
+def test_the_search_takes_the_same_settings_fast_or_not(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"tolerance": 0.02, "classes": 20, "rows": 150, "max_wrong_exclusion": 0.05, "restarts": 1}
-    packed = search(3, "class_exclusion", **config)[0]
-    monkeypatch.setattr(ClassExclusion, "classwise", False)
-    general = search(3, "class_exclusion", **config)[0]
-    assert [p.to_json() for p in packed] == [p.to_json() for p in general]
-    assert all(torch.equal(one.trials, other.trials) for one, other in zip(packed, general, strict=True))
+    fast = search(3, policy, **config)[0]
+    sweep = ExitEvaluator._sweep
+
+    def slow(self: ExitEvaluator, *args: Any) -> Trials:
+        self.fast = None
+        return sweep(self, *args)
+
+    monkeypatch.setattr(ExitEvaluator, "_sweep", slow)
+    general = search(3, policy, **config)[0]
+    assert [p.to_json() for p in fast] == [p.to_json() for p in general]
+    assert all(torch.equal(one.trials, other.trials) for one, other in zip(fast, general, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -312,6 +329,51 @@ def test_wrong_exclusions_can_be_limited() -> None:
     assert free.metrics["wrong_exclusions"] > 0.02 >= held[0].metrics["wrong_exclusions"]
     wrong = model.decide(logits, torch.tensor(held[0].thresholds)).scores.gather(1, targets[:, None]) == 0
     assert float(wrong.double().mean()) == held[0].metrics["wrong_exclusions"]
+
+
+@lru_cache(maxsize=2)
+def unequal(seed: int) -> tuple[list[Tensor], Tensor]:
+    """As `data`, but early heads see class 0 worse than the others."""
+    logits, targets = data(2, 3000, 5, seed)
+    for z in logits[:-1]:
+        z[targets == 0, 0] -= 1.5
+    return logits, targets
+
+
+@lru_cache(maxsize=8)
+def on_rows_never_seen(**limit: object) -> dict[str, float]:
+    """Searches on one set of rows with a loose tolerance and `limit`; the result and its losses on another set."""
+    model, (logits, targets), (held, own) = network(2, 5, "class_exclusion_softmax"), unequal(1), unequal(2)
+    config = ExitSearchConfig(**{"tolerance": 0.05, "restarts": 0, **limit})
+    points = search_thresholds(model, logits, targets, macs_of(2), config, torch.Generator().manual_seed(0))
+    chosen = points[-1 if config.budgets else 0]
+    evaluator = ExitEvaluator(model.policy, held, own, macs_of(2))
+    found, plain = evaluator.evaluate(chosen.thresholds), evaluator.evaluate([model.policy.never] * 2)
+    return {
+        "accuracy lost": float(plain.accuracy - found.accuracy),
+        "worst class lost": float(plain.worst_class_accuracy - found.worst_class_accuracy),
+        "wrongly excluded": float(found.wrong_exclusions),
+        "cost": float(found.mean_cost),
+        "missing share": 1.0 - float(found.shares.min()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what", "limit", "slack"),
+    [
+        ("tolerance", 0.01, "accuracy lost", 0.01, 0.01),
+        ("max_worst_class_drop", 0.02, "worst class lost", 0.02, 0.03),
+        ("max_wrong_exclusion", 0.02, "wrongly excluded", 0.02, 0.01),
+        ("budgets", (0.5,), "cost", 0.5, 0.01),
+        ("min_share", 0.3, "missing share", 0.7, 0.02),
+    ],
+)
+def test_a_limit_holds_on_rows_that_the_search_has_not_seen(
+    field: str, value: object, what: str, limit: float, slack: float
+) -> None:
+    """Up to what 600 rows of a class can tell; without the limit the same search is far outside."""
+    free, held = (on_rows_never_seen(**fields)[what] for fields in ({}, {field: value}))
+    assert held <= limit + slack < free
 
 
 def test_a_latency_table_says_what_exits_cost(tmp_path: Path) -> None:
