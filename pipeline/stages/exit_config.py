@@ -35,11 +35,11 @@ class EarlyExitConfig(ExitTrainingConfig, ExitSearchConfig):
     hidden: int = Field(default=0, ge=0)
     """Width of a hidden layer with ReLU in every head; 0: heads are linear, as published."""
     policy: Literal[
-        "class_exclusion", "class_exclusion_permanent", "class_exclusion_softmax", "max_probability", "entropy"
-    ] = "class_exclusion"
-    """Rule that decides who leaves: one class is left (what was ruled out may come back as the favourite; permanent: it
-    may not; softmax: probabilities are compared, not each class' own sigmoid), the best class is probable enough, or
-    the entropy of the probabilities is low enough."""
+        "class_exclusion_softmax", "class_exclusion", "class_exclusion_permanent", "max_probability", "entropy"
+    ] = "class_exclusion_softmax"
+    """Rule that decides who leaves: one class is left (softmax: classes are ruled out by their probabilities, heads
+    learn by cross entropy; plain: as published, each class by its own sigmoid and binary cross entropy; permanent: the
+    same, and what is ruled out never comes back), the best class is probable enough, or the entropy is low enough."""
 
     @field_validator("at_macs")
     @classmethod
