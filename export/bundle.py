@@ -39,7 +39,7 @@ from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .duplication import check_duplication
 from .ledger import build_ledger, optimized
-from .model_file import EXTERNAL_ABOVE, check_file, save_model
+from .model_file import check_file, save_model
 from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
 from .options import Batch, ExportOptions
 from .parity import ParityResult, check_parity
@@ -88,7 +88,7 @@ def export_bundle(
     name: str | None = None,
     split: str | None = None,
     parity_rows: int | None = None,
-    external_above: int = EXTERNAL_ABOVE,
+    external_above: int | None = None,
 ) -> ExportResult:
     """Exports `model`, proves that the file computes the same, and writes a bundle.
 
@@ -104,7 +104,7 @@ def export_bundle(
         name: of the bundle, default the task's.
         split: rows for the parity check, default ``test``, else the last split that exists.
         parity_rows: check at most so many rows; None: all.
-        external_above: bytes of weights above which they go to ``model.onnx.data``.
+        external_above: bytes of weights above which they go to ``model.onnx.data``; None: see `save_model`.
 
     Raises:
         ExportError: the model cannot become ONNX, or options that do not fit it.

@@ -13,6 +13,11 @@ from edgewright.edge_runtime.manifest import THRESHOLDS
 EXTERNAL_ABOVE = 1_800_000_000
 """Bytes of weights above which they go to a file of their own: a protobuf ends at 2 GiB, and holds the graph too."""
 
+BRANCHES_ABOVE = 1 << 27
+"""The same for a graph with branches. Weights inside the protobuf of a branch stay in memory beside those that ONNX
+Runtime makes of them, again for each branch around it: from a file of their own, 290 MB behind two exits took half of a
+session's memory and a quarter of its start."""
+
 _INLINE_BYTES = 1024
 """Tensors below this size stay in the graph's file: shapes, scales, and the thresholds, which a device sets there."""
 
@@ -22,17 +27,21 @@ def data_file(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-def save_model(model: ir.Model, path: Path, external_above: int = EXTERNAL_ABOVE) -> None:
+def save_model(model: ir.Model, path: Path, external_above: int | None = None) -> None:
     """Writes `model` to `path`, and its weights to `data_file` if they are more than `external_above` bytes.
 
     Args:
         model: not changed.
         path: the file.
-        external_above: bytes of all initializers.
+        external_above: bytes of all initializers; None: `BRANCHES_ABOVE` for a graph with branches, else
+            `EXTERNAL_ABOVE`.
 
     Raises:
         ValueError: `thresholds` is too long to stay in the graph's file.
     """
+    if external_above is None:
+        branches = any(node.op_type == "If" for node in model.graph)
+        external_above = BRANCHES_ABOVE if branches else EXTERNAL_ABOVE
     initializers = [value for graph in model.graphs() for value in graph.initializers.values()]
     tensors = [value.const_value for value in initializers if value.const_value is not None]
     if sum(tensor.nbytes for tensor in tensors) <= external_above:

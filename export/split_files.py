@@ -17,7 +17,7 @@ from .model_file import check_file, save_model
 from .split_levels import SplitLevels
 
 
-def write_split(levels: SplitLevels, folder: Path, external_above: int) -> tuple[SplitSpec, str]:
+def write_split(levels: SplitLevels, folder: Path, external_above: int | None) -> tuple[SplitSpec, str]:
     """Writes every level to a file below ``split/``.
 
     Args:

@@ -14,7 +14,7 @@ from tiny import tiny_residual, tiny_transformer
 from edgewright.edge_runtime import load, open_bundle, verify
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.manifest import OperatingPoint
-from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity_subject
+from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, model_file, parity_subject
 from edgewright.export.node_table import on_the_graph
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.cost import count
@@ -126,9 +126,10 @@ def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
         export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(batch="dynamic"))
 
 
-def test_weights_beside_the_graph_and_a_dot_in_the_name(task, tmp_path):
+def test_weights_beside_the_graph_and_a_dot_in_the_name(task, tmp_path, monkeypatch):
     model, target = with_exits("residual"), tmp_path / "net.v2"
-    result = export_bundle(model, task, target, ExportOptions(zip=True), external_above=2000)
+    monkeypatch.setattr(model_file, "BRANCHES_ABOVE", 2000)
+    result = export_bundle(model, task, target, ExportOptions(zip=True))
     assert {"model.onnx", "model.onnx.data"} <= set(result.manifest.files)
     assert result.manifest.files["model.onnx.data"].bytes > 2000
     stored = result.manifest.ledger.stored_weight_bytes
