@@ -64,11 +64,14 @@ class RowCrossing:
         local = LocalSizes(sizes, axes, counts, apart.level)
         self.axis: dict[ir.Value, int] = {}
         self.readers: Readers = {}
+        rewired: list[tuple[ir.Node, int, ir.Value]] = []
         for value, readers in crossing.items():
             if value.producer() in sizes:
-                for node, index, k in readers:
-                    node.replace_input_with(index, local.value(value, k))
+                rewired += [(node, index, local.value(value, k)) for node, index, k in readers]
             elif (axis := axes.of(value)) is not None:
                 self.axis[value], self.readers[value] = axis, readers
+        # only now: a reader may be a size itself, which deeper levels compute again from what it read at first
+        for node, index, own in rewired:
+            node.replace_input_with(index, own)
         self.by_level = [[*local.added.get(k, []), *nodes] for k, nodes in enumerate(apart.by_level)]
         self.level = {node: k for k, nodes in enumerate(self.by_level) for node in nodes}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common
 import onnxruntime
 import pytest
 import torch
@@ -15,6 +16,7 @@ from exported import NETWORKS, THRESHOLDS, share_conv_bases, with_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sequences import sequence_model
+from torch import nn
 
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
@@ -24,6 +26,7 @@ from edgewright.export.capture import capture
 from edgewright.export.ledger import graphs, stored_bytes, torch_unique_bytes
 from edgewright.export.policy_graph import policy_graphs
 from edgewright.export.row_compaction import compact
+from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 CASES = [*(("residual", policy) for policy in THRESHOLDS), ("transformer", "class_exclusion")]
 
@@ -174,6 +177,34 @@ def test_rows_may_lie_in_any_axis_and_sizes_follow_them(tmp_path):
             want = model.decide(model.all_logits(x), torch.tensor([threshold]))
         runner = session_on(tmp_path / "model.onnx", thresholds=[threshold], threads=1)
         same(runner.run({"image": x.numpy()}), want)
+
+
+class Windows(nn.Module):
+    """Folds its tokens [N, 4, 8] into windows in two blocks of the same sizes, which a simplifier computes once."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.fc = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        for block in (self.two, self.three):
+            x = block(x.view(x.shape[0], 2, 2, 8).transpose(1, 2).reshape(x.shape[0], 4, 8))
+        return self.fc(x.mean(dim=1))
+
+
+def test_sizes_that_two_levels_share_follow_the_rows_of_each(tmp_path):
+    torch.manual_seed(0)
+    model = MultiExit(Windows(), [HeadSpec("one", 8), HeadSpec("two", 8)], [3, 3], 4, "max_probability").eval()
+    flat = flat_of(model, (4, 8))
+    ir.passes.common.CommonSubexpressionEliminationPass()(flat)
+    ir.save(compacted(model, (4, 8), flat=flat)[0], tmp_path / "model.onnx")
+    x = torch.randn(16, 4, 8, generator=torch.Generator().manual_seed(1))
+    mixed = mixing(model, x)
+    with torch.no_grad():
+        want = model.decide(model.all_logits(x), torch.tensor(mixed))
+    runner = session_on(tmp_path / "model.onnx", thresholds=mixed, threads=1)
+    same(runner.run({"image": x.numpy()}), want)
 
 
 def test_rows_folded_into_another_axis_are_refused_by_name():
