@@ -15,6 +15,7 @@ from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.manifest import THRESHOLDS, Ledger
 
 from .ledger import (
+    constant_bytes,
     graphs,
     is_level_copy,
     level_copy_bytes,
@@ -66,7 +67,7 @@ def check_duplication(
         return ("the file is too large for ONNX Runtime to write down what it makes of it: not held to sharing",)
     for name in wanted:
         _check_runtime(name, exported, runtime)
-    if ledger.runtime_weight_bytes <= ledger.stored_weight_bytes + FOLDED_BYTES:
+    if ledger.runtime_weight_bytes <= ledger.stored_weight_bytes + constant_bytes(exported) + FOLDED_BYTES:
         return ()
     return (
         f"ONNX Runtime holds {ledger.runtime_weight_bytes} weight bytes after its own optimizations, the file "

@@ -59,6 +59,12 @@ def stored_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for _, _, tensor in _initializers(model))
 
 
+def constant_bytes(model: ir.Model) -> int:
+    """Bytes of all `Constant` nodes that a runtime holds as it holds weights."""
+    tensors = (n.attributes["value"].as_tensor() for n in model.graph.all_nodes() if "value" in n.attributes)
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype not in _NO_WEIGHTS)
+
+
 def unique_bytes(*models: ir.Model) -> int:
     """Bytes of distinct weight initializer contents of one model, or of several together."""
     return sum({_digest(t): t.nbytes for model in models for _, _, t in _initializers(model)}.values())

@@ -161,14 +161,17 @@ def test_a_negation_is_folded_only_where_nobody_else_reads_the_logits():
         assert ("beta" in product.attributes) == (not others)
 
 
-def test_additions_of_a_residual_stream_stay_inside_convolutions(tmp_path):
+@pytest.mark.parametrize("width", [16, 20])
+def test_additions_of_a_residual_stream_stay_inside_convolutions(width, tmp_path):
     torch.manual_seed(1)
-    base = resnet_small(classes=CLASSES, widths=(16,), blocks=3)
-    heads = [HeadSpec("stem", 16), HeadSpec("stages.stage0.block0", 16)]
+    base = resnet_small(classes=CLASSES, widths=(width,), blocks=3)
+    heads = [HeadSpec("stem", width), HeadSpec("stages.stage0.block0", width)]
     model = MultiExit(base, heads, [4, 4], CLASSES, "class_exclusion").eval()
     flat, final, _ = sunk(model, method="onnxscript")
-    pools = [n for n in final.graph.all_nodes() if n.op_type == "AveragePool"]
-    assert [n.inputs[0].name for n in pools] == ["base.stem.2/Relu", "base.stages.stage0.block0/Relu_1"]
+    copies = [n for n in final.graph.all_nodes() if n.attributes.get_int("group", 1) == width]
+    assert [n.inputs[0].name for n in copies] == ["base.stem.2/Relu", "base.stages.stage0.block0/Relu_1"]
+    ones = [n.inputs[1].producer().attributes["value"].as_tensor().numpy() for n in copies]
+    assert all((one == 1).all() and one.shape == (width, 1, 1, 1) for one in ones), "the identity"
     alone = {}
     for name, kept in (("flat", flat), ("sunk", final)):
         ir.save(kept, tmp_path / f"{name}.onnx")
