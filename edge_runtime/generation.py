@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EdgewrightError, InputError
-from .manifest import END_TOKENS, LOGITS, PAST, POSITIONS, PRESENT
+from .manifest import END_TOKENS, LOGITS, LOGITS_FROM, PAST, POSITIONS, PRESENT
 from .sampling import Sampling
 from .session import session_on
 
@@ -96,6 +96,7 @@ class Generator:
         self.end_tokens: tuple[int, ...] = tuple(json.loads(written.get(END_TOKENS, "[]")))
         vocabulary = outputs[LOGITS].shape[-1]
         self._vocabulary = vocabulary if isinstance(vocabulary, int) else sys.maxsize
+        self._chooses = any(i.name == LOGITS_FROM for i in self._session.get_overridable_initializers())
         self._cache: dict[str, Any] = {}
         self._mask = np.zeros((0, 0), np.int64)
 
@@ -104,11 +105,15 @@ class Generator:
         """How many more tokens the longest row may have."""
         return sys.maxsize if self.positions is None else self.positions - self._mask.shape[1]
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+    def prefill(self, prompts: Sequence[Sequence[int]], *, last_only: bool = False) -> NDArray[np.float32]:
         """Forgets what was before and reads `prompts`, shorter ones padded on the left.
 
+        Args:
+            prompts: token ids per row.
+            last_only: the head is computed at the last token only, which is all that generating needs.
+
         Returns:
-            Logits [N, longest, V]; those of the padding mean nothing.
+            Logits [N, longest, V], those of the padding mean nothing; [N, 1, V] with `last_only`.
 
         Raises:
             InputError: no prompt, an empty one, one that is longer than the model's context, or a token that the model
@@ -130,7 +135,7 @@ class Generator:
             heads, width = spec.shape[1], spec.shape[3]
             empty = np.zeros((len(prompts), heads, 0, width), np.float32)
             self._cache[spec.name] = onnxruntime.OrtValue.ortvalue_from_numpy(empty)
-        return self._run(ids, mask)
+        return self._run(ids, mask, last_only)
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Goes on with the tokens `ids` [N, S].
@@ -146,7 +151,9 @@ class Generator:
             raise InputError(f"{len(ids)} rows cannot go on from {len(self._mask)}: prefill first")
         return self._run(np.ascontiguousarray(ids, np.int64), np.ones(ids.shape, np.int64))
 
-    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _run(self, ids: NDArray[np.int64], mask: NDArray[np.int64], last_only: bool = False) -> NDArray[np.float32]:
+        import onnxruntime
+
         unknown = (ids < 0) | (ids >= self._vocabulary)
         if unknown.any():
             raise InputError(
@@ -159,24 +166,30 @@ class Generator:
                 "shorten the prompt"
             )
         self._mask = np.concatenate([self._mask, mask], axis=1)
-        binding = self._session.io_binding()
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", self._mask)
-        for name, value in self._cache.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_output(LOGITS)
-        names = [name.replace(PAST, PRESENT, 1) for name in self._cache]
-        for name in names:
-            binding.bind_output(name)
+        names = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._cache)]
         try:
-            self._session.run_with_iobinding(binding)
+            if last_only and self._chooses:
+                given = {"input_ids": ids, "attention_mask": self._mask, LOGITS_FROM: np.array([-1], np.int64)}
+                values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(x) for name, x in given.items()}
+                # a binding takes no input that has a default
+                found = self._session.run_with_ort_values(names, values | self._cache)
+            else:
+                binding = self._session.io_binding()
+                binding.bind_cpu_input("input_ids", ids)
+                binding.bind_cpu_input("attention_mask", self._mask)
+                for name, value in self._cache.items():
+                    binding.bind_ortvalue_input(name, value)
+                for name in names:
+                    binding.bind_output(name)
+                self._session.run_with_iobinding(binding)
+                found = binding.get_outputs()
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             raise EdgewrightError(f"ONNX Runtime failed on {ids.shape[1]} new tokens: {error}") from error
-        logits, *present = binding.get_outputs()
         # the new cache becomes the next past as it is, where it is
-        self._cache = dict(zip(self._cache, present, strict=True))
-        found: NDArray[np.float32] = logits.numpy()
-        return found
+        self._cache = dict(zip(self._cache, found[1:], strict=True))
+        logits: NDArray[np.float32] = found[0].numpy()
+        # a file of another exporter has no such input
+        return logits[:, -1:] if last_only else logits
 
 
 def generate(
@@ -218,7 +231,7 @@ def generate(
         return chosen[:, None]
 
     start = time.perf_counter()
-    following = take(generator.prefill(prompts))
+    following = take(generator.prefill(prompts, last_only=True))
     first = time.perf_counter()
     steps = 0
     while steps < tokens - 1 and not all(ended) and generator.positions_left > 0:

@@ -48,6 +48,9 @@ DECIDED = "decided"
 PAST, PRESENT = "past.", "present."
 """What the names of a generator's cache begin with, as inputs, which may be empty, and as outputs."""
 
+LOGITS_FROM = "logits_from"
+"""Input of a generator with a default, int64 [1]: the first new token that gets logits; 0 all, -1 the last alone."""
+
 POSITIONS, END_TOKENS = "edgewright.positions", "edgewright.end_tokens"
 """Metadata keys of a generator's model.onnx, JSON: its longest sequence or null, and the tokens that end an answer."""
 

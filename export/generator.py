@@ -42,6 +42,7 @@ from edgewright.edge_runtime.manifest import (
 from edgewright.models.cached_step import CachedStep
 from edgewright.models.pretrained import LogitsOnly
 
+from .answered_positions import choose_positions
 from .bundle_folder import check_target, put_in_place, scratch, writing
 from .capture import explain, first_names, name_axes, name_everything, quietly
 from .generator_record import cache_names, golden_cases, manifest_of
@@ -130,6 +131,8 @@ def export_generator(
     except ValueError as error:
         raise ExportError(str(error)) from error
     raw, final, note = _graphs(step, tokens, options)
+    if not choose_positions(final.graph):
+        note = f"{note}; a prompt gets logits at all its tokens: the graph does not end in a product with fixed weights"
     positions = model.positions
     final.metadata_props.update({POSITIONS: json.dumps(positions), END_TOKENS: json.dumps(model.end_tokens)})
     with scratch(target) as folder:
@@ -237,6 +240,7 @@ def _largest_difference(
     done: dict[tuple[int, ...], Tensor] = {}
     worst = 0.0
     for prompts in batches:
+        last = np.array(generator.prefill([prompt.tolist() for prompt in prompts], last_only=True))
         written, seen = _continued(generator, prompts, steps)
         for row, ids in enumerate(written):
             if tuple(ids) not in done:
@@ -244,6 +248,7 @@ def _largest_difference(
             expected = done[tuple(ids)]
             worst = max(worst, float(np.abs(expected.numpy() - seen[row]).max()))
             length = len(prompts[row])
+            worst = max(worst, float(np.abs(expected[0, length - 1].numpy() - last[row, 0]).max()))
             chosen = expected[0, length - 1 : -1].argmax(dim=-1).tolist()
             near = expected[0, length - 1 : -1].topk(2, dim=-1).values
             for at, (mine, other) in enumerate(zip(ids[length:], chosen, strict=True)):

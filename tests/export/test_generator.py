@@ -95,6 +95,18 @@ def test_a_recipe_ends_in_a_proven_bundle(factorized: tuple[LogitsOnly, Path]) -
     assert manifest.exits[0].attention_macs == row["attention_macs"]
 
 
+def test_a_prompt_gets_logits_at_its_last_token_alone(factorized: tuple[LogitsOnly, Path]) -> None:
+    generator = Generator(factorized[1] / "model.onnx", threads=1)
+    prompts = [IDS[0, :7].tolist(), IDS[1, :4].tolist()]
+    everything = np.array(generator.prefill(prompts))
+    following = np.array(generator.step(IDS[:2, :1].numpy()))
+    last = np.array(generator.prefill(prompts, last_only=True))
+    assert last.shape == (2, 1, 256)
+    np.testing.assert_allclose(last, everything[:, -1:], atol=1e-5)
+    # the cache is that of the whole prompt
+    np.testing.assert_allclose(generator.step(IDS[:2, :1].numpy()), following, atol=1e-5)
+
+
 def test_a_changed_weight_is_found(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
     shutil.copytree(factorized[1], tmp_path / "b")
     data = bytearray((tmp_path / "b" / "model.onnx").read_bytes())
