@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dying import Dying
 from tiny import Block, TinyResidual, tiny_residual, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -16,7 +17,7 @@ from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLine
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stage import Edit, StageResult, State
+from edgewright.pipeline.stage import Edit, StageResult
 from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, check, fit, rebuild
 from edgewright.pipeline.training import TrainingConfig, train_model
 
@@ -251,24 +252,11 @@ def test_layers_of_different_precision_do_not_share(tmp_path: Path) -> None:
     assert torch.isfinite(result.model(inputs())).all()
 
 
-class Dying(FolderContext):
-    """Stands for a kill right after the n-th save."""
-
-    left = 1
-
-    def save(self, name: str, state: State) -> None:
-        super().save(name, state)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("saves", [1, 2, 3])
 @pytest.mark.parametrize("name", ["transformer", "residual"])
 def test_interrupted_work_goes_on_and_ends_with_the_same_bits(name: str, saves: int, tmp_path: Path) -> None:
     whole = run(MODELS[name](), tmp_path / "whole", finetune=SHORT, max_drop=1.0)
-    dying = Dying(tmp_path / "cut")
-    dying.left = saves
+    dying = Dying(tmp_path / "cut", saves)
     with pytest.raises(KeyboardInterrupt):
         run(MODELS[name](), tmp_path, dying, finetune=SHORT, max_drop=1.0)
     resumed = run(MODELS[name](), tmp_path / "cut", finetune=SHORT, max_drop=1.0)

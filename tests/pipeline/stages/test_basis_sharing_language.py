@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dying import Dying
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from edgewright.models.pretrained import build
 from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stage import StageResult, State
+from edgewright.pipeline.stage import StageResult
 from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, fit, rebuild
 from edgewright.pipeline.task import Task
 
@@ -239,18 +240,6 @@ def test_updates_undo_drift(tmp_path: Path) -> None:
     assert errors[1] < errors[0] and errors[2] != errors[0]
 
 
-class Dying(FolderContext):
-    """Dies when it saves for the second time: after the factors, and after some steps."""
-
-    left = 2
-
-    def save(self, name: str, state: State) -> None:
-        super().save(name, state)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("mistral", "factors")])
 def test_recovery_of_a_language_model_goes_on_where_it_was_killed(name: str, method: str, tmp_path: Path) -> None:
     model, task = loaded(name, tmp_path)
@@ -262,7 +251,7 @@ def test_recovery_of_a_language_model_goes_on_where_it_was_killed(name: str, met
     )  # fmt: skip
     whole = fit(copy.deepcopy(model), both, settings, FolderContext(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        fit(copy.deepcopy(model), both, settings, Dying(tmp_path / "cut"))
+        fit(copy.deepcopy(model), both, settings, Dying(tmp_path / "cut", 2))
     resumed = fit(copy.deepcopy(model), both, settings, FolderContext(tmp_path / "cut"))
     states = whole.model.state_dict(), resumed.model.state_dict()
     assert states[0].keys() == states[1].keys() and [row["steps"] for row in resumed.metrics["recovery"]] == [2, 4]

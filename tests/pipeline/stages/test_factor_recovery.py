@@ -9,30 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from dying import Dying
 from tiny import tiny_residual, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
 
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
-from edgewright.pipeline.stage import StageResult, State
+from edgewright.pipeline.stage import StageResult
 from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, check, fit
 from edgewright.pipeline.stages.factor_recovery import RecoveryConfig, recover
 
 TASK = tiny_task(rows={"train": 24, "calibration": 24})
 MODELS = {"transformer": tiny_transformer, "residual": tiny_residual, "signal": tiny_signal}
 SHORT = {"steps": 10, "batch_size": 24, "save_every": 4, "learning_rate": 1e-3, "distillation": 1.0}
-
-
-class Dying(FolderContext):
-    """Dies right after it has saved for the second time: after the factors, and after some steps."""
-
-    left = 2
-
-    def save(self, name: str, state: State) -> None:
-        super().save(name, state)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def run(model: nn.Module, context: FolderContext, **recovery: Any) -> StageResult:
@@ -57,7 +46,7 @@ def test_it_comes_nearer_to_the_dense_model_and_goes_on_where_it_was_killed(
     whole = run(model, FolderContext(tmp_path / "whole"), **options)
     assert error(whole, model) < 0.95 * error(before, model)
     with pytest.raises(KeyboardInterrupt):
-        run(model, Dying(tmp_path / "cut"), **options)
+        run(model, Dying(tmp_path / "cut", 2), **options)
     resumed = run(model, FolderContext(tmp_path / "cut"), **options)
     states = [result.model.state_dict() for result in (before, whole, resumed)]
     assert states[0].keys() == states[1].keys() == states[2].keys()
