@@ -50,6 +50,7 @@ from cond_export import export_cond
 from figures import Figure, arguments, report
 
 CLASSES = 10
+POLICY = "class_exclusion_softmax"  # the default of the stage
 EXITS = 3
 NESTED = 6
 ROWS = 32
@@ -89,7 +90,7 @@ def with_exits(name: str, count: int, shape: Sequence[int]) -> MultiExit:
     shares = [(i + 1) / (count + 1) for i in range(count)]
     places = choose_places(model, (torch.randn(1, *shape),), (), shares)
     dims = [len(place.shape) for place in places]
-    return MultiExit(model, [place.head(1) for place in places], dims, CLASSES, "class_exclusion").eval()
+    return MultiExit(model, [place.head(1) for place in places], dims, CLASSES, POLICY).eval()
 
 
 def flat_of(model: torch.nn.Module, x: Tensor, any_rows: bool) -> ir.Model:

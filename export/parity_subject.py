@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.errors import InputError, ParityError
 from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, THRESHOLDS
 from edgewright.edge_runtime.runner import Runner
 from edgewright.models.layers.multi_exit import MultiExit
@@ -131,6 +132,9 @@ class Subject:
 
         A session for every setting would load the weights again each time. Of a file that takes one row, as many rows
         run side by side as PyTorch has threads; each on one thread, so that its bytes do not depend on their number.
+
+        Raises:
+            ParityError: ONNX Runtime fails where PyTorch does not.
         """
         runner, feeds = runner or self.runner, self.feeds(inputs)
         rows = len(inputs[0])
@@ -138,10 +142,20 @@ class Subject:
         parts = [{name: x[i : i + step] for name, x in feeds.items()} for i in range(0, max(1, rows), step)]
 
         def answer(part: Arrays) -> Arrays:
-            if thresholds is None:
-                return runner.run(part)
-            given = {**part, THRESHOLDS: np.asarray(thresholds, np.float32)}
-            return dict(zip(runner.output_names, runner.session.run(None, given), strict=True))
+            try:
+                if thresholds is None:
+                    return runner.run(part)
+                given = {**part, THRESHOLDS: np.asarray(thresholds, np.float32)}
+                return dict(zip(runner.output_names, runner.session.run(None, given), strict=True))
+            except InputError:
+                raise
+            except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+                raise ParityError(
+                    f"ONNX Runtime cannot run {runner.path} on {rows} row(s) that PyTorch runs"
+                    f"{'' if thresholds is None else f', with thresholds {[round(t, 6) for t in thresholds]}'}: {error}; "
+                    "no bundle was written: the export of an operation near the named node is wrong for these rows, or "
+                    "this ONNX Runtime lacks it; try another export.opset or export.simplify, and report the model"
+                ) from error
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             answers = list(pool.map(answer, parts))

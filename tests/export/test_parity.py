@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from exported import with_exits
 from tiny import CLASSES
 from torch import nn
 
-from edgewright.edge_runtime.errors import ExportError
+from edgewright.edge_runtime.errors import ExportError, ParityError
 from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES
 from edgewright.edge_runtime.session import OPTIMIZATION_LEVELS, session_on
 from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, parity_subject
@@ -53,6 +54,23 @@ def test_a_flip_names_the_row_of_the_split_and_how_it_was_run():
     assert (flip.torch, flip.onnx) == (1, 3)
     (failure,) = check.failures
     assert "row 15: exit 1 in PyTorch, 0 in ONNX" in failure and "exit 1 forced" in failure
+
+
+@pytest.mark.parametrize("thresholds", [None, [0.5, 0.5]])
+def test_a_file_that_onnx_runtime_cannot_run_is_a_failure_of_parity(task, tmp_path, monkeypatch, thresholds):
+    """Not of this program: the text names the file and the thresholds, and the command line gives 3."""
+    made = export_bundle(with_exits("residual"), task, tmp_path / "bundle", parity_rows=2)
+    runner = session_on(made.path / "model.onnx", threads=1)
+
+    def broken(*_):
+        raise RuntimeError("Non-zero status code returned while running Reshape node")
+
+    monkeypatch.setattr(runner, "session", SimpleNamespace(run=broken))
+    reference = parity_subject.Reference(with_exits("residual"))
+    subject = parity_subject.Subject(reference, runner.path, runner.path, task, "test", [0, 1], runner)
+    with pytest.raises(ParityError, match=r"model\.onnx on 2 row.*Reshape node") as caught:
+        subject.answers(subject.inputs([0, 1]), thresholds)
+    assert caught.value.exit_code == 3 and ("[0.5, 0.5]" in str(caught.value)) == (thresholds is not None)
 
 
 def test_every_excused_flip_is_listed_with_its_row_and_pytorch_runs_each_row_once(task, tmp_path, monkeypatch):
