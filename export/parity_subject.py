@@ -150,9 +150,9 @@ class Subject:
             except InputError:
                 raise
             except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+                setting = "" if thresholds is None else f" with thresholds {[round(t, 6) for t in thresholds]}"
                 raise ParityError(
-                    f"ONNX Runtime cannot run {runner.path} on {rows} row(s) that PyTorch runs"
-                    f"{'' if thresholds is None else f', with thresholds {[round(t, 6) for t in thresholds]}'}: {error}; "
+                    f"ONNX Runtime cannot run {runner.path} on {rows} row(s) that PyTorch runs{setting}: {error}; "
                     "no bundle was written: the export of an operation near the named node is wrong for these rows, or "
                     "this ONNX Runtime lacks it; try another export.opset or export.simplify, and report the model"
                 ) from error

@@ -26,6 +26,7 @@ _REMEMBERED_BYTES = 512 << 20  # of packed sets
 _ELEMENTS_PER_DECISION = 1 << 20  # of [rows, classes]
 _WORDS_PER_CHUNK = 1 << 16  # of [trials, rows, classes / 64], small enough to stay in a cache
 _CLOSE = 1e-6  # logits nearer than this may round to the same probability
+_MOST_STEPS = 255  # numbered in a byte
 
 
 def pack(classes: Tensor) -> Words:
@@ -69,10 +70,15 @@ class ExclusionTrials:
         policy: excludes, class by class.
         logits: K + 1 tensors float [N, C].
         targets: int64 [N].
+        steps: at most 255 thresholds that will be asked for again and again, from `never` to `always`.
     """
 
-    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor) -> None:
+    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor, steps: Sequence[float]) -> None:
+        assert len(steps) <= _MOST_STEPS
         self.policy, self.logits = policy, logits
+        self._steps = torch.tensor(list(steps), dtype=torch.float32, device=logits[0].device)
+        self._step_of = {value: step for step, value in enumerate(steps)}
+        self._survived: dict[int, NDArray[np.uint8]] = {}
         self.exits = len(logits) - 1
         self.rows, self.classes = logits[0].shape
         self._chunk = max(1, _ELEMENTS_PER_DECISION // self.classes)
@@ -173,11 +179,36 @@ class ExclusionTrials:
         """The strong classes of all rows, remembered: sweeps meet the same thresholds again and again."""
         key = (exit_index, threshold)
         if key not in self._strong:
-            self._strong[key] = self._kept(exit_index, threshold, memory=False)
+            step = self._step_of.get(threshold)
+            if step is None:
+                self._strong[key] = self._kept(exit_index, threshold, memory=False)
+            else:
+                self._strong[key] = pack(torch.from_numpy(self._steps_survived(exit_index) > step))
             if len(self._strong) > self._remember:
                 self._strong.popitem(last=False)
         self._strong.move_to_end(key)
         return self._strong[key]
+
+    def _steps_survived(self, exit_index: int) -> NDArray[np.uint8]:
+        """How many of `steps` every class of every row survives, uint8 [N, C], by halving.
+
+        A class that one threshold excludes is excluded by all behind it, so a few decisions with a threshold for every
+        class say what a decision for every step would.
+        """
+        if exit_index not in self._survived:
+            parts = []
+            for logits in torch.split(self.logits[exit_index], self._chunk):
+                survived = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
+                for bit in (128, 64, 32, 16, 8, 4, 2, 1):
+                    tried = survived + bit
+                    known = tried <= len(self._steps)
+                    beta = self._steps[(tried - 1).clamp_max(len(self._steps) - 1)]
+                    excluded = self.policy.decide(logits, beta, None).excluded
+                    assert excluded is not None
+                    survived = torch.where(known & ~excluded, tried, survived)
+                parts.append(survived.to(torch.uint8).cpu())
+            self._survived[exit_index] = torch.cat(parts).numpy()
+        return self._survived[exit_index]
 
     def _kept(self, exit_index: int, threshold: float, memory: bool) -> Words:
         """The classes that an exit does not exclude if before it nothing was excluded or, with `memory`, everything."""

@@ -1,8 +1,8 @@
 """Finds the thresholds of a network with exits, on cached logits of the validation split.
 
 One forward pass gives the logits of every head; from then on a trial is tensor arithmetic. All values of
-one exit's threshold are tried at once: the policy's own functions run under `torch.vmap`, so the search,
-PyTorch and the exported graph decide by the same algebra (METHODS §2.5).
+one exit's threshold are tried at once by the policy's own functions, so the search, PyTorch and the exported
+graph decide by the same algebra (METHODS §2.5).
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from edgewright.models.layers.exit_policies import ExitPolicy
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
 from ..stage import Json
 from .exit_limits import ExitSearchConfig, Limits, budget_name
 from .exit_published import geometric, geometric_schedules, greedy
-from .exit_trials import ExitEvaluator, Trials
+from .exit_trials import ExitEvaluator, Trials, candidate_thresholds
 
 OPERATING_POINTS = (("accurate", 0.0), ("balanced", 1.0), ("fast", 3.0))
 """Name of every point and the multiple of the tolerances it may spend; strictest first."""
@@ -56,13 +55,6 @@ class OperatingPointResult:
     def to_json(self) -> dict[str, Json]:
         """As `metrics["operating_points"]` and the manifest have it."""
         return {"name": self.name, "thresholds": list(self.thresholds), "metrics": dict(self.metrics)}
-
-
-def candidate_thresholds(policy: ExitPolicy) -> list[float]:
-    """`never`, then the published steps with finer ones towards both ends, in order."""
-    fine = [digit * 10.0**power for power in (-5, -4, -3) for digit in (1, 2, 3, 5, 7)]
-    distances = [0.0, *fine, *(step / 100 for step in range(1, 100)), *(1.0 - d for d in reversed(fine) if d >= 1e-4)]
-    return [round(policy.never + (policy.always - policy.never) * distance, 6) for distance in distances]
 
 
 def search_thresholds(

@@ -50,6 +50,13 @@ class Trials:
         return torch.cat([self.thresholds, self.accuracy[:, None], self.mean_macs[:, None]], dim=1)
 
 
+def candidate_thresholds(policy: ExitPolicy) -> list[float]:
+    """`never`, then the published steps with finer ones towards both ends, in order."""
+    fine = [digit * 10.0**power for power in (-5, -4, -3) for digit in (1, 2, 3, 5, 7)]
+    distances = [0.0, *fine, *(step / 100 for step in range(1, 100)), *(1.0 - d for d in reversed(fine) if d >= 1e-4)]
+    return [round(policy.never + (policy.always - policy.never) * distance, 6) for distance in distances]
+
+
 class ExitEvaluator:
     """Applies thresholds to cached logits of N rows.
 
@@ -83,7 +90,7 @@ class ExitEvaluator:
         self._known: dict[Hashable, Trials] = {}
         self.fast: ExclusionTrials | ConfidenceTrials | None = None
         if policy.classwise:
-            self.fast = ExclusionTrials(policy, self.logits, self.targets)
+            self.fast = ExclusionTrials(policy, self.logits, self.targets, candidate_thresholds(policy))
         elif not policy.excludes:
             self.fast = ConfidenceTrials(policy, self.logits, self.targets)
 

@@ -18,8 +18,8 @@ from edgewright.pipeline.recipe import parse_recipe
 from edgewright.pipeline.stages import exit_confidence, exit_masks, exit_search, exit_trials
 from edgewright.pipeline.stages.exit_limits import ExitSearchConfig, Limits
 from edgewright.pipeline.stages.exit_published import geometric, geometric_schedules, greedy, published_steps
-from edgewright.pipeline.stages.exit_search import OperatingPointResult, candidate_thresholds, search_thresholds
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator, Trials
+from edgewright.pipeline.stages.exit_search import OperatingPointResult, search_thresholds
+from edgewright.pipeline.stages.exit_trials import ExitEvaluator, Trials, candidate_thresholds
 
 POLICIES = ("class_exclusion", "max_probability")
 
@@ -130,7 +130,8 @@ def test_fast_trials_equal_the_policy_run_in_pytorch(
     fast, general = (ExitEvaluator(model.policy, logits, targets, macs) for _ in range(2))
     assert fast.fast is not None
     general.fast = None
-    values = [0.0, 1e-5, 0.003, *(step / 20 for step in range(1, 21)), 0.99]
+    # steps of the search, and others
+    values = sorted([*candidate_thresholds(model.policy)[:: 5 if classes < 100 else 20], 1e-6, 0.0033, 0.123456, 1.0])
     generator = torch.Generator().manual_seed(classes)
     for i in [0, 1, 2] * 3:
         start = (torch.rand(3, generator=generator) ** 3).tolist()
