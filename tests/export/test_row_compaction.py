@@ -187,7 +187,8 @@ class Windows(nn.Module):
         self.one, self.two, self.three, self.fc = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
 
     def forward(self, x):
-        x = self.one(x)
+        # the number of rows is known here, the size of a window only behind the first exit
+        x = self.one(x.view(x.shape[0], 4, 2, 4).transpose(2, 3).reshape(x.shape[0], 4, 8))
         for block in (self.two, self.three):
             x = block(x.view(x.shape[0], 2, 2, 8).transpose(1, 2).reshape(x.shape[0], 4, 8))
         return self.fc(x.mean(dim=1))
