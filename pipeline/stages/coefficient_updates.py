@@ -1,9 +1,17 @@
-"""Coefficients fitted once more, to the inputs that the compressed model itself gives (METHODS §3.5)."""
+"""Coefficients fitted once more, to the inputs that the compressed model itself gives (METHODS §3.5).
+
+What a layer reads in the compressed model differs from what it read before by what its predecessors lost, and to its
+own coefficients most of that is noise: those that undo it best on the calibration rows fit the noise as well. So where
+the outputs are the target they are fitted to either half of the rows and judged on the other, and the coefficients
+move only as far as that is worth it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +39,21 @@ class _Pair:
     """``X̃ᵀX``, likewise."""
     rows: int = 0
 
+    @classmethod
+    def empty(cls, width: int) -> _Pair:
+        return cls(torch.zeros(width, width), torch.zeros(width, width))
+
+    def to(self, device: torch.device) -> _Pair:
+        """In float64."""
+        return _Pair(self.own.to(device, torch.float64), self.cross.to(device, torch.float64), self.rows)
+
+    def __add__(self, other: _Pair) -> _Pair:
+        return _Pair(self.own + other.own, self.cross + other.cross, self.rows + other.rows)
+
+
+_Halves: TypeAlias = tuple[_Pair, _Pair]
+"""Of every other batch, and of the rest."""
+
 
 def updated(
     dense: nn.Module, compressed: nn.Module, outcome: Outcome, task: Task, config: BasisSharingConfig, context: Context
@@ -57,8 +80,11 @@ def updated(
     layers = [layer for layer in graph.layers if layer.path in places]
     tensors = dict(outcome.tensors)
 
+    steps: list[float] = []
+
     def batches() -> Iterator[Batch]:
-        parts = torch.split(rows, config.calibration_batch)
+        # two at least, so that one can judge the other
+        parts = torch.split(rows, min(config.calibration_batch, -(-len(rows) // 2)))
         for part in context.progress.track(parts, "basis_sharing: update", len(parts)):
             yield split.batch(part).to(context.device)
 
@@ -67,9 +93,14 @@ def updated(
         pairs = _pairs(dense, compressed, part, batches(), share, context)
         for layer in part:
             i, j = places[layer.path]
-            pair = pairs[layer.input_key]
-            tensors[f"{i}.{j}"] = _refitted(dense, compressed, layer, pair, config, context)
-    metrics: dict[str, Json] = {**outcome.data["metrics"], "updates": config.updates}
+            tensors[f"{i}.{j}"], step = _refitted(dense, compressed, layer, pairs[layer.input_key], config, context)
+            steps.append(step)
+    metrics: dict[str, Json] = {
+        **outcome.data["metrics"],
+        "updates": config.updates,
+        "update_step_median": median(steps),
+        "update_step_largest": max(steps),
+    }
     return Outcome({**outcome.data, "metrics": metrics}, tensors)
 
 
@@ -89,17 +120,15 @@ def _pairs(
     batches: Iterator[Batch],
     share: float,
     context: Context,
-) -> dict[object, _Pair]:
+) -> dict[object, _Halves]:
     """Both moments by `Layer.input_key`, from running both models side by side."""
     first = {layer.input_key: layer for layer in reversed(layers)}
-    pairs: dict[object, _Pair] = {
-        k: _Pair(torch.zeros(x.fan_in, x.fan_in), torch.zeros(x.fan_in, x.fan_in)) for k, x in first.items()
-    }
+    pairs: dict[object, _Halves] = {k: (_Pair.empty(x.fan_in), _Pair.empty(x.fan_in)) for k, x in first.items()}
     for number, batch in enumerate(batches):
         before = _inputs(dense, list(first.values()), batch)
         after = _inputs(compressed, list(first.values()), batch)
         for key, layer in first.items():
-            module, pair = dense.get_submodule(layer.path), pairs[key]
+            module, pair = dense.get_submodule(layer.path), pairs[key][number % 2]
             # the same rows of both
             chosen = [context.generator("update rows", layer.path, number) for _ in range(2)]
             old = input_rows(module, before[layer.path], share, chosen[0])
@@ -138,18 +167,41 @@ def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str
 
 @torch.no_grad()
 def _refitted(
-    dense: nn.Module, compressed: nn.Module, layer: Layer, pair: _Pair, config: BasisSharingConfig, context: Context
-) -> Tensor:
-    """New coefficients of one layer, in its own layout; put into `compressed` as well."""
+    dense: nn.Module, compressed: nn.Module, layer: Layer, halves: _Halves, config: BasisSharingConfig, context: Context
+) -> tuple[Tensor, float]:
+    """New coefficients of one layer, in its own layout, and how far they moved; put into `compressed` as well."""
     module = compressed.get_submodule(layer.path)
     assert isinstance(module, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
     device = numeric_device(context)
     linear = isinstance(module, FactorizedLinear)
-    weight = module.basis.weight.detach().to(device, torch.float64)
-    basis = weight if linear else weight.flatten(1).T
-    matrix = matrix_of(dense, layer).to(device, torch.float64)
-    cross = (pair.cross / pair.rows).to(device, torch.float64) if config.update_target == "outputs" else None
-    c = refit_coefficients(basis, matrix, metric_of((pair.own / pair.rows).to(device)), cross)
-    new = c if linear else c.T
-    module.coefficients.copy_(new.reshape(module.coefficients.shape).to(module.coefficients))
-    return module.coefficients.detach().cpu().clone()
+
+    def matrix(weight: Tensor) -> Tensor:
+        """Inputs in rows, as the basis and the coefficients of a linear layer are kept."""
+        weight = weight.detach().to(device, torch.float64)
+        return weight if linear else weight.flatten(1).T
+
+    basis, old, target = matrix(module.basis.weight), matrix(module.coefficients), matrix_of(dense, layer)
+    target = target.to(device, torch.float64)
+    outputs = config.update_target == "outputs"
+
+    def fitted(pair: _Pair) -> Tensor:
+        cross = (pair.cross / pair.rows).to(device, torch.float64) if outputs else None
+        return refit_coefficients(basis, target, metric_of((pair.own / pair.rows).to(device)), cross)
+
+    new, step = fitted(halves[0] + halves[1]), 1.0
+    if outputs and min(half.rows for half in halves) > 0:
+        moves = [fitted(half) - old for half in halves]
+        step = _worthwhile(moves, [half.to(device) for half in reversed(halves)], basis, old, target)
+        new = torch.lerp(old, new, step)
+    module.coefficients.copy_((new if linear else new.T).reshape(module.coefficients.shape).to(module.coefficients))
+    return module.coefficients.detach().cpu().clone(), step
+
+
+def _worthwhile(moves: Sequence[Tensor], judges: Sequence[_Pair], basis: Tensor, old: Tensor, target: Tensor) -> float:
+    """The part of the `moves`, 0 to 1, with the smallest error of the outputs on rows they were not fitted to."""
+    gain = size = 0.0
+    for move, judge in zip(moves, judges, strict=True):
+        moment = basis.T @ judge.own @ basis
+        gain += float((move * (basis.T @ (judge.cross @ target) - moment @ old)).sum())
+        size += float((move * (moment @ move)).sum())
+    return min(1.0, max(0.0, gain / size)) if size > 0 else 1.0

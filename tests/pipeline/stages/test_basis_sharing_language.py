@@ -19,6 +19,7 @@ from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.stage import StageResult
+from edgewright.pipeline.stages import coefficient_updates
 from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, fit, rebuild
 from edgewright.pipeline.task import Task
 
@@ -238,6 +239,25 @@ def test_updates_undo_drift(tmp_path: Path) -> None:
             # what nothing has drifted in front of stays as it was
             assert torch.allclose(first, untouched, atol=1e-3)
     assert errors[1] < errors[0] and errors[2] != errors[0]
+
+
+def test_updates_fitted_to_few_rows_do_no_harm_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drift is noise to a layer, and a fit to few rows fits it: the whole step makes other rows worse."""
+    model, task = loaded("llama", tmp_path)
+    windows = task.splits["calibration"].batch(range(24)).inputs[0]
+    few = CausalLM({"calibration": windows[:2]}, WORDS)
+    with torch.no_grad():
+        expected = model(windows[8:])
+
+        def error(updates: int, name: str) -> float:
+            options: dict[str, Any] = {"groups": "readers", "ratio": 0.4, "updates": updates}
+            result = run(model, few, tmp_path / name, **options)
+            return float((result.model(windows[8:]) - expected).norm())
+
+        before, after = error(0, "before"), error(4, "after")
+        monkeypatch.setattr(coefficient_updates, "_worthwhile", lambda *_: 1.0)
+        whole = error(4, "whole")
+    assert after < 1.01 * before < whole
 
 
 @pytest.mark.parametrize(("name", "method"), [("gpt2", "lora"), ("mistral", "factors")])
