@@ -329,6 +329,13 @@ def _summary(
         f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
         f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
     ]
+    lost, error = metrics["plain_accuracy"] - point.metrics["accuracy"], point.metrics["accuracy_error"]
+    if config.confidence is None and lost + error > config.tolerance:
+        notes.append(
+            f"{point.name} loses {lost:.2%} of accuracy on the validation rows that its thresholds were chosen on, "
+            f"with a standard error of {error:.2%}: other rows may lose more than the tolerance of "
+            f"{config.tolerance:.2%}; confidence: 0.95 holds it there too, for more MACs"
+        )
     if model.policy.one_against_rest:
         notes.append(f"the loss of the exits was weighted in the mode {config.exit_loss_mode!r}")
     unused = [model.specs[i].at for i in range(len(model.specs)) if not point.metrics[f"exit_share_{i}"]]

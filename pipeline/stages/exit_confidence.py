@@ -16,6 +16,8 @@ from torch import Tensor
 
 from edgewright.models.layers.exit_policies import ExitPolicy
 
+from .exit_counts import Counts
+
 Rows = NDArray[np.bool_]
 
 _REMEMBERED_BYTES = 64 << 20  # of sets of rows
@@ -44,23 +46,16 @@ class ConfidenceTrials:
         self._sets: OrderedDict[tuple[int, float], Rows] = OrderedDict()
         self._remember = max(1, _REMEMBERED_BYTES // max(1, self.rows))
 
-    def sweep(
-        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Tries `values` as the threshold of one exit while the others stay.
-
-        Returns:
-            Per value the right rows of every class int64 [T, C], the rows that leave at every exit int64 [T, K + 1],
-            and zeros int64 [T] for the rows whose class was excluded.
-        """
+    def sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Counts:
+        """Tries `values` as the threshold of one exit while the others stay; no class is excluded anywhere."""
         size = max(1, _ELEMENTS_PER_CHUNK // self.rows)
         parts = [self._sweep(thresholds, exit_index, values[k : k + size]) for k in range(0, len(values), size)]
-        hits, leaving = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return hits, leaving, np.zeros(len(values), np.int64)
+        hits, leaving, flips = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Counts(hits, leaving, np.zeros(len(values), np.int64), flips)
 
     def _sweep(
         self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         inside = np.ones((1, self.rows), np.bool_)
         right = np.zeros((1, self.rows), np.bool_)
         leaving = np.zeros((len(values), self.exits + 1), np.int64)
@@ -73,7 +68,7 @@ class ConfidenceTrials:
         right |= inside & self.right[-1]
         hits = np.zeros((len(values), self.classes), np.int64)
         hits[:, self.present] = np.add.reduceat(right.view(np.uint8), self._starts, axis=1, dtype=np.int64)
-        return hits, leaving
+        return hits, leaving, np.count_nonzero(right != self.right[-1], axis=1)
 
     def _answers(self, head: int) -> NDArray[np.int64]:
         """What each row's label would be there, int64 [N], in order."""

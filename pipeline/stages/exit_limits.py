@@ -48,6 +48,10 @@ class ExitSearchConfig(StageConfig):
     several starts, the results of both among them, so it is never worse on validation."""
     tolerance: float = Field(default=0.005, ge=0.0, le=1.0)
     """Validation accuracy that the exits may cost, against the same network run to its end (0.005 = half a point)."""
+    confidence: float | None = Field(default=None, gt=0.5, lt=1.0)
+    """None: the tolerance holds on the validation rows, which the thresholds are chosen on; on other rows the loss is
+    larger, the more so the fewer validation rows there are. 0.95: it holds with so many standard errors of the (paired)
+    difference to spare that other rows keep to it 19 times of 20, if the difference were normal and not chosen."""
     max_worst_class_drop: float | None = Field(default=None, ge=0.0, le=1.0)
     """The same limit for the worst class' accuracy; None sets none."""
     max_wrong_exclusion: float | None = Field(default=None, ge=0.0, le=1.0)
@@ -91,6 +95,7 @@ class Limits:
         wrong_exclusion: at most this share of the rows ends with its true class excluded.
         budget: mean cost at most this, in units of the deepest path; with it the best setting is the most accurate,
             without it the cheapest.
+        errors: `accuracy` is kept with so many standard errors (`Trials.accuracy_error`) to spare.
     """
 
     accuracy: float | None = None
@@ -98,12 +103,14 @@ class Limits:
     min_share: float | None = None
     wrong_exclusion: float | None = None
     budget: float | None = None
+    errors: float = 0.0
 
     def violation(self, trials: Trials) -> Tensor:
         """Float64 [T], how far each trial is outside, 0 if it keeps to everything."""
         missing = torch.zeros_like(trials.accuracy)
         if self.accuracy is not None:
-            missing = missing + (self.accuracy - trials.accuracy).clamp(min=0.0)
+            sure = trials.accuracy - self.errors * trials.accuracy_error
+            missing = missing + (self.accuracy - sure).clamp(min=0.0)
         if self.worst_class is not None:
             missing = missing + (self.worst_class - trials.worst_class_accuracy).clamp(min=0.0)
         if self.min_share is not None:

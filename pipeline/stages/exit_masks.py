@@ -19,6 +19,8 @@ from torch import Tensor
 
 from edgewright.models.layers.exit_policies import ExitPolicy
 
+from .exit_counts import Counts
+
 Words = NDArray[np.uint64]
 
 _WORD = 64
@@ -70,10 +72,18 @@ class ExclusionTrials:
         policy: excludes, class by class.
         logits: K + 1 tensors float [N, C].
         targets: int64 [N].
+        at_the_end: bool [N], right where no row leaves early.
         steps: at most 255 thresholds that will be asked for again and again, from `never` to `always`.
     """
 
-    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor, steps: Sequence[float]) -> None:
+    def __init__(
+        self,
+        policy: ExitPolicy,
+        logits: Sequence[Tensor],
+        targets: Tensor,
+        at_the_end: Tensor,
+        steps: Sequence[float],
+    ) -> None:
         assert len(steps) <= _MOST_STEPS
         self.policy, self.logits = policy, logits
         self._steps = torch.tensor(list(steps), dtype=torch.float32, device=logits[0].device)
@@ -84,6 +94,7 @@ class ExclusionTrials:
         self._chunk = max(1, _ELEMENTS_PER_DECISION // self.classes)
         self.targets: NDArray[np.int64] = targets.cpu().numpy()
         self.device_targets = targets
+        self.at_the_end: NDArray[np.bool_] = at_the_end.cpu().numpy()
         self.favourites = [self._kept(i, policy.never, memory=True) for i in range(self.exits)]
         self._strong: OrderedDict[tuple[int, float], Words] = OrderedDict()
         self._remember = max(1, _REMEMBERED_BYTES // max(1, self.favourites[0].nbytes))
@@ -91,15 +102,8 @@ class ExclusionTrials:
         self.own = pack(own)
         self.rivals, self.close = self._rivals()
 
-    def sweep(
-        self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Tries `values` as the threshold of one exit while the others stay.
-
-        Returns:
-            Per value the right rows of every class int64 [T, C], the rows that leave at every exit int64 [T, K + 1],
-            and those that end with their true class excluded, int64 [T].
-        """
+    def sweep(self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]) -> Counts:
+        """Tries `values` as the threshold of one exit while the others stay."""
         outcomes = _Outcomes.empty(len(values), self.rows)
         size = max(1, _WORDS_PER_CHUNK // (len(self.own) * len(values)))
         for start in range(0, self.rows, size):
@@ -107,7 +111,8 @@ class ExclusionTrials:
         trial, row = outcomes.right.nonzero()
         hits = np.bincount(trial * self.classes + self.targets[row], minlength=len(values) * self.classes)
         leaving = np.stack([np.count_nonzero(outcomes.exit_of == i, axis=1) for i in range(self.exits + 1)], axis=1)
-        return hits.reshape(len(values), self.classes), leaving, np.count_nonzero(outcomes.lost, axis=1)
+        flips = np.count_nonzero(outcomes.right != self.at_the_end, axis=1)
+        return Counts(hits.reshape(len(values), self.classes), leaving, np.count_nonzero(outcomes.lost, axis=1), flips)
 
     def _sweep(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ class OperatingPointResult:
     Attributes:
         name: ``"balanced"``, ``"accurate"``, ``"fast"``, ``"budget_<percent>"``.
         thresholds: K numbers.
-        metrics: accuracy, worst_class_accuracy, wrong_exclusions, mean_macs, mac_share (of the deepest path),
-            mean_latency_us where the search went by latency, exit_share_<i>, and what the published searches reach
-            under the same limits: greedy_accuracy, greedy_mean_macs, geometric_accuracy, geometric_mean_macs.
+        metrics: accuracy, accuracy_error (`Trials`), worst_class_accuracy, wrong_exclusions, mean_macs, mac_share (of
+            the deepest path), mean_latency_us where the search went by latency, exit_share_<i>, and what the published
+            searches reach under the same limits: greedy_accuracy, greedy_mean_macs, geometric_accuracy,
+            geometric_mean_macs.
         min_share_met: every exit takes the share that was asked for; None if none was.
         trials: float64 [T, K + 2], see `Trials.table`: everything that was tried for this point.
     """
@@ -101,6 +103,7 @@ def default_limits(everything: ExitEvaluator, config: ExitSearchConfig, multiple
     drop = config.max_worst_class_drop
     return Limits(
         accuracy=float(plain.accuracy[0]) - multiple * config.tolerance,
+        errors=0.0 if config.confidence is None else NormalDist().inv_cdf(config.confidence),
         worst_class=None if drop is None else float(plain.worst_class_accuracy[0]) - multiple * drop,
         min_share=config.min_share,
         wrong_exclusion=config.max_wrong_exclusion,
@@ -131,6 +134,7 @@ def _search_point(name: str, search: ThresholdSearch, limits: Limits, config: Ex
         best = published[config.search]
     metrics = {
         "accuracy": float(best.accuracy[0]),
+        "accuracy_error": float(best.accuracy_error[0]),
         "worst_class_accuracy": float(best.worst_class_accuracy[0]),
         "wrong_exclusions": float(best.wrong_exclusions[0]),
         "mean_macs": float(best.mean_macs[0]),

@@ -29,6 +29,8 @@ class Trials:
         shares: float64 [T, K + 1], of the rows leaving at each exit.
         wrong_exclusions: float64 [T], share of the rows that end with their true class excluded; 0 for policies without
             memory of classes.
+        accuracy_error: float64 [T], standard error of the difference of `accuracy` to that of the network run to its
+            end, from the rows that are right with one and wrong with the other.
     """
 
     thresholds: Tensor
@@ -38,6 +40,7 @@ class Trials:
     mean_cost: Tensor
     shares: Tensor
     wrong_exclusions: Tensor
+    accuracy_error: Tensor
 
     def __getitem__(self, rows: slice) -> Trials:
         return Trials(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
@@ -86,20 +89,27 @@ class ExitEvaluator:
         costs = self.exit_macs if exit_latency is None else torch.tensor(list(exit_latency), dtype=torch.float64)
         self.exit_costs = costs / costs[-1]
         self.class_rows = torch.bincount(self.targets, minlength=self.classes).cpu()
+        self.at_the_end = policy.finish(self.logits[-1], None).argmax(dim=1) == self.targets
+        """Bool [N]: right where no row leaves early."""
+        self.error_rows = self.rows  # whose standard error counts
         self.log: list[Trials] = []
         self._known: dict[Hashable, Trials] = {}
         self.fast: ExclusionTrials | ConfidenceTrials | None = None
         if policy.classwise:
-            self.fast = ExclusionTrials(policy, self.logits, self.targets, candidate_thresholds(policy))
+            self.fast = ExclusionTrials(
+                policy, self.logits, self.targets, self.at_the_end, candidate_thresholds(policy)
+            )
         elif not policy.excludes:
             self.fast = ConfidenceTrials(policy, self.logits, self.targets)
 
     def sample(self, rows: Tensor) -> ExitEvaluator:
-        """The same for some of the rows, int64 [n]."""
+        """The same for some of the rows, int64 [n]; standard errors are those of all rows."""
         rows = rows.to(self.device)
         macs = [int(m) for m in self.exit_macs]
         costs = self.exit_costs.tolist()
-        return ExitEvaluator(self.policy, [x[rows] for x in self.logits], self.targets[rows], macs, costs)
+        some = ExitEvaluator(self.policy, [x[rows] for x in self.logits], self.targets[rows], macs, costs)
+        some.error_rows = self.error_rows
+        return some
 
     def evaluate(self, thresholds: Sequence[float]) -> Trials:
         """One trial."""
@@ -126,19 +136,21 @@ class ExitEvaluator:
 
     def _decide_all(
         self, thresholds: Sequence[float], exit_index: int, values: Sequence[float]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """For any policy: what `ExclusionTrials.sweep` returns, float64."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For any policy: the `Counts` that a fast path returns, float64."""
         given = torch.tensor(list(thresholds), dtype=torch.float32, device=self.device)
         tried = torch.tensor(list(values), dtype=torch.float32, device=self.device)
         hits = torch.zeros(len(values), self.classes, dtype=torch.float64, device=self.device)
         leaving = torch.zeros(len(values), self.exits + 1, dtype=torch.float64, device=self.device)
         wrong = torch.zeros(len(values), dtype=torch.float64, device=self.device)
+        flips = torch.zeros(len(values), dtype=torch.float64, device=self.device)
         excluded: Tensor | None = None
         rows = torch.arange(self.rows, device=self.device)
         for i in range(exit_index):  # what comes before is the same for all trials
             excluded, decided, scores = self.policy.decide(self.logits[i][rows], given[i], excluded)
             right = decided & (scores.argmax(dim=1) == self.targets[rows])
             hits += torch.bincount(self.targets[rows[right]], minlength=self.classes)
+            flips += (decided & (right != self.at_the_end[rows])).sum()
             leaving[:, i] += decided.sum()
             if excluded is not None:
                 wrong += (decided & ~right).sum()
@@ -150,9 +162,10 @@ class ExitEvaluator:
             right, lost, exit_of_row = self._outcomes(given, exit_index, tried, rows[chunk], before)
             wrong += lost.sum(dim=1)
             hits.index_add_(1, self.targets[rows[chunk]], right.to(torch.float64))
+            flips += (right != self.at_the_end[rows[chunk]]).sum(dim=1)
             for i in range(exit_index, self.exits + 1):
                 leaving[:, i] += (exit_of_row == i).sum(dim=1)
-        return hits.cpu(), leaving.cpu(), wrong.cpu()
+        return hits.cpu(), leaving.cpu(), wrong.cpu(), flips.cpu()
 
     def _outcomes(
         self, given: Tensor, first: int, values: Tensor, rows: Tensor, before: Tensor | None
@@ -203,16 +216,19 @@ class ExitEvaluator:
             lost[alive] = excluded.gather(1, targets[alive, None])[:, 0]
         return right, lost, exit_of_row
 
-    def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor, wrong: Tensor) -> Trials:
+    def _summary(self, thresholds: Tensor, hits: Tensor, leaving: Tensor, wrong: Tensor, flips: Tensor) -> Trials:
         present = self.class_rows > 0
         worst = (hits[:, present] / self.class_rows[present]).amin(dim=1)
         shares = leaving / self.rows
+        accuracy = hits.sum(dim=1) / self.rows
+        lost = accuracy - self.at_the_end.to(torch.float64).mean().cpu()
         return Trials(
             thresholds=thresholds,
-            accuracy=hits.sum(dim=1) / self.rows,
+            accuracy=accuracy,
             worst_class_accuracy=worst,
             mean_macs=shares @ self.exit_macs,
             mean_cost=shares @ self.exit_costs,
             shares=shares,
             wrong_exclusions=wrong / self.rows,
+            accuracy_error=((flips / self.rows - lost**2).clamp(min=0.0) / self.error_rows).sqrt(),
         )

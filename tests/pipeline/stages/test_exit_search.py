@@ -89,6 +89,8 @@ def test_trials_equal_the_network_itself(policy: str, exits: int, chunk: int, mo
                 if excluded is not None:
                     state = torch.where((output.exit_index >= k)[:, None], excluded, state)
             assert trials.wrong_exclusions[t] == state.gather(1, targets[:, None]).double().mean()
+            change = right.double() - (logits[-1].argmax(dim=1) == targets).double()
+            assert float(trials.accuracy_error[t]) == pytest.approx(float(change.std(correction=0) / 300**0.5))
 
 
 def assert_same(one: Trials, other: Trials) -> None:
@@ -322,6 +324,24 @@ def test_a_geometric_schedule_gives_every_exit_a_multiple_of_the_one_before(poli
     assert 0.5 < float(budget.mean_cost[0]) <= 0.7
     plain = float(schedules[-1].accuracy[0])
     assert float(geometric(schedules, Limits(accuracy=plain - 0.01)).accuracy[0]) >= plain - 0.01
+
+
+def test_confidence_keeps_the_tolerance_on_rows_that_the_search_has_not_seen() -> None:
+    """The cheapest of thousands of settings within the tolerance is there by luck; 12 searches on few rows each."""
+    model, losses = network(2, 5, "class_exclusion_softmax"), {}
+    held, own = data(2, 20000, 5, seed=99)
+    evaluator = ExitEvaluator(model.policy, held, own, macs_of(2))
+    plain = float(evaluator.evaluate([0.0] * 2).accuracy)
+    for confidence in (None, 0.95):
+        config = ExitSearchConfig(tolerance=0.02, restarts=0, confidence=confidence)
+        lost = []
+        for seed in range(12):
+            logits, targets = data(2, 400, 5, seed)
+            point, *_ = search_thresholds(model, logits, targets, macs_of(2), config, torch.Generator().manual_seed(0))
+            lost.append(plain - float(evaluator.evaluate(point.thresholds).accuracy))
+        losses[confidence] = lost
+    assert sum(x > 0.02 for x in losses[None]) >= 4
+    assert sum(x > 0.02 for x in losses[0.95]) <= 1
 
 
 def test_wrong_exclusions_can_be_limited() -> None:
