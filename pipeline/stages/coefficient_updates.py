@@ -145,7 +145,12 @@ def _pairs(
     return pairs
 
 
+class _AllSeen(Exception):
+    """Ends a forward pass of whose rest nothing is needed."""
+
+
 def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str, Tensor]:
+    """What each layer reads, by its path; the model runs no further than to the last of them."""
     found: dict[str, Tensor] = {}
     handles = []
     for layer in layers:
@@ -155,10 +160,14 @@ def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str
         ) -> None:
             del module
             found[path] = args[0] if args else kwargs["input"]
+            if len(found) == len(layers):
+                raise _AllSeen
 
         handles.append(model.get_submodule(layer.path).register_forward_pre_hook(take, with_kwargs=True))
     try:
         model(*batch.inputs)
+    except _AllSeen:
+        pass
     finally:
         for handle in handles:
             handle.remove()
