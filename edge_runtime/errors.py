@@ -6,7 +6,7 @@
     ├── InputError                  2   the caller gave something unusable
     │   ├── BundleError                 a bundle that is missing, altered, truncated or of another schema
     │   └── ExportError                 a model that cannot become ONNX (raised on the exporting side only)
-    ├── ParityError                 3   two runtimes disagree beyond the tolerance
+    ├── ParityError                 3   two runtimes disagree beyond the tolerance, or one cannot run what it should
     ├── QualityFloorError           4   the result exists and is not good enough
     └── ProviderError               5   the execution provider that was asked for is not there
 
@@ -38,7 +38,7 @@ class ExportError(InputError):
 
 
 class ParityError(EdgewrightError):
-    """Two runtimes disagree beyond the tolerance."""
+    """Two runtimes disagree beyond the tolerance, or ONNX Runtime cannot run what was exported for it."""
 
     exit_code = 3
 

@@ -97,6 +97,7 @@ def check_parity(
 
     Raises:
         ExportError: an exit that no row can take in PyTorch either, so that its branch cannot be proven.
+        ParityError: ONNX Runtime cannot run the file.
     """
     data = source.splits[split]
     runner = session_on(model_path, threads=1)

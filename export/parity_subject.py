@@ -27,6 +27,23 @@ _KNOWN_BYTES = 2**28
 """Most bytes of logits that a `Subject` remembers."""
 
 
+def cannot_run(runner: Runner, rows: int, thresholds: Sequence[float] | None, error: Exception) -> ParityError:
+    """What to raise where ONNX Runtime fails in a file that was just exported.
+
+    Args:
+        runner: of the file.
+        rows: that it was given.
+        thresholds: that it was given, if any.
+        error: its own, or a runner's around it.
+    """
+    setting = "" if thresholds is None else f", thresholds {[round(t, 6) for t in thresholds]}"
+    return ParityError(
+        f"ONNX Runtime cannot run {runner.path} ({rows} row(s){setting}): {error.__cause__ or error}; no bundle was "
+        "written. If memory did not run out, the export of an operation near the named node is wrong, or this ONNX "
+        "Runtime lacks it: try another export.opset or export.simplify, and report the model"
+    )
+
+
 def spread_evenly(total: int, rows: int | None) -> list[int]:
     """At most `rows` numbers below `total`, as evenly as it goes; all of them if it is None."""
     if rows is None or rows >= total:
@@ -147,15 +164,10 @@ class Subject:
                     return runner.run(part)
                 given = {**part, THRESHOLDS: np.asarray(thresholds, np.float32)}
                 return dict(zip(runner.output_names, runner.session.run(None, given), strict=True))
-            except InputError:
+            except (InputError, MemoryError):
                 raise
             except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-                setting = "" if thresholds is None else f" with thresholds {[round(t, 6) for t in thresholds]}"
-                raise ParityError(
-                    f"ONNX Runtime cannot run {runner.path} on {rows} row(s) that PyTorch runs{setting}: {error}; "
-                    "no bundle was written: the export of an operation near the named node is wrong for these rows, or "
-                    "this ONNX Runtime lacks it; try another export.opset or export.simplify, and report the model"
-                ) from error
+                raise cannot_run(runner, len(next(iter(part.values()))), thresholds, error) from error
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             answers = list(pool.map(answer, parts))

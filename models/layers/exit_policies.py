@@ -42,7 +42,9 @@ class ExitPolicy(Protocol):
     excludes: ClassVar[bool]
     """True if it rules classes out, which it then remembers from exit to exit."""
     classwise: ClassVar[bool]
-    """True if it excludes and what it remembers of one class changes nothing for the others (the search packs it)."""
+    """True if it excludes and what it remembers of one class changes nothing for the others, if a class that one
+    threshold excludes is excluded by all nearer to `always`, and if `decide` takes a threshold for every class as well,
+    float32 [N, C]. The search relies on all three."""
     one_against_rest: ClassVar[bool]
     """True if it reads each logit through its own sigmoid, False if it reads their softmax: so heads are trained."""
 

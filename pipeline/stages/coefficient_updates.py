@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,41 +23,50 @@ from ..stage import Context, Json
 from ..task import Batch, Task
 from .basis_config import BasisSharingConfig
 from .basis_fitting import Outcome, calibration_rows, matrix_of
-from .factorization import metric_of, refit_coefficients
+from .factorization import Metric, metric_of, refit_coefficients
 from .norms import numeric_device
 from .second_moments import input_rows
 
 
 @dataclass
 class _Pair:
-    """What one layer read before and reads now: X and X̃."""
+    """What layers read now, X̃, and where the outputs are the target what they read before, X."""
 
     own: Tensor
     """``X̃ᵀX̃``, float32 [d_in, d_in]."""
-    cross: Tensor
+    cross: Tensor | None
     """``X̃ᵀX``, likewise."""
     rows: int = 0
 
     @classmethod
-    def empty(cls, width: int) -> _Pair:
-        return cls(torch.zeros(width, width), torch.zeros(width, width))
-
-    def to(self, device: torch.device) -> _Pair:
-        """In float64."""
-        return _Pair(self.own.to(device, torch.float64), self.cross.to(device, torch.float64), self.rows)
+    def empty(cls, width: int, crossed: bool) -> _Pair:
+        return cls(torch.zeros(width, width), torch.zeros(width, width) if crossed else None)
 
     def __add__(self, other: _Pair) -> _Pair:
-        return _Pair(self.own + other.own, self.cross + other.cross, self.rows + other.rows)
+        cross = None if self.cross is None or other.cross is None else self.cross + other.cross
+        return _Pair(self.own + other.own, cross, self.rows + other.rows)
 
 
-_Halves: TypeAlias = tuple[_Pair, _Pair]
-"""Of every other batch, and of the rest."""
+@dataclass(frozen=True)
+class _Fit:
+    """A least-squares problem, the same for all layers that read one input."""
+
+    metric: Metric
+    cross: Tensor | None
+
+    @classmethod
+    def of(cls, pair: _Pair, device: torch.device) -> _Fit:
+        cross = None if pair.cross is None else (pair.cross / pair.rows).to(device, torch.float64)
+        return cls(metric_of((pair.own / pair.rows).to(device)), cross)
 
 
 def updated(
     dense: nn.Module, compressed: nn.Module, outcome: Outcome, task: Task, config: BasisSharingConfig, context: Context
 ) -> Outcome:
     """`outcome` with new coefficients, part of the layers after part, in the order of execution.
+
+    The metrics `update_step_median` and `update_step_largest`, over the layers, say how far the coefficients moved
+    towards the best fit, 0 to 1; with `update_target: weights` they move all the way.
 
     Args:
         dense: the model as it was.
@@ -79,22 +87,27 @@ def updated(
     places = {p: (i, j) for i, g in enumerate(outcome.data["groups"]) for j, p in enumerate(g["members"])}
     layers = [layer for layer in graph.layers if layer.path in places]
     tensors = dict(outcome.tensors)
-
     steps: list[float] = []
+    # every other row, because neighbours are often of one kind
+    halves = (rows[0::2], rows[1::2]) if config.update_target == "outputs" else (rows,)
+    size = min(config.calibration_batch, getattr(split, "largest_batch", config.calibration_batch))
+    chunks = [(half, chunk) for half, some in enumerate(halves) for chunk in torch.split(some, size) if len(chunk)]
 
-    def batches() -> Iterator[Batch]:
-        # two at least, so that one can judge the other
-        parts = torch.split(rows, min(config.calibration_batch, -(-len(rows) // 2)))
-        for part in context.progress.track(parts, "basis_sharing: update", len(parts)):
-            yield split.batch(part).to(context.device)
+    def batches() -> Iterator[tuple[int, Batch]]:
+        for half, chunk in context.progress.track(chunks, "basis_sharing: update", len(chunks)):
+            yield half, split.batch(chunk).to(context.device)
 
     for part in _parts(layers, config.updates):
         share = min(1.0, config.max_rows / max(1, max(layer.rows for layer in part) * len(rows)))
-        pairs = _pairs(dense, compressed, part, batches(), share, context)
-        for layer in part:
-            i, j = places[layer.path]
-            tensors[f"{i}.{j}"], step = _refitted(dense, compressed, layer, pairs[layer.input_key], config, context)
-            steps.append(step)
+        pairs = _pairs(dense, compressed, part, batches(), len(halves), share, context)
+        for key, of_halves in pairs.items():
+            readers = [layer for layer in part if layer.input_key == key]
+            for layer, (new, step) in zip(
+                readers, _refitted(dense, compressed, readers, of_halves, context), strict=True
+            ):
+                i, j = places[layer.path]
+                tensors[f"{i}.{j}"] = new
+                steps.append(step)
     metrics: dict[str, Json] = {
         **outcome.data["metrics"],
         "updates": config.updates,
@@ -117,25 +130,30 @@ def _pairs(
     dense: nn.Module,
     compressed: nn.Module,
     layers: Sequence[Layer],
-    batches: Iterator[Batch],
+    batches: Iterator[tuple[int, Batch]],
+    halves: int,
     share: float,
     context: Context,
-) -> dict[object, _Halves]:
-    """Both moments by `Layer.input_key`, from running both models side by side."""
+) -> dict[object, list[_Pair]]:
+    """Moments by `Layer.input_key`, of every half; of two both kinds, from running both models side by side."""
     first = {layer.input_key: layer for layer in reversed(layers)}
-    pairs: dict[object, _Halves] = {k: (_Pair.empty(x.fan_in), _Pair.empty(x.fan_in)) for k, x in first.items()}
-    for number, batch in enumerate(batches):
-        before = _inputs(dense, list(first.values()), batch)
+    crossed = halves > 1
+    pairs: dict[object, list[_Pair]] = {
+        key: [_Pair.empty(layer.fan_in, crossed) for _ in range(halves)] for key, layer in first.items()
+    }
+    for number, (half, batch) in enumerate(batches):
         after = _inputs(compressed, list(first.values()), batch)
+        before = _inputs(dense, list(first.values()), batch) if crossed else after
         for key, layer in first.items():
-            module, pair = dense.get_submodule(layer.path), pairs[key][number % 2]
+            module, pair = dense.get_submodule(layer.path), pairs[key][half]
             # the same rows of both
             chosen = [context.generator("update rows", layer.path, number) for _ in range(2)]
             old = input_rows(module, before[layer.path], share, chosen[0])
             new = input_rows(module, after[layer.path], share, chosen[1])
             for (x, _), (drifted, _) in zip(old, new, strict=True):
                 pair.own += (drifted.T @ drifted).to(pair.own)
-                pair.cross += (drifted.T @ x).to(pair.cross)
+                if pair.cross is not None:
+                    pair.cross += (drifted.T @ x).to(pair.cross)
                 pair.rows += len(x)
             if not bool(torch.isfinite(pair.own).all()):
                 raise StageError(
@@ -176,41 +194,53 @@ def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str
 
 @torch.no_grad()
 def _refitted(
-    dense: nn.Module, compressed: nn.Module, layer: Layer, halves: _Halves, config: BasisSharingConfig, context: Context
-) -> tuple[Tensor, float]:
-    """New coefficients of one layer, in its own layout, and how far they moved; put into `compressed` as well."""
-    module = compressed.get_submodule(layer.path)
-    assert isinstance(module, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
+    dense: nn.Module, compressed: nn.Module, layers: Sequence[Layer], halves: Sequence[_Pair], context: Context
+) -> Iterator[tuple[Tensor, float]]:
+    """New coefficients of layers that read one input, in their own layout, and how far they moved.
+
+    They are put into `compressed` as well.
+    """
     device = numeric_device(context)
-    linear = isinstance(module, FactorizedLinear)
-
-    def matrix(weight: Tensor) -> Tensor:
-        """Inputs in rows, as the basis and the coefficients of a linear layer are kept."""
-        weight = weight.detach().to(device, torch.float64)
-        return weight if linear else weight.flatten(1).T
-
-    basis, old, target = matrix(module.basis.weight), matrix(module.coefficients), matrix_of(dense, layer)
-    target = target.to(device, torch.float64)
-    outputs = config.update_target == "outputs"
-
-    def fitted(pair: _Pair) -> Tensor:
-        cross = (pair.cross / pair.rows).to(device, torch.float64) if outputs else None
-        return refit_coefficients(basis, target, metric_of((pair.own / pair.rows).to(device)), cross)
-
-    new, step = fitted(halves[0] + halves[1]), 1.0
-    if outputs and min(half.rows for half in halves) > 0:
-        moves = [fitted(half) - old for half in halves]
-        step = _worthwhile(moves, [half.to(device) for half in reversed(halves)], basis, old, target)
-        new = torch.lerp(old, new, step)
-    module.coefficients.copy_((new if linear else new.T).reshape(module.coefficients.shape).to(module.coefficients))
-    return module.coefficients.detach().cpu().clone(), step
+    whole = _Fit.of(sum(halves[1:], start=halves[0]), device)
+    judged = len(halves) > 1
+    fits = [_Fit.of(half, device) for half in halves] if judged and all(half.rows for half in halves) else []
+    for layer in layers:
+        module = compressed.get_submodule(layer.path)
+        assert isinstance(module, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
+        linear = isinstance(module, FactorizedLinear)
+        basis, old = (
+            weight.detach().to(device, torch.float64)
+            if linear
+            else weight.detach().to(device, torch.float64).flatten(1).T
+            for weight in (module.basis.weight, module.coefficients)
+        )
+        target = matrix_of(dense, layer).to(device, torch.float64)
+        new, step = refit_coefficients(basis, target, whole.metric, whole.cross), 1.0
+        if judged:
+            moves = [refit_coefficients(basis, target, fit.metric, fit.cross) - old for fit in fits]
+            step = _worthwhile(moves, halves[::-1], basis, old, target)
+            new = torch.lerp(old, new, step)
+        shaped = (new if linear else new.T).reshape(module.coefficients.shape)
+        module.coefficients.copy_(shaped.to(module.coefficients))
+        yield module.coefficients.detach().cpu().clone(), step
 
 
 def _worthwhile(moves: Sequence[Tensor], judges: Sequence[_Pair], basis: Tensor, old: Tensor, target: Tensor) -> float:
-    """The part of the `moves`, 0 to 1, with the smallest error of the outputs on rows they were not fitted to."""
+    """The part of the `moves`, 0 to 1, with the smallest error of the outputs on rows they were not fitted to.
+
+    0 without moves, and where these rows do not see a difference.
+
+    Args:
+        moves: of the coefficients, float64 [k, d_out] each.
+        judges: of other rows than the move at the same place was fitted to.
+        basis: B [d_in, k].
+        old: the coefficients [k, d_out].
+        target: W [d_in, d_out].
+    """
     gain = size = 0.0
-    for move, judge in zip(moves, judges, strict=True):
-        moment = basis.T @ judge.own @ basis
-        gain += float((move * (basis.T @ (judge.cross @ target) - moment @ old)).sum())
+    for move, judge in zip(moves, judges, strict=bool(moves)):
+        assert judge.cross is not None
+        moment = basis.T @ judge.own.to(basis) @ basis
+        gain += float((move * (basis.T @ (judge.cross.to(basis) @ target) - moment @ old)).sum())
         size += float((move * (moment @ move)).sum())
-    return min(1.0, max(0.0, gain / size)) if size > 0 else 1.0
+    return min(1.0, max(0.0, gain / size)) if size > 0.0 else 0.0

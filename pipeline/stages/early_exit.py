@@ -316,6 +316,9 @@ def _metrics(
     }
 
 
+_ERRORS = 1.64  # standard errors that a difference exceeds one time of 20
+
+
 def _summary(
     model: MultiExit,
     point: OperatingPointResult,
@@ -329,12 +332,12 @@ def _summary(
         f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
         f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
     ]
-    lost, error = metrics["plain_accuracy"] - point.metrics["accuracy"], point.metrics["accuracy_error"]
-    if config.confidence is None and lost + error > config.tolerance:
+    change, error = point.metrics["accuracy"] - metrics["plain_accuracy"], point.metrics["accuracy_error"]
+    if config.confidence is None and _ERRORS * error > config.tolerance:
         notes.append(
-            f"{point.name} loses {lost:.2%} of accuracy on the validation rows that its thresholds were chosen on, "
-            f"with a standard error of {error:.2%}: other rows may lose more than the tolerance of "
-            f"{config.tolerance:.2%}; confidence: 0.95 holds it there too, for more MACs"
+            f"{point.name}: accuracy changes by {change:+.2%} on the validation rows, which the thresholds were chosen "
+            f"on; the standard error is {error:.2%}, too large to hold other rows to the tolerance of "
+            f"{config.tolerance:.2%}: use more of them, or confidence: 0.95, which keeps a margin"
         )
     if model.policy.one_against_rest:
         notes.append(f"the loss of the exits was weighted in the mode {config.exit_loss_mode!r}")

@@ -50,10 +50,11 @@ class ExitSearchConfig(StageConfig):
     """Validation accuracy that the exits may cost, against the same network run to its end (0.005 = half a point)."""
     confidence: float | None = Field(default=None, gt=0.5, lt=1.0)
     """None: the tolerance holds on the validation rows, which the thresholds are chosen on; on other rows the loss is
-    larger, the more so the fewer validation rows there are. 0.95: it holds with so many standard errors of the (paired)
-    difference to spare that other rows keep to it 19 times of 20, if the difference were normal and not chosen."""
+    larger, the more so the fewer validation rows there are. 0.95: it holds with as many standard errors of the paired
+    difference to spare as keep it there 19 times of 20, were the difference normal and not chosen. For `tolerance`
+    alone; budgets do not use it."""
     max_worst_class_drop: float | None = Field(default=None, ge=0.0, le=1.0)
-    """The same limit for the worst class' accuracy; None sets none."""
+    """Like `tolerance`, for the worst class' accuracy, without `confidence`; None sets none."""
     max_wrong_exclusion: float | None = Field(default=None, ge=0.0, le=1.0)
     """Share of the validation rows that may end with their true class excluded; needs a policy that excludes."""
     min_share: float | None = Field(default=None, gt=0.0, lt=1.0)

@@ -204,8 +204,8 @@ class ExclusionTrials:
             parts = []
             for logits in torch.split(self.logits[exit_index], self._chunk):
                 survived = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
-                for bit in (128, 64, 32, 16, 8, 4, 2, 1):
-                    tried = survived + bit
+                for bit in reversed(range(len(self._steps).bit_length())):
+                    tried = survived + 2**bit
                     known = tried <= len(self._steps)
                     beta = self._steps[(tried - 1).clamp_max(len(self._steps) - 1)]
                     excluded = self.policy.decide(logits, beta, None).excluded

@@ -246,6 +246,12 @@ def test_updates_fitted_to_few_rows_do_no_harm_to_others(tmp_path: Path, monkeyp
     model, task = loaded("llama", tmp_path)
     windows = task.splits["calibration"].batch(range(24)).inputs[0]
     few = CausalLM({"calibration": windows[:2]}, WORDS)
+    # one row leaves nothing to judge by, so nothing moves
+    alone = CausalLM({"calibration": windows[:1]}, WORDS)
+    options = {"groups": "readers", "ratio": 0.4}
+    still, moved = (run(model, alone, tmp_path / f"one{n}", **options, updates=n) for n in (0, 2))
+    assert moved.metrics["update_step_largest"] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(still.model.parameters(), moved.model.parameters(), strict=True))
     with torch.no_grad():
         expected = model(windows[8:])
 

@@ -340,8 +340,25 @@ def test_confidence_keeps_the_tolerance_on_rows_that_the_search_has_not_seen() -
             point, *_ = search_thresholds(model, logits, targets, macs_of(2), config, torch.Generator().manual_seed(0))
             lost.append(plain - float(evaluator.evaluate(point.thresholds).accuracy))
         losses[confidence] = lost
+    few = evaluator.sample(torch.arange(1000)).evaluate([0.1, 0.3])
+    again = ExitEvaluator(model.policy, [z[:1000] for z in held], own[:1000], macs_of(2)).evaluate([0.1, 0.3])
+    assert float(few.accuracy_error) == pytest.approx(float(again.accuracy_error) / 20**0.5), (
+        "of all rows, not the sample"
+    )
     assert sum(x > 0.02 for x in losses[None]) >= 4
     assert sum(x > 0.02 for x in losses[0.95]) <= 1
+
+
+@pytest.mark.parametrize("method", ["greedy", "geometric"])
+def test_the_published_searches_keep_the_same_margin(method: str) -> None:
+    logits, targets = data(2, 400, 5, 1)
+    model = network(2, 5, "class_exclusion_softmax")
+    for confidence in (None, 0.95):
+        config = ExitSearchConfig(tolerance=0.02, search=method, confidence=confidence)
+        point, *_ = search_thresholds(model, logits, targets, macs_of(2), config, torch.Generator().manual_seed(0))
+        plain = float((logits[-1].argmax(dim=1) == targets).double().mean())
+        lost = plain - point.metrics["accuracy"] + (1.6448 * point.metrics["accuracy_error"] if confidence else 0.0)
+        assert lost <= 0.02 + 1e-4 and point.metrics["mac_share"] < 1.0
 
 
 def test_wrong_exclusions_can_be_limited() -> None:
