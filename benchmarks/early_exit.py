@@ -2,8 +2,9 @@
 
 For every network: the deepest path against the network without exits, the price per exit, the first exit against the
 same nodes exported alone, a batch of 32 whose rows leave at different exits against the levels run alone with the same
-rows (`compact_vs_ideal`) and against running all rows to the end, and the seconds that exporting six nested exits
-takes, parity at all four optimization levels included. In the table only: the deepest path of the same network with
+rows (`compact_vs_ideal`) and against running all rows to the end, also where an eighth of the rows leaves, all at the
+first exit (`eighth_leaves_ratio`), and the seconds that exporting six nested exits takes, parity at all four optimization
+levels included. In the table only: the deepest path of the same network with
 nested `torch.cond` (`cond_export`), of the split layout, and of the file for any batch at one row.
 
 Weights and inputs are random: thresholds are set so that about a quarter of the rows leaves at each exit. All runs of a
@@ -80,6 +81,7 @@ class Files:
     levels: tuple[tuple[Path, Arrays], ...]
     thresholds: tuple[float, ...]
     left: tuple[int, ...]
+    eighth: tuple[float, ...]
 
 
 def with_exits(name: str, count: int, shape: Sequence[int]) -> MultiExit:
@@ -152,17 +154,17 @@ def values_of(flat: ir.Model, names: Sequence[str], x: NDArray[Any], folder: Pat
     return {name: x if name == "image" else outputs[name] for name in names}
 
 
-def mixing(model: MultiExit, x: Tensor) -> tuple[float, ...]:
-    """Thresholds with which every exit and the end take about as many rows as the others."""
+def mixing(model: MultiExit, x: Tensor, gone_by: Sequence[float]) -> tuple[float, ...]:
+    """Thresholds with which at most these shares of the rows are gone behind each exit, and about as many."""
     with torch.no_grad():
         logits = model.all_logits(x)
     thresholds = torch.full((EXITS,), model.policy.never)
-    for k in range(EXITS):
+    for k in range(len(gone_by)):
         few, many = model.policy.never, model.policy.always
         for _ in range(20):
             thresholds[k] = (few + many) / 2
             gone = float((model.decide(logits, thresholds).exit_index <= k).float().mean())
-            few, many = (few, float(thresholds[k])) if gone > (k + 1) / (EXITS + 1) else (float(thresholds[k]), many)
+            few, many = (few, float(thresholds[k])) if gone > gone_by[k] else (float(thresholds[k]), many)
         thresholds[k] = few
     return tuple(float(t) for t in thresholds)
 
@@ -176,7 +178,7 @@ def export(name: str, shape: Sequence[int], x: Tensor, folder: Path) -> Files:
     single, _ = sink(flat, policies[0], never)
     arrays = x.numpy()
     batched, _ = compact(flat_batched, policies[1], never, [{"image": arrays[:n]} for n in (2, 3)])
-    thresholds = mixing(model, x)
+    thresholds = mixing(model, x, [(k + 1) / (EXITS + 1) for k in range(EXITS)])
     path = saved(batched, folder / "batched.onnx")
     exits = session_on(path, thresholds=thresholds).run({"image": arrays})["exit_index"]
     left = [int((exits >= k).sum()) for k in range(EXITS + 1)]
@@ -201,6 +203,7 @@ def export(name: str, shape: Sequence[int], x: Tensor, folder: Path) -> Files:
         levels=tuple(levels),
         thresholds=thresholds,
         left=tuple(left),
+        eighth=(mixing(model, x, [1 / 8])[0], *never[1:]),
     )
 
 
@@ -310,6 +313,7 @@ def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, thread
         many = timed(
             {
                 "compact": call(files.batched, rows, threads, files.thresholds),
+                "compact, an eighth": call(files.batched, rows, threads, files.eighth),
                 "plain": call(files.plain_batched, rows, threads),
                 **levels,
             },
@@ -324,6 +328,7 @@ def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, thread
         f"{name}.overhead_us_per_exit": figure((one["deepest"].blocks - one["plain"].blocks) / EXITS),
         f"{name}.first_exit_ratio": figure(one["first"].blocks / one["first alone"].blocks),
         f"{name}.compact_vs_ideal": figure(many["compact"].blocks / ideal),
+        f"{name}.eighth_leaves_ratio": figure(many["compact, an eighth"].blocks / many["plain"].blocks),
     }
 
 
