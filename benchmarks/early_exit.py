@@ -3,9 +3,9 @@
 For every network: the deepest path against the network without exits, the price per exit, the first exit against the
 same nodes exported alone, a batch of 32 whose rows leave at different exits against the levels run alone with the same
 rows (`compact_vs_ideal`) and against running all rows to the end, also where an eighth of the rows leaves, all at the
-first exit (`eighth_leaves_ratio`), and the seconds that exporting six nested exits takes, parity at all four optimization
-levels included. In the table only: the deepest path of the same network with
-nested `torch.cond` (`cond_export`), of the split layout, and of the file for any batch at one row.
+first exit (`eighth_leaves_ratio`), and the seconds that exporting six nested exits takes, parity at all four
+optimization levels included. In the table only: the deepest path of the same network with nested `torch.cond`
+(`cond_export`), of the split layout, and of the file for any batch at one row.
 
 Weights and inputs are random: thresholds are set so that about a quarter of the rows leaves at each exit. All runs of a
 comparison are interleaved, in blocks of random order. A figure is the median over the blocks; beside it the table has
