@@ -62,7 +62,8 @@ class BasisSharingConfig(StageConfig):
     """Coefficients from each layer's own inputs, or from the group's (the published method)."""
     updates: int = Field(default=0, ge=0)
     """Coefficients are fitted once more to the inputs that the compressed model itself gives: in so many passes, each
-    over the next part of the layers, so that later ones see the earlier ones updated. 0: never, 1: all at once."""
+    over the next part of the layers, so that later ones see the earlier ones updated. 0: never, 1: all at once. On a
+    language model it helped at 20 % and did harm at 50 %: compare."""
     update_target: Literal["outputs", "weights"] = "outputs"
     """What an update fits: the outputs of the model as it was, or its weights on the new inputs (the published one)."""
     align: int | None = Field(default=None, ge=1)
