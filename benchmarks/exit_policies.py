@@ -29,14 +29,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from edgewright.models.layers.exit_policies import policy_named
-from edgewright.pipeline.stages.exit_limits import Limits
+from edgewright.pipeline.stages.exit_limits import Limits, standard_errors
 from edgewright.pipeline.stages.exit_search import ThresholdSearch
 from edgewright.pipeline.stages.exit_trials import ExitEvaluator
 
@@ -49,7 +48,7 @@ TOLERANCE = 0.005
 CONFIDENCE = 0.95
 POINTS: Mapping[str, Limits] = {
     **{str(budget): Limits(budget=budget) for budget in BUDGETS},
-    "confident": Limits(errors=NormalDist().inv_cdf(CONFIDENCE)),
+    "confident": Limits(errors=standard_errors(CONFIDENCE)),
     "tolerance": Limits(),
 }
 """What is searched for; the accuracy of the last two is that of the network's own end less `TOLERANCE`."""

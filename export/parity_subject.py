@@ -27,7 +27,7 @@ _KNOWN_BYTES = 2**28
 """Most bytes of logits that a `Subject` remembers."""
 
 
-def cannot_run(runner: Runner, rows: int, thresholds: Sequence[float] | None, error: Exception) -> ParityError:
+def _cannot_run(runner: Runner, rows: int, thresholds: Sequence[float] | None, error: Exception) -> ParityError:
     """What to raise where ONNX Runtime fails in a file that was just exported.
 
     Args:
@@ -151,7 +151,7 @@ class Subject:
         run side by side as PyTorch has threads; each on one thread, so that its bytes do not depend on their number.
 
         Raises:
-            ParityError: ONNX Runtime fails where PyTorch does not.
+            ParityError: ONNX Runtime cannot run the rows.
         """
         runner, feeds = runner or self.runner, self.feeds(inputs)
         rows = len(inputs[0])
@@ -167,7 +167,7 @@ class Subject:
             except (InputError, MemoryError):
                 raise
             except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
-                raise cannot_run(runner, len(next(iter(part.values()))), thresholds, error) from error
+                raise _cannot_run(runner, len(next(iter(part.values()))), thresholds, error) from error
 
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             answers = list(pool.map(answer, parts))

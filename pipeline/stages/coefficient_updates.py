@@ -138,23 +138,25 @@ def _pairs(
     """Moments by `Layer.input_key`, of every half; of two both kinds, from running both models side by side."""
     first = {layer.input_key: layer for layer in reversed(layers)}
     crossed = halves > 1
+    models = (compressed, dense) if crossed else (compressed,)
     pairs: dict[object, list[_Pair]] = {
         key: [_Pair.empty(layer.fan_in, crossed) for _ in range(halves)] for key, layer in first.items()
     }
     for number, (half, batch) in enumerate(batches):
-        after = _inputs(compressed, list(first.values()), batch)
-        before = _inputs(dense, list(first.values()), batch) if crossed else after
+        sides = [_inputs(model, list(first.values()), batch) for model in models]
         for key, layer in first.items():
             module, pair = dense.get_submodule(layer.path), pairs[key][half]
             # the same rows of both
-            chosen = [context.generator("update rows", layer.path, number) for _ in range(2)]
-            old = input_rows(module, before[layer.path], share, chosen[0])
-            new = input_rows(module, after[layer.path], share, chosen[1])
-            for (x, _), (drifted, _) in zip(old, new, strict=True):
+            streams = [
+                input_rows(module, side[layer.path], share, context.generator("update rows", layer.path, number))
+                for side in sides
+            ]
+            for (drifted, _), *others in zip(*streams, strict=True):
                 pair.own += (drifted.T @ drifted).to(pair.own)
-                if pair.cross is not None:
+                pair.rows += len(drifted)
+                for x, _ in others:
+                    assert pair.cross is not None
                     pair.cross += (drifted.T @ x).to(pair.cross)
-                pair.rows += len(x)
             if not bool(torch.isfinite(pair.own).all()):
                 raise StageError(
                     f"the input of layer {layer.path!r} in the compressed model is not finite: lower ratio, or leave "
@@ -208,12 +210,8 @@ def _refitted(
         module = compressed.get_submodule(layer.path)
         assert isinstance(module, FactorizedLinear | FactorizedConv1d | FactorizedConv2d)
         linear = isinstance(module, FactorizedLinear)
-        basis, old = (
-            weight.detach().to(device, torch.float64)
-            if linear
-            else weight.detach().to(device, torch.float64).flatten(1).T
-            for weight in (module.basis.weight, module.coefficients)
-        )
+        weights = [w.detach().to(device, torch.float64) for w in (module.basis.weight, module.coefficients)]
+        basis, old = weights if linear else [w.flatten(1).T for w in weights]
         target = matrix_of(dense, layer).to(device, torch.float64)
         new, step = refit_coefficients(basis, target, whole.metric, whole.cross), 1.0
         if judged:

@@ -24,7 +24,7 @@ from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Split, Task, batches, check_classes, split_of
 from .exit_auto import boundaries, choose_subset
 from .exit_config import DEFAULT_SHARES, EarlyExitConfig
-from .exit_limits import ExitSearchConfig
+from .exit_limits import ExitSearchConfig, standard_errors
 from .exit_placement import Place, choose_places, exit_macs
 from .exit_search import OperatingPointResult, default_limits, search_thresholds
 from .exit_training import train_heads, train_jointly
@@ -316,9 +316,6 @@ def _metrics(
     }
 
 
-_ERRORS = 1.64  # standard errors that a difference exceeds one time of 20
-
-
 def _summary(
     model: MultiExit,
     point: OperatingPointResult,
@@ -333,7 +330,7 @@ def _summary(
         f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
     ]
     change, error = point.metrics["accuracy"] - metrics["plain_accuracy"], point.metrics["accuracy_error"]
-    if config.confidence is None and _ERRORS * error > config.tolerance:
+    if config.confidence is None and standard_errors(0.95) * error > config.tolerance:
         notes.append(
             f"{point.name}: accuracy changes by {change:+.2%} on the validation rows, which the thresholds were chosen "
             f"on; the standard error is {error:.2%}, too large to hold other rows to the tolerance of "

@@ -32,17 +32,20 @@ class ConfidenceTrials:
         policy: without memory (`ExitPolicy.excludes` is False).
         logits: K + 1 tensors float [N, C].
         targets: int64 [N].
+        at_the_end: bool [N], right where no row leaves early.
     """
 
-    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor) -> None:
+    def __init__(self, policy: ExitPolicy, logits: Sequence[Tensor], targets: Tensor, at_the_end: Tensor) -> None:
         self.policy, self.logits = policy, logits
         self.exits = len(logits) - 1
         self.rows, self.classes = logits[0].shape
         self._chunk = max(1, _ELEMENTS_PER_DECISION // self.classes)
         # rows in the order of their classes, so that the right ones of a class are the sum of a stretch
         self._order = torch.argsort(targets, stable=True)
-        self.present, self._starts = np.unique(targets[self._order].cpu().numpy(), return_index=True)
-        self.right = [self._answers(i) == targets[self._order].cpu().numpy() for i in range(len(logits))]
+        ordered: NDArray[np.int64] = targets[self._order].cpu().numpy()
+        self.present, self._starts = np.unique(ordered, return_index=True)
+        self.right = [self._answers(i) == ordered for i in range(self.exits)]
+        self.right.append(at_the_end[self._order].cpu().numpy())
         self._sets: OrderedDict[tuple[int, float], Rows] = OrderedDict()
         self._remember = max(1, _REMEMBERED_BYTES // max(1, self.rows))
 
@@ -70,15 +73,12 @@ class ConfidenceTrials:
         hits[:, self.present] = np.add.reduceat(right.view(np.uint8), self._starts, axis=1, dtype=np.int64)
         return hits, leaving, np.count_nonzero(right != self.right[-1], axis=1)
 
-    def _answers(self, head: int) -> NDArray[np.int64]:
-        """What each row's label would be there, int64 [N], in order."""
+    def _answers(self, exit_index: int) -> NDArray[np.int64]:
+        """What each row's label would be there, int64 [N], in order; it does not depend on the threshold."""
         parts = []
         for rows in torch.split(self._order, self._chunk):
-            logits = self.logits[head][rows]
-            if head == self.exits:
-                scores = self.policy.finish(logits, None)
-            else:  # the scores of a policy without memory do not depend on the threshold
-                scores = self.policy.decide(logits, torch.tensor(self.policy.never, device=logits.device), None).scores
+            logits = self.logits[exit_index][rows]
+            scores = self.policy.decide(logits, torch.tensor(self.policy.never, device=logits.device), None).scores
             parts.append(scores.argmax(dim=1).cpu())
         answers: NDArray[np.int64] = torch.cat(parts).numpy()
         return answers

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
 from ..stage import Json
-from .exit_limits import ExitSearchConfig, Limits, budget_name
+from .exit_limits import ExitSearchConfig, Limits, budget_name, standard_errors
 from .exit_published import geometric, geometric_schedules, greedy
 from .exit_trials import ExitEvaluator, Trials, candidate_thresholds
 
@@ -103,7 +102,7 @@ def default_limits(everything: ExitEvaluator, config: ExitSearchConfig, multiple
     drop = config.max_worst_class_drop
     return Limits(
         accuracy=float(plain.accuracy[0]) - multiple * config.tolerance,
-        errors=0.0 if config.confidence is None else NormalDist().inv_cdf(config.confidence),
+        errors=standard_errors(config.confidence),
         worst_class=None if drop is None else float(plain.worst_class_accuracy[0]) - multiple * drop,
         min_share=config.min_share,
         wrong_exclusion=config.max_wrong_exclusion,

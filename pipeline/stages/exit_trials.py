@@ -100,7 +100,7 @@ class ExitEvaluator:
                 policy, self.logits, self.targets, self.at_the_end, candidate_thresholds(policy)
             )
         elif not policy.excludes:
-            self.fast = ConfidenceTrials(policy, self.logits, self.targets)
+            self.fast = ConfidenceTrials(policy, self.logits, self.targets, self.at_the_end)
 
     def sample(self, rows: Tensor) -> ExitEvaluator:
         """The same for some of the rows, int64 [n]; standard errors are those of all rows."""
