@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .exit_latency import latency_table
     from .golden import read_golden, write_golden
     from .interleave import Contender, Interleaved, interleaved
+    from .latency_record import record_latency
     from .manifest import GoldenCase, Manifest
     from .providers import Placement, ProviderFallbackWarning
     from .runner import Prediction, Runner
@@ -71,6 +72,7 @@ _WHERE = {
     "open_bundle": "bundle",
     "pack_zip": "bundle",
     "read_golden": "golden",
+    "record_latency": "latency_record",
     "session_on": "session",
     "verify": "verification",
     "write_golden": "golden",
@@ -111,6 +113,7 @@ __all__ = [
     "open_bundle",
     "pack_zip",
     "read_golden",
+    "record_latency",
     "session_on",
     "verify",
     "write_golden",

@@ -145,7 +145,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
         made[name] = commands.add_parser(
             name, parents=parents.get(name, [common, session, exits, layout]), help=what, description=what
         )
-        made[name].set_defaults(command=run[name], bundle=None, samples_file=None)
+        made[name].set_defaults(command=run[name], bundle=None, samples_file=None, record=None)
         if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
     add_arguments(made["generate"])
@@ -154,6 +154,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     for measuring in (bench, table):
         measuring.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
         measuring.add_argument("--seed", type=int, default=0, help="of the order of the inputs")
+    table.add_argument(
+        "--record",
+        metavar="OUT",
+        type=Path,
+        help="also write a bundle, a folder or .zip, whose manifest says what was measured here",
+    )
     table.add_argument("--blocks", type=int, default=40, metavar="N", help="default 40")
     table.add_argument("--block-runs", type=int, default=5, metavar="N", help="of every exit in a block; default 5")
     bench.add_argument("--min-seconds", type=float, default=3.0, metavar="S", help="default 3")
@@ -228,19 +234,26 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _latency_table(options: argparse.Namespace) -> int:
+    from .bundle import open_bundle
     from .exit_latency import latency_table, latency_table_text
+    from .latency_record import check_record_target, record_latency
 
-    table = latency_table(
-        options.bundle,
-        **_session(options),
-        layout=options.layout,
-        inputs=options.inputs,
-        blocks=options.blocks,
-        block_runs=options.block_runs,
-        seed=options.seed,
-    )
-    print(latency_table_text(table))
-    _write_json(options.json, table)
+    if options.record is not None:
+        check_record_target(options.record)
+    with open_bundle(options.bundle) as bundle:
+        table = latency_table(
+            bundle,
+            **_session(options),
+            layout=options.layout,
+            inputs=options.inputs,
+            blocks=options.blocks,
+            block_runs=options.block_runs,
+            seed=options.seed,
+        )
+        print(latency_table_text(table))
+        _write_json(options.json, table)
+        if options.record is not None:
+            record_latency(bundle, [table], options.record)
     return 0
 
 
@@ -351,7 +364,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
     Raises:
         InputError: a folder that does not exist, or a place inside the bundle, which would be altered by it.
     """
-    for path in filter(None, (options.json, options.samples_file)):
+    for path in filter(None, (options.json, options.samples_file, options.record)):
         folder = path.resolve().parent
         if not folder.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {folder}")

@@ -22,6 +22,7 @@ def check_consistency(manifest: Manifest) -> None:
     _check_exits(manifest)
     _check_preprocessing(manifest)
     _check_split(manifest)
+    _check_measured(manifest)
 
 
 def threshold_out_of_range(policy: PolicySpec, value: float) -> str | None:
@@ -118,6 +119,21 @@ def _check_split(manifest: Manifest) -> None:
     for name, axis in split.row_axes.items():
         if axis < 0:
             raise _contradiction(f"split says that the rows of {name!r} lie in axis {axis}")
+
+
+def _check_measured(manifest: Manifest) -> None:
+    for entry in manifest.measured:
+        counts = {f"exits_us.{layout}": len(values) for layout, values in entry.exits_us.items()}
+        if entry.split_over_file:
+            counts["split_over_file"] = len(entry.split_over_file)
+        for name, count in counts.items():
+            if count != len(manifest.exits):
+                raise _contradiction(
+                    f"measured on {entry.device!r}: {name} has {count} numbers for {len(manifest.exits)} exits"
+                )
+    twice = [name for name, count in Counter(entry.device for entry in manifest.measured).items() if count > 1]
+    if twice:
+        raise _contradiction(f"measured names {twice[0]!r} twice")
 
 
 def _contradiction(what: str) -> BundleError:

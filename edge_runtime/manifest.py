@@ -18,16 +18,13 @@ Standard library only. Everything here is plain data:
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BundleError
+from .typed_json import strict_json, typed
 
 SCHEMA_VERSION = 1
 
@@ -264,6 +261,28 @@ class SplitSpec:
 
 
 @dataclass(frozen=True)
+class SplitRatio:
+    """Time of the split layout over that of ``model.onnx``, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    verdict: str
+    """``"faster"`` or ``"slower"``: so is the split layout; ``"inconclusive"``: the interval reaches too near 1."""
+
+
+@dataclass(frozen=True)
+class DeviceLatency:
+    """What a row costs on one device that leaves at each exit, the network's end last; from `latency_table`."""
+
+    device: str
+    exits_us: Mapping[str, tuple[float, ...]]
+    """layout, ``"file"`` or ``"split"`` -> microseconds by exit."""
+    split_over_file: tuple[SplitRatio, ...] = ()
+    """by exit; empty without a split layout."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a device needs to know about a bundle, and everything a reader needs to trust it."""
 
@@ -292,6 +311,8 @@ class Manifest:
     """decisions worth knowing, e.g. why a simplifier's result was not kept."""
     split: SplitSpec | None = None
     """the levels as files of their own, if the export was asked for them."""
+    measured: tuple[DeviceLatency, ...] = ()
+    """what devices measured and `record_latency` wrote here; empty as exported: two exports are the same bytes."""
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -308,9 +329,7 @@ class Manifest:
                 wrong type.
         """
         try:
-            data = json.loads(
-                text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_doubles
-            )
+            data = strict_json(text)
         except (ValueError, RecursionError) as error:
             raise BundleError(
                 f"{MANIFEST_FILE} is not JSON ({error}); the bundle is damaged: export it again"
@@ -323,7 +342,7 @@ class Manifest:
                 f"{MANIFEST_FILE} has schema_version {version!r}, this runtime reads {SCHEMA_VERSION}: "
                 "use the edge_runtime.pyz that lies in the bundle, or export again"
             )
-        return _typed(cls, data, MANIFEST_FILE)  # type: ignore[no-any-return]
+        return typed(cls, data, MANIFEST_FILE)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -342,82 +361,3 @@ class GoldenCase:
     reference: Mapping[str, Any]
     thresholds: Any | None = None
     margin: Any | None = None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):  # 1e999 is JSON, and would make any tolerance meaningless
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    data = dict(pairs)
-    if len(data) != len(pairs):  # readers differ in which one they take
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise ValueError(f"the key {twice!r} stands twice")
-    return data
-
-
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """Turns JSON data into the annotated type, refusing everything that does not fit it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _typed_union(arguments, value, where)
-    if dataclasses.is_dataclass(kind):
-        return _typed_dataclass(kind, value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _misfit(where, "a list", value)
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_typed(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-        if len(arguments) != len(value):
-            raise _misfit(where, f"{len(arguments)} items", value)
-        return tuple(_typed(k, item, f"{where}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True)))
-    if origin is not None and issubclass(origin, Mapping):
-        if not isinstance(value, dict):
-            raise _misfit(where, "an object", value)
-        return {key: _typed(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is type(None):
-        kind = types.NoneType
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise _misfit(where, kind.__name__, value)
-    return value
-
-
-def _typed_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    for kind in kinds:
-        try:
-            return _typed(kind, value, where)
-        except BundleError:
-            continue
-    raise _misfit(where, " or ".join(getattr(k, "__name__", str(k)) for k in kinds), value)
-
-
-def _typed_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _misfit(where, "an object", value)
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise BundleError(f"{where} has the unknown field {key!r}{hint}")
-    for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in value:
-            raise BundleError(f"{where} lacks the field {name!r}; the bundle is damaged: export it again")
-    return kind(**{key: _typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def _misfit(where: str, wanted: str, value: Any) -> BundleError:
-    return BundleError(f"{where} should be {wanted} and is {value!r:.80}; the bundle is damaged: export it again")

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 import edgewright.edge_runtime as edge_runtime
-from edgewright.edge_runtime import InputError, cli, pack_zip, write_manifest, write_runtime_archive
+from edgewright.edge_runtime import InputError, cli, open_bundle, pack_zip, write_manifest, write_runtime_archive
 from edgewright.edge_runtime.errors import EdgewrightError
 
 SOURCE = Path(edge_runtime.__file__).parents[2]
@@ -230,10 +230,18 @@ def test_every_command_takes_an_operating_point_by_either_option(bundle: Path, t
 
 def test_latency_table(bundle: Path, flat_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["latency-table", str(bundle), "--threads", "1", "--blocks", "3", "--block-runs", "2"]
-    assert cli.main([*command, "--json", str(tmp_path / "table.json")]) == 0
+    out = tmp_path / "measured.zip"
+    assert cli.main([*command, "--json", str(tmp_path / "table.json"), "--record", str(out)]) == 0
     table = json.loads((tmp_path / "table.json").read_text())
     assert len(table["exits"]) == 3 and min(table["exits"]) > 0 and table["split_over_file"] is None
     assert table["exit_names"] == ["body0", "body1", "final"] and table["device"] in capsys.readouterr().out
+    with open_bundle(out) as recorded:
+        (entry,) = recorded.manifest.measured
+    assert entry.exits_us == {"file": tuple(table["exits"])} and entry.device == table["device"]
+    assert cli.main([*command, "--record", str(out)]) == InputError.exit_code
+    assert "it exists" in capsys.readouterr().err
+    assert cli.main([*command, "--record", str(bundle / "b")]) == InputError.exit_code
+    assert "immutable" in capsys.readouterr().err
     assert cli.main(["latency-table", str(flat_bundle)]) == InputError.exit_code
     assert "no early exits" in capsys.readouterr().err
 

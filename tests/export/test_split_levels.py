@@ -14,7 +14,15 @@ from exported import share_conv_bases, with_exits
 from sequences import sequence_model
 from tiny import CLASSES
 
-from edgewright.edge_runtime import latency_table, load, open_bundle, session_on, verify, write_manifest
+from edgewright.edge_runtime import (
+    latency_table,
+    load,
+    open_bundle,
+    record_latency,
+    session_on,
+    verify,
+    write_manifest,
+)
 from edgewright.edge_runtime.consistency import check_consistency
 from edgewright.edge_runtime.errors import BundleError, InputError, ParityError
 from edgewright.edge_runtime.exit_latency import latency_table_text
@@ -184,6 +192,43 @@ def test_the_latency_table_says_for_every_exit_what_a_row_costs_and_which_layout
     assert [set(ratio) >= {"value", "low", "high", "verdict"} for ratio in table["split_over_file"]] == [True] * 3
     json.dumps(table, allow_nan=False)
     assert latency_table_text(table).count("split is") == 3
+
+    before = (path / "manifest.json").read_bytes()
+    record_latency(path, [table], tmp_path / "measured")
+    with open_bundle(tmp_path / "measured") as bundle:
+        (entry,) = bundle.manifest.measured
+        assert entry.device == table["device"]
+        assert entry.exits_us["file"] == tuple(table["layouts"]["file"]["exits"])
+        assert [r.verdict for r in entry.split_over_file] == [r["verdict"] for r in table["split_over_file"]]
+        with open_bundle(path) as old:
+            assert not old.manifest.measured
+            assert bundle.manifest == dataclasses.replace(
+                old.manifest, measured=(entry,), files={**old.manifest.files, **_runtime(bundle)}
+            )
+        with pytest.raises(InputError, match="was measured on another bundle"):
+            record_latency(bundle, [table], tmp_path / "again")
+        again = {**table, "bundle_sha256": bundle.sha256}
+        other = {**again, "device": "a board", "split_over_file": None}
+        record_latency(bundle, [again, other], tmp_path / "two.zip")
+    with open_bundle(tmp_path / "two.zip") as bundle:
+        assert [e.device for e in bundle.manifest.measured] == [table["device"], "a board"], (
+            "a device stands there once"
+        )
+        short = dataclasses.replace(entry, exits_us={"file": (1.0, 2.0)})
+        with pytest.raises(BundleError, match=r"exits_us\.file has 2 numbers for 3 exits"):
+            check_consistency(dataclasses.replace(bundle.manifest, measured=(short,)))
+        with pytest.raises(BundleError, match=r"measured names .* twice"):
+            check_consistency(dataclasses.replace(bundle.manifest, measured=(entry, entry)))
+    assert verify(tmp_path / "two.zip", layout="split").passed
+    for out in (tmp_path / "measured", tmp_path / "none" / "b", path / "b"):
+        with pytest.raises(InputError, match="cannot write"):
+            record_latency(path, [table], out)
+    assert (path / "manifest.json").read_bytes() == before
+    assert not list(tmp_path.glob(".*")), "nothing half written is left"
+
+
+def _runtime(bundle):
+    return {name: entry for name, entry in bundle.manifest.files.items() if name == "edge_runtime.pyz"}
 
 
 def test_a_bundle_without_the_files_says_how_to_get_them(exported):
