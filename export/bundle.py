@@ -126,7 +126,7 @@ def export_bundle(
             final, more = _final_graph(model, flat, options, batch, source, chosen)
             _write_metadata(final, source, model)
             with writing(target):
-                save_model(flat, flat_path, external_above)
+                save_model(flat, flat_path, external_above=0)
                 save_model(final, work / MODEL_FILE, external_above)
             check_file(work / MODEL_FILE)
             runtime = optimized(work / MODEL_FILE)

@@ -50,8 +50,9 @@ def _initializers(model: ir.Model) -> Iterator[tuple[str, ir.Value, ir.TensorPro
 
 
 def _digest(tensor: ir.TensorProtocol) -> str:
-    head = f"{tensor.dtype.name}{list(tensor.shape)}".encode()
-    return hashlib.sha256(head + tensor.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{tensor.dtype.name}{list(tensor.shape)}".encode())
+    digest.update(tensor.tobytes())
+    return digest.hexdigest()
 
 
 def stored_bytes(model: ir.Model) -> int:
@@ -115,11 +116,14 @@ def sharing_in_file(model: ir.Model, torch_model: nn.Module, copies: bool = Fals
         torch_model: says what is shared.
         copies: a basis may lie in several of the nested graphs, once in each.
     """
+    bases = shared_bases(torch_model)
+    if not bases:
+        return {}  # before all weights are hashed
     owned = set(torch_model.state_dict())
     found = {}
     everything = [(path, value, _digest(tensor)) for path, value, tensor in _initializers(model)]
     nodes = list(model.graph.all_nodes())
-    for name, modules in shared_bases(torch_model).items():
+    for name, modules in bases.items():
         contents = {digest for _, value, digest in everything if value.name == name or is_level_copy(value, name)}
         # another parameter may happen to hold the same numbers; whatever else does is a copy
         holders = [(path, v) for path, v, digest in everything if digest in contents and v.name not in owned - {name}]

@@ -17,7 +17,7 @@ def main() -> None:
 
         model = onnx_ir.load(source)
         onnxscript.optimizer.optimize(model)
-        save_model(model, Path(target))
+        save_model(model, Path(target), external_above=0)
     elif method == "onnxsim":
         import onnx
         import onnxsim

@@ -64,7 +64,7 @@ def simplify(
     label = method if command is None else "custom simplifier"
     with tempfile.TemporaryDirectory(prefix="edgewright-simplify-") as folder:
         source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
-        save_model(model, source)
+        save_model(model, source, external_above=0)
         arguments = (command or _command(method))(source, target)
         reason = _run(arguments, target, timeout)
         if reason is None:
