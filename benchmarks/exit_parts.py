@@ -6,7 +6,9 @@ nodes, the network's own ("network": the same arithmetic in colder memory) less 
 The profile sees kernels only. What it does not see, between nodes and at the beginning and the end of every branch, is
 the difference to the whole price, which is measured without a profile.
 
-Figures under "unplanned" are of the same file in a session without ONNX Runtime's memory plan for each graph.
+Figures under "planned" are of the same file in a session with ONNX Runtime's memory plan for each graph, which
+`edge_runtime` switches off for files with branches. Those under "bare" are of the same branches without heads or
+policies, told from outside that no row leaves: no policy can be cheaper.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -47,6 +51,27 @@ def opened(path: Path, planned: bool | None, profile: Path | None = None) -> onn
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def bare(path: Path, to: Path) -> Path:
+    """The file at `path` without heads and policies: an input `leave` decides, and the network's end is what it was."""
+    model = ir.load(path)
+    leave = ir.Value(name="leave", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
+    model.graph.inputs.append(leave)
+    for node in list(model.graph.all_nodes()):
+        if node.op_type == "If":
+            node.replace_input_with(0, leave)
+            then = list(node.attributes["then_branch"].as_graph())
+            for reader in then:  # what a row that leaves is told would keep the policy
+                own = [value for value in reader.inputs if value is not None and value.producer() in then]
+                for i, value in enumerate(reader.inputs):
+                    if value is not None and value.producer() not in then:
+                        reader.replace_input_with(i, own[0])
+        elif node.name == "exits.final/Add":
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+    for _ in range(EXITS + 1):  # what a removed branch read can be removed in the next turn
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+    return saved(model, to)
 
 
 def kernel_times(session: onnxruntime.InferenceSession, runs: int) -> Parts:
@@ -90,10 +115,14 @@ def measure(name: str, seconds: float) -> Mapping[str, Figure]:
             "plain": saved(flat_of(model.base, x, False), folder / "plain.onnx"),
             "exits": saved(sink(flat, policy, [model.policy.never] * EXITS)[0], folder / "exits.onnx"),
         }
+        files["bare"] = bare(files["exits"], folder / "bare.onnx")
         feeds: dict[str, NDArray[Any]] = {"image": x.numpy()}
-        kinds = {"plain": ("plain", None), "exits": ("exits", None), "unplanned": ("exits", False)}
+        stay = {**feeds, "leave": np.asarray(False)}
+        kinds = {"plain": ("plain", None), "exits": ("exits", None), "planned": ("exits", True)}
         quiet = {kind: opened(files[file], planned) for kind, (file, planned) in kinds.items()}
-        whole = timed({kind: lambda s=s: s.run(None, feeds) for kind, s in quiet.items()}, 60, seconds)
+        calls = {kind: lambda s=s: s.run(None, feeds) for kind, s in quiet.items()}
+        without = opened(files["bare"], None)
+        whole = timed({**calls, "bare": lambda: without.run(None, stay)}, 60, seconds)
         sessions = {kind: opened(files[file], planned, folder / kind) for kind, (file, planned) in kinds.items()}
         # a profile has room for a million events
         runs = 4 * min(250, max(10, int(seconds * 1e6 / 12 / np.median(whole["exits"].blocks))))
@@ -103,13 +132,14 @@ def measure(name: str, seconds: float) -> Mapping[str, Figure]:
                     session.run(None, feeds)
         times = {kind: kernel_times(session, runs) for kind, session in sessions.items()}
     figures = {}
-    for kind, prefix in (("exits", name), ("unplanned", f"{name}.unplanned")):
+    for kind, prefix in (("exits", name), ("planned", f"{name}.planned")):
         for part, (time, count) in sorted(times[kind].items()):
             before, known = times["plain"].get(part, (0.0, 0))
             print(f"{prefix}: {part}, {count - known} more nodes for {EXITS} exits")
             price = (time - before) / EXITS
             figures[f"{prefix}.{part}_us"] = Figure(price, price, price)
         figures[f"{prefix}.whole_us"] = figure((whole[kind].blocks - whole["plain"].blocks) / EXITS)
+    figures[f"{name}.bare.whole_us"] = figure((whole["bare"].blocks - whole["plain"].blocks) / EXITS)
     table(name, whole, "plain")
     return figures
 

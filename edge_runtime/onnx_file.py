@@ -1,4 +1,4 @@
-"""Setting the thresholds inside an ONNX file's bytes, with the standard library alone.
+"""Setting the thresholds inside an ONNX file's bytes, and seeing whether it branches, with the standard library alone.
 
 ``SessionOptions.add_initializer`` looks like the door for this and is a trap: ONNX Runtime 1.31 puts the
 value in only after the graph was optimized. If an operator reads the thresholds together with constants
@@ -12,6 +12,7 @@ The format is protobuf: every field is a varint key ``number << 3 | wire type`` 
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from .errors import InputError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MODEL_GRAPH, _GRAPH_INITIALIZER = 7, 5
+_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER, _NODE_OPERATOR = 7, 1, 5, 4
 _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DATA_LOCATION = 1, 2, 4, 8, 9, 14
 _FLOAT = 1
 
@@ -49,6 +50,24 @@ def with_vector(path: str | os.PathLike[str], name: str, values: Sequence[float]
     except (IndexError, struct.error):
         raise InputError(f"{path} is damaged or no ONNX file") from None
     return bytes(data)
+
+
+def has_branches(path: str | os.PathLike[str]) -> bool:
+    """Whether the main graph of a model has an `If`; reads no weights. False for what is no ONNX file."""
+    try:
+        with Path(path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            for number, wire, start, end, _ in _fields(data, 0, len(data)):
+                if (number, wire) != (_MODEL_GRAPH, _BYTES):
+                    continue
+                for inner, inner_wire, first, last, _ in _fields(data, start, end):
+                    if (inner, inner_wire) == (_GRAPH_NODE, _BYTES) and any(
+                        field[:2] == (_NODE_OPERATOR, _BYTES) and data[field[2] : field[3]] == b"If"
+                        for field in _fields(data, first, last)
+                    ):
+                        return True
+    except (IndexError, ValueError, OSError):  # an empty file cannot be mapped; ONNX Runtime says what is wrong
+        return False
+    return False
 
 
 def _initializer(data: bytearray, name: bytes) -> list[Field] | None:
@@ -93,7 +112,7 @@ def _dims(data: bytearray, tensor: list[Field]) -> list[int]:
     return shape
 
 
-def _fields(data: bytearray, position: int, end: int) -> Iterator[Field]:
+def _fields(data: bytearray | mmap.mmap, position: int, end: int) -> Iterator[Field]:
     while position < end:
         key, position = _varint(data, position)
         number, wire, value = key >> 3, key & 7, 0
@@ -112,7 +131,7 @@ def _fields(data: bytearray, position: int, end: int) -> Iterator[Field]:
         yield number, wire, start, position, value
 
 
-def _varint(data: bytearray, position: int) -> tuple[int, int]:
+def _varint(data: bytearray | mmap.mmap, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[position]

@@ -19,7 +19,7 @@ from .consistency import threshold_out_of_range
 from .errors import BundleError, InputError
 from .feeds import specs_of
 from .manifest import MODEL_FILE, THRESHOLDS, Manifest
-from .onnx_file import with_vector
+from .onnx_file import has_branches, with_vector
 from .providers import (
     CPU,
     Placement,
@@ -236,6 +236,10 @@ def _opened(
     if one_of_many:
         # threads that wait for more work of a finished level would take the processor from the next
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if usable == [CPU] and has_branches(path):
+        # A planned graph holds its memory while its branches run, which then compute where the caches have nothing:
+        # without the plan the way through all branches takes 0 to 2 % less time, and batches 1 to 2 %.
+        options.enable_mem_pattern = False
     if optimized_path is not None:
         options.optimized_model_filepath = os.fspath(optimized_path)
     values: tuple[float, ...] | None = None

@@ -21,7 +21,7 @@ from edgewright.edge_runtime import (
     session_on,
 )
 from edgewright.edge_runtime import providers as providers_module
-from edgewright.edge_runtime.onnx_file import with_vector
+from edgewright.edge_runtime.onnx_file import has_branches, with_vector
 from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.edge_runtime.providers import CPU, Placement, placement_of, provider_names, session_providers
 
@@ -300,6 +300,18 @@ def test_thresholds_for_a_model_without_exits(flat_bundle: Path) -> None:
         load(flat_bundle, thresholds=[0.5])
     with pytest.raises(InputError, match="no initializer 'thresholds'"):
         session_on(flat_bundle / "model.onnx", thresholds=[0.5])
+
+
+def test_a_file_with_branches_has_no_memory_plan(bundle: Path, flat_bundle: Path, tmp_path: Path) -> None:
+    for path, branches in ((bundle, True), (flat_bundle, False)):
+        assert has_branches(path / "model.onnx") is branches
+        with load(path) as runner:
+            assert runner.session.get_session_options().enable_mem_pattern is not branches
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "text.onnx").write_bytes(b"no model at all")
+    (tmp_path / "cut.onnx").write_bytes((bundle / "model.onnx").read_bytes()[:100])
+    for name in ("empty", "text", "cut", "none"):
+        assert not has_branches(tmp_path / f"{name}.onnx")
 
 
 def test_setting_a_vector_in_a_file(bundle: Path, tmp_path: Path) -> None:
