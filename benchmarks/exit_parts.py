@@ -54,7 +54,7 @@ def opened(path: Path, planned: bool | None, profile: Path | None = None) -> onn
 
 
 def bare(path: Path, to: Path) -> Path:
-    """The file at `path` without heads and policies: an input `leave` decides, and the network's end is what it was."""
+    """The file at `path` without heads and policies: an input `leave` takes every decision."""
     model = ir.load(path)
     leave = ir.Value(name="leave", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))
     model.graph.inputs.append(leave)
@@ -62,7 +62,7 @@ def bare(path: Path, to: Path) -> Path:
         if node.op_type == "If":
             node.replace_input_with(0, leave)
             then = list(node.attributes["then_branch"].as_graph())
-            for reader in then:  # what a row that leaves is told would keep the policy
+            for reader in then:  # it returns values of the policy, which would then not be removed as unused
                 own = [value for value in reader.inputs if value is not None and value.producer() in then]
                 for i, value in enumerate(reader.inputs):
                     if value is not None and value.producer() not in then:
@@ -71,6 +71,10 @@ def bare(path: Path, to: Path) -> Path:
             node.outputs[0].replace_all_uses_with(node.inputs[0])
     for _ in range(EXITS + 1):  # what a removed branch read can be removed in the next turn
         ir.passes.common.RemoveUnusedNodesPass()(model)
+    if any(part_of(node.op_type, node.name or "") == "head" for node in model.graph.all_nodes()):
+        raise SystemExit(
+            "heads are left, because something reads the policy still: the names of its nodes have changed"
+        )
     return saved(model, to)
 
 

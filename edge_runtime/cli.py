@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
 from .generate_command import add_arguments
+from .replacing import check_place
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -239,7 +240,7 @@ def _latency_table(options: argparse.Namespace) -> int:
     from .latency_record import check_record_target, record_latency
 
     if options.record is not None:
-        check_record_target(options.record)
+        check_record_target(options.record, options.bundle)
     with open_bundle(options.bundle) as bundle:
         table = latency_table(
             bundle,
@@ -362,14 +363,14 @@ def _check_outputs(options: argparse.Namespace) -> None:
     """Refuses places for results before anything has run.
 
     Raises:
-        InputError: a folder that does not exist, or a place inside the bundle, which would be altered by it.
+        InputError: a folder that does not exist, a place inside the bundle, which would be altered by it, or one place
+            for two results.
     """
-    for path in filter(None, (options.json, options.samples_file, options.record)):
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {folder}")
-        if options.bundle is not None and options.bundle.is_dir() and folder.is_relative_to(options.bundle.resolve()):
-            raise InputError(f"cannot write {path}: it lies in the bundle, which is immutable; write it beside it")
+    places = [path for path in (options.json, options.samples_file, options.record) if path is not None]
+    for path in places:
+        check_place(path, options.bundle)
+    if len({path.resolve() for path in places}) < len(places):
+        raise InputError(f"cannot write two results to {places[-1]}: give each a name of its own")
 
 
 def _write_json(path: Path | None, data: dict[str, Any]) -> None:

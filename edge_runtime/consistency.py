@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import numpy as np
 
 from .errors import BundleError
 from .feeds import KNOWN_DTYPES
-from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, Manifest, PolicySpec
+from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, DeviceLatency, Manifest, PolicySpec
+
+VERDICTS = ("faster", "slower", "inconclusive")
+"""Of `SplitRatio.verdict`."""
 
 
 def check_consistency(manifest: Manifest) -> None:
@@ -123,17 +127,39 @@ def _check_split(manifest: Manifest) -> None:
 
 def _check_measured(manifest: Manifest) -> None:
     for entry in manifest.measured:
-        counts = {f"exits_us.{layout}": len(values) for layout, values in entry.exits_us.items()}
-        if entry.split_over_file:
-            counts["split_over_file"] = len(entry.split_over_file)
-        for name, count in counts.items():
-            if count != len(manifest.exits):
-                raise _contradiction(
-                    f"measured on {entry.device!r}: {name} has {count} numbers for {len(manifest.exits)} exits"
-                )
-    twice = [name for name, count in Counter(entry.device for entry in manifest.measured).items() if count > 1]
-    if twice:
-        raise _contradiction(f"measured names {twice[0]!r} twice")
+        if reason := unfit_measurement(manifest, entry):
+            raise _contradiction(f"measured on {entry.device!r}: {reason}")
+    if len({measurement_key(entry) for entry in manifest.measured}) < len(manifest.measured):
+        raise _contradiction("measured holds one device twice")
+
+
+def measurement_key(entry: DeviceLatency) -> tuple[str, str, str]:
+    """What two measurements share of which the later one takes the place of the earlier."""
+    return entry.fingerprint, entry.device, entry.optimization_level
+
+
+def unfit_measurement(manifest: Manifest, entry: DeviceLatency) -> str | None:
+    """Why `entry` cannot have been measured on this bundle; None if it can."""
+    exits = len(manifest.exits)
+    if manifest.policy is None:
+        return "the bundle has no exits"
+    if "file" not in entry.exits_us or set(entry.exits_us) - {"file", "split"}:
+        return f"exits_us has the layouts {sorted(entry.exits_us)}"
+    if manifest.split is None and ("split" in entry.exits_us or entry.split_over_file):
+        return "the bundle has no split layout"
+    for layout, values in entry.exits_us.items():
+        if len(values) != exits:
+            return f"exits_us.{layout} has {len(values)} numbers for {exits} exits"
+        if not all(0 < value < math.inf for value in values):
+            return f"exits_us.{layout} is {list(values)}, which are no times"
+    if len(entry.split_over_file) not in (0, exits):
+        return f"split_over_file has {len(entry.split_over_file)} ratios for {exits} exits"
+    for ratio in entry.split_over_file:
+        if not 0 < ratio.low <= ratio.value <= ratio.high < math.inf:
+            return f"split_over_file has the ratio {ratio.value} in the interval {ratio.low} to {ratio.high}"
+        if ratio.verdict not in VERDICTS:
+            return f"split_over_file has the verdict {ratio.verdict!r}, known are {', '.join(VERDICTS)}"
+    return None
 
 
 def _contradiction(what: str) -> BundleError:

@@ -92,7 +92,8 @@ def latency_table(
         source, sha256 = str(opened.source), opened.sha256
     if result.status != "ok":
         raise EdgewrightError(f"measuring the exits of {source} {result.status}: {result.reason}")
-    for placement in result.answer["placement"]:
+    placements = result.answer["placement"]
+    for placement in placements:
         warn_of_fallback(placement)  # the warning of the measuring process was not seen
     names = [exit_.name for exit_ in manifest.exits]
     per_block = {
@@ -105,7 +106,7 @@ def latency_table(
         "schema_version": SCHEMA_VERSION,
         "name": manifest.name,
         "bundle_sha256": sha256,
-        "device": _device(facts, settings),
+        "device": _device(facts, settings, placements[layouts.index(layout)]),
         "fingerprint": fingerprint(facts),
         "load_average": facts.get("load_average_1min"),
         "settings": {**settings, "layout": layout, "inputs": len(feeds)},
@@ -181,9 +182,11 @@ def _compared(per_block: Mapping[str, Sequence[NDArray[np.float64]]], seed: int)
     return compared
 
 
-def _device(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """A line that names the machine, for reports."""
+def _device(facts: Mapping[str, Any], settings: Mapping[str, Any], placement: Mapping[str, Any]) -> str:
+    """A line that names the machine and the providers that took nodes."""
     what = facts.get("board") or facts.get("cpu_model") or facts.get("machine") or "unknown machine"
-    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in settings["providers"])
+    took = placement["nodes_per_provider"]
+    ran = [name for name in placement["session"] if took is None or took.get(name)]
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in ran)
     threads = settings["threads"] or "default"
     return f"{what}, onnxruntime {facts.get('onnxruntime')}, {providers}, threads {threads}"

@@ -268,14 +268,18 @@ class SplitRatio:
     low: float
     high: float
     verdict: str
-    """``"faster"`` or ``"slower"``: so is the split layout; ``"inconclusive"``: the interval reaches too near 1."""
+    """``"faster"`` or ``"slower"``: the split layout is; ``"inconclusive"``: the interval reaches too near 1."""
 
 
 @dataclass(frozen=True)
 class DeviceLatency:
-    """What a row costs on one device that leaves at each exit, the network's end last; from `latency_table`."""
+    """What a row that leaves at each exit costs on one device, the network's end last; from `latency_table`."""
 
     device: str
+    """processor or board, ONNX Runtime, the providers that took nodes, and threads."""
+    fingerprint: str
+    """as `doctor` has it: equal where two measurements are comparable."""
+    optimization_level: str
     exits_us: Mapping[str, tuple[float, ...]]
     """layout, ``"file"`` or ``"split"`` -> microseconds by exit."""
     split_over_file: tuple[SplitRatio, ...] = ()

@@ -236,10 +236,6 @@ def _opened(
     if one_of_many:
         # threads that wait for more work of a finished level would take the processor from the next
         options.add_session_config_entry("session.force_spinning_stop", "1")
-    if usable == [CPU] and has_branches(path):
-        # A planned graph holds its memory while its branches run, which then compute where the caches have nothing:
-        # without the plan the way through all branches takes 0 to 2 % less time, and batches 1 to 2 %.
-        options.enable_mem_pattern = False
     if optimized_path is not None:
         options.optimized_model_filepath = os.fspath(optimized_path)
     values: tuple[float, ...] | None = None
@@ -298,7 +294,12 @@ def _start(
     import onnxruntime
 
     dropped: list[str] = []
+    branches = has_branches(path)
     while True:
+        if branches and usable == [CPU]:
+            # A planned graph holds its memory while its branches run, which then compute where the caches have
+            # nothing; docs/early_exit.md has what that costs.
+            options.enable_mem_pattern = False
         try:
             # enable_fallback=0: ONNX Runtime's own retry on the CPU is what strictness forbids.
             session = onnxruntime.InferenceSession(source, options, providers=usable, enable_fallback=0)

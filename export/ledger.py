@@ -118,7 +118,7 @@ def sharing_in_file(model: ir.Model, torch_model: nn.Module, copies: bool = Fals
     """
     bases = shared_bases(torch_model)
     if not bases:
-        return {}  # before all weights are hashed
+        return {}  # nothing is shared: spares hashing all weights
     owned = set(torch_model.state_dict())
     found = {}
     everything = [(path, value, _digest(tensor)) for path, value, tensor in _initializers(model)]

@@ -13,11 +13,11 @@ def main() -> None:
         import onnx_ir
         import onnxscript.optimizer
 
-        from edgewright.export.model_file import save_model
+        from edgewright.export.model_file import save_scratch
 
         model = onnx_ir.load(source)
         onnxscript.optimizer.optimize(model)
-        save_model(model, Path(target), external_above=0)
+        save_scratch(model, Path(target))
     elif method == "onnxsim":
         import onnx
         import onnxsim

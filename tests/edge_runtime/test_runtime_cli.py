@@ -242,6 +242,9 @@ def test_latency_table(bundle: Path, flat_bundle: Path, tmp_path: Path, capsys: 
     assert "it exists" in capsys.readouterr().err
     assert cli.main([*command, "--record", str(bundle / "b")]) == InputError.exit_code
     assert "immutable" in capsys.readouterr().err
+    both = str(tmp_path / "both")
+    assert cli.main([*command, "--record", both, "--json", both]) == InputError.exit_code
+    assert "cannot write two results" in capsys.readouterr().err
     assert cli.main(["latency-table", str(flat_bundle)]) == InputError.exit_code
     assert "no early exits" in capsys.readouterr().err
 
@@ -385,6 +388,18 @@ class TestArchive:
         assert done.returncode == 0, done.stderr
         assert json.loads(json_path.read_text())["status"] == "ok"
 
+    def test_it_records_a_measurement_and_itself(self, pyz: Path, bundle: Path, tmp_path: Path) -> None:
+        with open_bundle(bundle) as opened:
+            manifest = opened.manifest
+        (bundle / "edge_runtime.pyz").write_bytes(b"an older release")
+        write_manifest(bundle, manifest)
+        options = ["--blocks", "2", "--block-runs", "1", "--record", tmp_path / "new"]
+        done = _run("-I", pyz, "latency-table", bundle, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "new" / "edge_runtime.pyz").read_bytes() == pyz.read_bytes()
+        done = _run("-I", tmp_path / "new" / "edge_runtime.pyz", "verify", tmp_path / "new")
+        assert done.returncode == 0, done.stderr
+
     def test_a_tampered_bundle_exits_2(self, pyz: Path, bundle: Path) -> None:
         with (bundle / "model.onnx").open("ab") as stream:
             stream.write(b"!")
@@ -392,8 +407,6 @@ class TestArchive:
         assert done.returncode == 2 and "model.onnx has" in done.stderr and "Traceback" not in done.stderr
 
     def test_it_may_lie_inside_the_bundle(self, pyz: Path, bundle: Path) -> None:
-        from edgewright.edge_runtime import open_bundle
-
         with open_bundle(bundle) as opened:
             manifest = opened.manifest
         shutil.copy(pyz, bundle / "edge_runtime.pyz")

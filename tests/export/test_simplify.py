@@ -31,6 +31,19 @@ def test_a_good_simplifier_is_kept_and_shares_on(flat, method):
     assert len(set(names)) == len(names)
 
 
+def test_a_weight_may_be_called_like_the_thresholds():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.thresholds = torch.nn.Parameter(torch.rand(144, 4))
+
+        def forward(self, x):
+            return x.flatten(1) @ self.thresholds
+
+    simplified, note = simplify(capture(Net(), (torch.randn(1, 1, 12, 12),), ["image"]), "onnxscript", FEEDS)
+    assert note.startswith("onnxscript: kept") and unique_bytes(simplified) == 144 * 4 * 4 > 1024
+
+
 def test_none_leaves_the_graph(flat):
     assert simplify(flat, "none", FEEDS)[0] is flat
 

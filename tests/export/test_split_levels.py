@@ -205,25 +205,55 @@ def test_the_latency_table_says_for_every_exit_what_a_row_costs_and_which_layout
             assert bundle.manifest == dataclasses.replace(
                 old.manifest, measured=(entry,), files={**old.manifest.files, **_runtime(bundle)}
             )
-        with pytest.raises(InputError, match="was measured on another bundle"):
-            record_latency(bundle, [table], tmp_path / "again")
-        again = {**table, "bundle_sha256": bundle.sha256}
-        other = {**again, "device": "a board", "split_over_file": None}
+        again = json.loads(json.dumps({**table, "bundle_sha256": bundle.sha256}))
+        other = {**again, "device": "a board", "fingerprint": "0", "split_over_file": None}
+        half = {**again, "layouts": {"file": {**again["layouts"]["file"], "exits": [1.0, 2.0]}}}
+        wrong = [
+            ([table], "was measured on another bundle"),
+            ([again, again], "two latency tables are of"),
+            ([{}], "latency table 0 is none that `latency-table` wrote: KeyError"),
+            ([other, {**other, "device": None}], "latency table 1 is none that"),
+            ([half], r"does not fit .*: exits_us\.file has 2 numbers for 3 exits"),
+        ]
+        for tables, message in wrong:
+            with pytest.raises(InputError, match=message):
+                record_latency(bundle, tables, tmp_path / "again")
         record_latency(bundle, [again, other], tmp_path / "two.zip")
     with open_bundle(tmp_path / "two.zip") as bundle:
         assert [e.device for e in bundle.manifest.measured] == [table["device"], "a board"], (
             "a device stands there once"
         )
-        short = dataclasses.replace(entry, exits_us={"file": (1.0, 2.0)})
-        with pytest.raises(BundleError, match=r"exits_us\.file has 2 numbers for 3 exits"):
-            check_consistency(dataclasses.replace(bundle.manifest, measured=(short,)))
-        with pytest.raises(BundleError, match=r"measured names .* twice"):
-            check_consistency(dataclasses.replace(bundle.manifest, measured=(entry, entry)))
+        ratio = entry.split_over_file[0]
+        for changes, message in (
+            ({"exits_us": {"file": (1.0, 2.0)}}, r"exits_us\.file has 2 numbers for 3 exits"),
+            ({"exits_us": {"file": (1.0, 2.0, 0.0)}}, "which are no times"),
+            ({"exits_us": {"split": entry.exits_us["split"]}}, "has the layouts"),
+            ({"split_over_file": entry.split_over_file[:2]}, "2 ratios for 3 exits"),
+            ({"split_over_file": (dataclasses.replace(ratio, low=9e9),) * 3}, "in the interval 9000000000"),
+            ({"split_over_file": (dataclasses.replace(ratio, verdict="best"),) * 3}, "the verdict 'best'"),
+        ):
+            with pytest.raises(BundleError, match=message):
+                check_consistency(
+                    dataclasses.replace(bundle.manifest, measured=(dataclasses.replace(entry, **changes),))
+                )
+        for manifest, message in (
+            (dataclasses.replace(bundle.manifest, measured=(entry, entry)), "holds one device twice"),
+            (dataclasses.replace(bundle.manifest, split=None, measured=(entry,)), "has no split layout"),
+        ):
+            with pytest.raises(BundleError, match=message):
+                check_consistency(manifest)
     assert verify(tmp_path / "two.zip", layout="split").passed
     for out in (tmp_path / "measured", tmp_path / "none" / "b", path / "b"):
         with pytest.raises(InputError, match="cannot write"):
             record_latency(path, [table], out)
     assert (path / "manifest.json").read_bytes() == before
+    shutil.copytree(path, tmp_path / "altered")
+    with open_bundle(tmp_path / "altered") as bundle:
+        with (tmp_path / "altered" / "model.onnx").open("ab") as stream:
+            stream.write(b"\0")
+        with pytest.raises(BundleError, match=r"'model\.onnx' was altered since"):
+            record_latency(bundle, [table], tmp_path / "again")
+    assert not (tmp_path / "again").exists()
     assert not list(tmp_path.glob(".*")), "nothing half written is left"
 
 
