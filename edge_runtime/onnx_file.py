@@ -21,7 +21,9 @@ from pathlib import Path
 from .errors import InputError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER, _NODE_OPERATOR = 7, 1, 5, 4
+_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
+_OPERATOR_IF = bytes([4 << 3 | _BYTES, 2]) + b"If"
+"""The field `op_type` of a node, whole: looked for as it is, because a session's start waits for the answer."""
 _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DATA_LOCATION = 1, 2, 4, 8, 9, 14
 _FLOAT = 1
 
@@ -53,17 +55,14 @@ def with_vector(path: str | os.PathLike[str], name: str, values: Sequence[float]
 
 
 def has_branches(path: str | os.PathLike[str]) -> bool:
-    """Whether the main graph of a model has an `If`; reads no weights. False for what is no ONNX file."""
+    """Whether a model has an `If`, in its main graph or below; reads no weights. False for what is no ONNX file."""
     try:
         with Path(path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for number, wire, start, end, _ in _fields(data, 0, len(data)):
                 if (number, wire) != (_MODEL_GRAPH, _BYTES):
                     continue
                 for inner, inner_wire, first, last, _ in _fields(data, start, end):
-                    if (inner, inner_wire) == (_GRAPH_NODE, _BYTES) and any(
-                        field[:2] == (_NODE_OPERATOR, _BYTES) and data[field[2] : field[3]] == b"If"
-                        for field in _fields(data, first, last)
-                    ):
+                    if (inner, inner_wire) == (_GRAPH_NODE, _BYTES) and data.find(_OPERATOR_IF, first, last) >= 0:
                         return True
     except (IndexError, ValueError, OSError):  # an empty file cannot be mapped; ONNX Runtime says what is wrong
         return False

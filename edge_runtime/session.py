@@ -294,9 +294,8 @@ def _start(
     import onnxruntime
 
     dropped: list[str] = []
-    branches = has_branches(path)
     while True:
-        if branches and usable == [CPU]:
+        if usable == [CPU] and has_branches(path):
             # A planned graph holds its memory while its branches run, which then compute where the caches have
             # nothing; docs/early_exit.md has what that costs.
             options.enable_mem_pattern = False

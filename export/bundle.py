@@ -39,7 +39,7 @@ from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .duplication import check_duplication
 from .ledger import build_ledger, optimized
-from .model_file import check_file, save_model, save_scratch
+from .model_file import check_file, save_external, save_model
 from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
 from .options import Batch, ExportOptions
 from .parity import ParityResult, check_parity
@@ -126,7 +126,7 @@ def export_bundle(
             final, more = _final_graph(model, flat, options, batch, source, chosen)
             _write_metadata(final, source, model)
             with writing(target):
-                save_scratch(flat, flat_path)
+                save_external(flat, flat_path)
                 save_model(final, work / MODEL_FILE, external_above)
             check_file(work / MODEL_FILE)
             runtime = optimized(work / MODEL_FILE)

@@ -50,11 +50,11 @@ def save_model(model: ir.Model, path: Path, external_above: int | None = None) -
     thresholds = model.graph.initializers.get(THRESHOLDS)
     if thresholds is not None and thresholds.const_value is not None and thresholds.const_value.nbytes >= _INLINE_BYTES:
         raise ValueError(f"{THRESHOLDS!r} has {thresholds.const_value.nbytes} bytes: a device could not set it")
-    save_scratch(model, path)
+    save_external(model, path)
 
 
-def save_scratch(model: ir.Model, path: Path) -> None:
-    """Writes `model` with its weights in `data_file`, however few: the quickest way, for files that are read here."""
+def save_external(model: ir.Model, path: Path) -> None:
+    """Writes `model` with its weights in `data_file`, however few: the quickest way."""
     ir.save(model, path, external_data=data_file(path).name, size_threshold_bytes=_INLINE_BYTES)
 
 

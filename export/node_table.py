@@ -17,7 +17,7 @@ from edgewright.edge_runtime.session import session_on
 
 from .capture import module_of
 from .ledger import graphs
-from .model_file import save_scratch
+from .model_file import save_external
 from .operator_costs import Factor, Macs, factors_of, macs_of, may_multiply_unknown
 from .simplify import Feeds
 
@@ -36,7 +36,7 @@ def measured_values(model: ir.Model, names: Sequence[str], row: Feeds) -> Mappin
     """What a flat graph computes for `row`, by the names of its values."""
     with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
         path = Path(folder, "model.onnx")
-        save_scratch(model, path)  # so that the graph can be read and written again without weights
+        save_external(model, path)  # so that the graph can be read and written again without weights
         proto = onnx.load(str(path), load_external_data=False)
         known = {value.name for value in proto.graph.output}
         proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)

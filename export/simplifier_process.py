@@ -13,11 +13,11 @@ def main() -> None:
         import onnx_ir
         import onnxscript.optimizer
 
-        from edgewright.export.model_file import save_scratch
+        from edgewright.export.model_file import save_external
 
         model = onnx_ir.load(source)
         onnxscript.optimizer.optimize(model)
-        save_scratch(model, Path(target))
+        save_external(model, Path(target))
     elif method == "onnxsim":
         import onnx
         import onnxsim

@@ -20,7 +20,7 @@ from edgewright.edge_runtime.session import session_on
 
 from .capture import rename
 from .ledger import stored_bytes, unique_bytes
-from .model_file import save_scratch
+from .model_file import save_external
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 Method: TypeAlias = Literal["none", "onnxscript", "onnxsim"]
@@ -64,7 +64,7 @@ def simplify(
     label = method if command is None else "custom simplifier"
     with tempfile.TemporaryDirectory(prefix="edgewright-simplify-") as folder:
         source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
-        save_scratch(model, source)
+        save_external(model, source)
         arguments = (command or _command(method))(source, target)
         reason = _run(arguments, target, timeout)
         if reason is None:
