@@ -11,6 +11,7 @@ of its own. ``wrong_of_N`` is the number of wrong inputs, N all of them; the exi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -70,10 +71,8 @@ def run_case(folder: Path, limit_s: float) -> tuple[list[Seen], float]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the case and whatever it has started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
