@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from .import_closure import import_closure
-from .user_modules import activated, import_file, is_installed, start_of
+from .user_modules import EditedError, activated, import_file, is_installed, start_of
 
 PREFIX = "python:"
 _OURS, _ROOMS = Path(__file__).resolve().parents[1], ("models", "pipeline", "export", "edge_runtime")
@@ -147,6 +147,8 @@ def _load(reference: str, root: Path) -> LoadedObject:
     with activated(root, start) as workspace:
         try:
             module = import_file(file, workspace) if file else importlib.import_module(target)
+        except EditedError:
+            raise
         except (Exception, SystemExit) as error:
             workspace.forget()
             raise ValueError(_why(error, reference, target, root)) from error

@@ -18,11 +18,11 @@ import site
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 _PROTECTED = frozenset({"__main__", __name__.partition(".")[0]})
 
@@ -59,6 +59,10 @@ def _names_installed(name: str) -> bool:
     return spec is not None and spec.loader is not None
 
 
+class EditedError(ValueError):
+    """A file was about to be imported again in another version than the one that is in use, see `imports_held`."""
+
+
 class Workspace:
     """Folders whose modules belong together; see the module's text."""
 
@@ -66,7 +70,7 @@ class Workspace:
         self.folders = tuple(dict.fromkeys(folders))
         self._claimed: set[str] = set()
         self._aside: dict[str, ModuleType] = {}
-        self._digests: dict[Path, bytes] = {}
+        self._digests: dict[Path, str] = {}
 
     def spec_for(self, name: str) -> ModuleSpec | None:
         """Where the top-level module `name` lies in these folders, or None if it does not or must not win."""
@@ -93,6 +97,19 @@ class Workspace:
         """Notes that the top-level module `name` was loaded for this workspace."""
         self._claimed.add(name)
 
+    def owns(self, name: str) -> bool:
+        """Whether the top-level module `name` was loaded for this workspace."""
+        return name in self._claimed
+
+    def read(self, file: Path, digest: str) -> None:
+        """Notes which content of `file` is in memory."""
+        self._digests[file] = digest
+
+    @property
+    def loaded(self) -> Mapping[Path, str]:
+        """sha256 of the content that every file had when it was imported."""
+        return self._digests
+
     def put_aside(self) -> None:
         """Takes this workspace's modules out of `sys.modules`."""
         for name in [n for n in sys.modules if _top(n) in self._claimed]:
@@ -118,11 +135,11 @@ class Workspace:
         self._digests.clear()
 
     def record(self) -> None:
-        """Remembers the content of the files that are loaded, see `bring_back`."""
+        """Remembers the content of loaded files that are no Python text, see `bring_back`."""
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None) if _top(name) in self._claimed else None
-            if file and Path(file) not in self._digests:
-                self._digests[Path(file)] = _digest(Path(file))
+            if file and Path(file).resolve() not in self._digests:
+                self._digests[Path(file).resolve()] = _digest(Path(file))
 
     def _drop_if_edited(self) -> None:
         # a notebook or a test edits its file and runs again: old code under the new file's hash would poison
@@ -144,22 +161,54 @@ class Workspace:
         return where not in {Path(place).resolve() for place in ours if place}
 
 
-def _digest(file: Path) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest() if file.is_file() else b""
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+class _Loader(SourceFileLoader):
+    """Runs exactly the bytes whose digest it notes.
+
+    Compiled files are left aside: a .pyc is valid by its second and its size, which is not safe for files that are
+    edited in a loop.
+    """
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """See `importlib.abc.InspectLoader`."""
+        place = self.get_filename(fullname)
+        try:
+            content = self.get_data(place)
+        except OSError as error:
+            raise ImportError(f"{place} cannot be read: {error.strerror or error}", name=fullname, path=place) from None
+        file, digest = Path(place).resolve(), hashlib.sha256(content).hexdigest()
+        _state.hold(file, digest)
+        if _state.active is not None:
+            _state.active.read(file, digest)
+        code: CodeType = self.source_to_code(content, place)
+        return code
+
+
+def _noting(spec: ModuleSpec | None) -> ModuleSpec | None:
+    """`spec` with a loader that notes what it reads."""
+    if spec is not None and type(spec.loader) is SourceFileLoader:
+        spec.loader = _Loader(spec.loader.name, spec.loader.path)
+    return spec
 
 
 class _Finder:
-    """A meta path finder that asks the active workspace first for top-level modules."""
+    """A meta path finder that asks the active workspace first for top-level modules, and what is below its own."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        del target
-        if _state.active is None or path is not None:
+        if _state.active is None:
             return None
+        if path is not None:
+            return _noting(PathFinder.find_spec(name, path, target)) if _state.active.owns(_top(name)) else None
         spec = _state.active.spec_for(name)
         if spec is not None:
             _state.active.claim(name)
-        return spec
+        return _noting(spec)
 
 
 class _State:
@@ -171,9 +220,32 @@ class _State:
         self.known: dict[tuple[Path, ...], Workspace] = {}
         self.on_path: list[str] = []
         self.finder = _Finder()
+        self.held: dict[Path, str] | None = None
+
+    def hold(self, file: Path, digest: str) -> None:
+        """Refuses another content of `file` than the first one, while imports are held."""
+        if self.held is not None and self.held.setdefault(file, digest) != digest:
+            raise EditedError(
+                f"{file} was edited while its first version was in use: run again, or take the edit back first"
+            )
 
 
 _state = _State()
+
+
+@contextmanager
+def imports_held() -> Iterator[Mapping[Path, str]]:
+    """While it is open, a user's file can be imported in one version only.
+
+    Yields:
+        sha256 of every file that is in use, by its resolved path; grows with what is imported.
+    """
+    before = _state.held
+    _state.held = {} if before is None else before
+    try:
+        yield _state.held
+    finally:
+        _state.held = before
 
 
 @contextmanager
@@ -200,12 +272,13 @@ def activated(root: Path, start: Path | None = None) -> Iterator[Workspace]:
         sys.path[:0] = _state.on_path
         workspace.bring_back()
         _state.active = workspace
-        # a .pyc is valid by its second and its size: not safe for files edited in a loop, and not ours to
-        # litter
+        # what else they import is not ours to litter
         before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
             yield workspace
             workspace.record()
+            for file, digest in workspace.loaded.items():
+                _state.hold(file, digest)
         finally:
             sys.dont_write_bytecode = before
 
@@ -240,7 +313,7 @@ def import_file(file: Path, workspace: Workspace) -> ModuleType:
     name = f"user_{plain}_{unique[:8]}"
     if name in sys.modules:
         return sys.modules[name]
-    made = importlib.util.spec_from_file_location(name, file)
+    made = _noting(importlib.util.spec_from_file_location(name, file))
     if made is None or made.loader is None:
         raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(made)

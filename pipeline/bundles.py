@@ -26,11 +26,15 @@ def bundle_key(checkpoint: Key, options: ExportOptions, name: str) -> Key:
         "name": name,
         "checkpoint": checkpoint.digest,
         "options": options.model_dump(),
-        # the whole device side: it is packed into the bundle
-        "sources": module_digests("edgewright.export", "edgewright.edge_runtime"),
+        "sources": export_digests(),
         "versions": versions(_LIBRARIES),
     }
     return Key(plain(parts))
+
+
+def export_digests() -> dict[str, str]:
+    """sha256 of the sources of ours that a bundle depends on; the whole device side, which is packed into it."""
+    return module_digests("edgewright.export", "edgewright.edge_runtime")
 
 
 def is_current(bundle: Path, key: Key) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,24 @@ class Cache:
         metrics: Mapping[str, Json],
         notes: Sequence[str] = (),
         artifacts: Mapping[str, Any] | None = None,
+        sources: Mapping[str, str] | None = None,
+        verify: Callable[[], None] = lambda: None,
     ) -> Entry:
         """Writes the entry, replacing what was there, then drops the stage's unfinished state.
+
+        Args:
+            position: counted from 1; 0 for the model before all stages.
+            stage: its name.
+            key: what the entry is found by.
+            base: the model before all stages.
+            root: folder of a `python:` base.
+            edits: of all stages so far.
+            model: as the stage left it.
+            metrics: JSON.
+            notes: sentences.
+            artifacts: arrays for the report, by name.
+            sources: see `write_checkpoint`.
+            verify: called when all is written, and just before it appears; what it raises leaves nothing.
 
         Raises:
             StageError: metrics or artifacts that cannot be stored.
@@ -198,12 +214,13 @@ class Cache:
         except TypeError as error:
             raise StageError(f"{stage}: a metric is no JSON: {error}; repair the stage") from error
         with new_folder(folder) as aside:
-            write_checkpoint(aside, base, edits, model, metrics, root)
+            write_checkpoint(aside, base, edits, model, metrics, root, sources)
             (aside / RESULT_FILE).write_text(result, encoding="utf-8")
             write_npz(aside / ARTIFACTS_FILE, arrays)
             files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
             text = pretty_json({"key": key.digest, "parts": key.parts, "files": files})
             (aside / KEY_FILE).write_text(text, encoding="utf-8")
+            verify()
         self.drop_state(key)
         return Entry(folder, key, json.loads(result)["metrics"], tuple(notes))
 

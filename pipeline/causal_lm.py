@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class CausalLM:
         name: for reports.
         provenance: where text and tokenizer come from, JSON.
         tokenizer: what made the tokens, as the text of a tokenizer.json; goes into the bundle of a generator.
+        file_digests: files that were read, see `pipeline.task.FromFiles`; a run stops when one is edited.
 
     Raises:
         DataError: an unknown split name, an empty split, or a token outside the vocabulary.
@@ -87,6 +89,7 @@ class CausalLM:
         name: str = "causal_lm",
         provenance: Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
+        file_digests: Mapping[Path, str] | None = None,
     ) -> None:
         self._splits: dict[SplitName, Split] = {}
         for key, windows in splits.items():
@@ -103,6 +106,7 @@ class CausalLM:
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
         self._name, self._provenance = name, dict(provenance or {})
+        self._file_digests = dict(file_digests or {})
 
     @property
     def name(self) -> str:
@@ -133,6 +137,11 @@ class CausalLM:
     def provenance(self) -> Mapping[str, Any]:
         """Where text and tokenizer come from."""
         return self._provenance
+
+    @property
+    def file_digests(self) -> Mapping[Path, str]:
+        """Files of text and tokenizer."""
+        return self._file_digests
 
     @property
     def splits(self) -> Mapping[SplitName, Split]:

@@ -103,8 +103,19 @@ def write_checkpoint(
     model: nn.Module,
     metrics: Mapping[str, Json],
     root: Path | None = None,
+    sources: Mapping[str, str] | None = None,
 ) -> None:
-    """As `save_checkpoint`, into a folder that exists and that the caller makes appear."""
+    """As `save_checkpoint`, into a folder that exists and that the caller makes appear.
+
+    Args:
+        folder: exists.
+        base: see `save_checkpoint`.
+        edits: see `save_checkpoint`.
+        model: see `save_checkpoint`.
+        metrics: see `save_checkpoint`.
+        root: see `save_checkpoint`.
+        sources: sha256 of the files that define the base, as they were when it was built; None: as they are now.
+    """
     tensors, aliases = _unique_tensors(model)
     _save(tensors, folder / WEIGHTS_FILE)
     edit_tensors = {f"{i}.{name}": value for i, edit in enumerate(edits) for name, value in edit.tensors.items()}
@@ -115,7 +126,7 @@ def write_checkpoint(
         data = {
             "schema_version": SCHEMA_VERSION,
             "base": {"name": base.name, "args": plain(base.args)},
-            "sources": _base_sources(base, root),
+            "sources": dict(_base_sources(base, root) if sources is None else sources),
             "edits": written,
             "aliases": aliases,
             "versions": versions(LIBRARIES),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,12 +38,19 @@ class FolderContext:
         seed: of every generator.
         device: where to compute.
         progress: default `Quiet`.
+        verify: called before state is stored; what it raises keeps the state of before.
     """
 
     def __init__(
-        self, folder: Path, seed: int = 0, device: torch.device | str = "cpu", progress: Progress | None = None
+        self,
+        folder: Path,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        progress: Progress | None = None,
+        verify: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
+        self._verify = verify
         self.seed = seed
         self.device = torch.device(device)
         self.progress: Progress = progress or Quiet()
@@ -55,6 +62,7 @@ class FolderContext:
 
     def save(self, name: str, state: State) -> None:
         """Stores `state` under `name`, replacing what was there; a kill leaves either the old or the new."""
+        self._verify()
         self._folder.mkdir(parents=True, exist_ok=True)
         target = self._file(name)
         # the JSON travels inside the safetensors header, so that one rename replaces both

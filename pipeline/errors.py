@@ -8,6 +8,7 @@
     ├── ModelError                      an unknown model, or weights that do not fit it
     ├── DataError                       data missing, corrupt, NaN, overlapping, or a class without samples
     ├── CheckpointError                 a checkpoint that is damaged, or made from other sources
+    ├── EditedSourceError               a file that a run depends on was edited while it was at work
     └── OutputError                     a place that cannot be written
     QualityFloorError               exit code 4
     └── StageError                  exit code 4, a stage that cannot do its work on this model
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "EdgewrightError",
+    "EditedSourceError",
     "ExportError",
     "InputError",
     "ModelError",
@@ -61,6 +63,10 @@ class DataError(InputError):
 
 class CheckpointError(InputError):
     """A checkpoint is damaged or belongs to other sources."""
+
+
+class EditedSourceError(InputError):
+    """A source, weights or data file was edited while a run was at work."""
 
 
 class OutputError(InputError):

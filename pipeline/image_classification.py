@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -34,6 +35,7 @@ class ImageClassification:
         name: for reports.
         input_name: name of the ONNX input; of several inputs their names, in the order of the model's forward.
         provenance: where the data come from (files and their sha256, fonts), JSON; for the report and the data digests.
+        file_digests: files that the data were read from, see `pipeline.task.FromFiles`; a run stops when one is edited.
 
     Raises:
         DataError: a target outside the labels, an unknown split name or an unknown metric.
@@ -50,6 +52,7 @@ class ImageClassification:
         name: str = "image_classification",
         input_name: str | Sequence[str] = "image",
         provenance: Mapping[str, Any] | None = None,
+        file_digests: Mapping[Path, str] | None = None,
     ) -> None:
         self._splits: dict[SplitName, Split] = {}
         for key, value in splits.items():
@@ -63,6 +66,7 @@ class ImageClassification:
         self._name = name
         self._input_names = (input_name,) if isinstance(input_name, str) else tuple(input_name)
         self._provenance = dict(provenance or {})
+        self._file_digests = dict(file_digests or {})
         for key, split in self._splits.items():
             if len(split) == 0:
                 raise DataError(f"split {key!r} is empty: leave it out or add samples")
@@ -134,6 +138,11 @@ class ImageClassification:
     def provenance(self) -> Mapping[str, Any]:
         """Where the data come from."""
         return self._provenance
+
+    @property
+    def file_digests(self) -> Mapping[Path, str]:
+        """Files that the data were read from."""
+        return self._file_digests
 
     @property
     def splits(self) -> Mapping[SplitName, Split]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from .errors import DataError, InputError, ModelError, OutputError, ProviderErro
 from .model_check import check_exportable, check_generates, check_model, first_rows
 from .recipe import Recipe, check_order
 from .reproducibility import check_reproducible
-from .sources import file_digests, sha256_of
 from .stage import Json, Progress
 from .stages import stage_named
 from .task import Task, check_classes, data_digests, split_of
 from .tasks import build_task, task_sources
+from .watch import Watch
 
 _TOLERANCES = ("max_drop", "tolerance", "max_backbone_drop")
 """Fields of stages that hold a loss of validation accuracy."""
@@ -43,7 +43,9 @@ class Inputs:
         tasks: the task before all stages, and after each: with fewer classes behind a stage that keeps only some.
         base: the model before all stages.
         base_key: its key.
+        base_sources: sha256 of the files that define the base, by portable name.
         environment: versions and the like, part of every key.
+        watch: of the files that the keys speak of.
     """
 
     recipe: Recipe
@@ -52,13 +54,20 @@ class Inputs:
     tasks: tuple[Task, ...]
     base: BaseSpec
     base_key: Key
+    base_sources: Mapping[str, str]
     environment: dict[str, Json]
+    watch: Watch
 
 
-def prepare(recipe: Recipe) -> Inputs:
+def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
     """Checks the recipe against this machine, the model's source, the weights file and the data.
 
+    Args:
+        recipe: what to run.
+        watch: that of the run, whose imports are held; None for a preparation that nothing follows.
+
     Raises:
+        EditedSourceError: a file was edited meanwhile.
         StageOrderError: the stages stand in an order that cannot work.
         ProviderError: the device is not there.
         ModelError: an unknown model, or weights that are not there.
@@ -66,14 +75,16 @@ def prepare(recipe: Recipe) -> Inputs:
         DataError: data missing, damaged or overlapping, or a split or class that a stage needs is empty.
     """
     check_order(recipe)
+    watch = Watch({}) if watch is None else watch
     device = device_named(recipe.device)
     _check_later_phases(recipe)
     base = BaseSpec(recipe.model.name, recipe.model.args)
     try:
-        base_sources = file_digests(registry.sources(base.name, recipe.folder), recipe.folder)
+        base_sources = watch.digests(registry.sources(base.name, recipe.folder), recipe.folder)
     except ValueError as error:
         raise ModelError(str(error)) from error
-    weights = None if recipe.model.weights is None else _weights_digest(recipe.resolve(recipe.model.weights))
+    weights = None if recipe.model.weights is None else _weights_digest(recipe.resolve(recipe.model.weights), watch)
+    sources = watch.digests(task_sources(recipe.task.name, recipe.folder), recipe.folder)
     with seeded(recipe.seed):
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
         tasks = tasks_of(recipe, task)
@@ -81,6 +92,7 @@ def prepare(recipe: Recipe) -> Inputs:
         check_labels(task)
         check_inputs(task)
         data = data_digests(task)
+    watch.data(task)
     check_stages(recipe, task)
     around = environment(device)
     key = base_key(
@@ -88,12 +100,13 @@ def prepare(recipe: Recipe) -> Inputs:
         base_sources,
         weights,
         BaseSpec(recipe.task.name, recipe.task.args),
-        file_digests(task_sources(recipe.task.name, recipe.folder), recipe.folder),
+        sources,
         data,
         recipe.seed,
         around,
     )
-    return Inputs(recipe, device, task, tasks, base, key, around)
+    watch.check()
+    return Inputs(recipe, device, task, tasks, base, key, base_sources, around, watch)
 
 
 def check_bundle_place(bundle: Path) -> None:
@@ -338,10 +351,11 @@ def example_inputs(recipe: Recipe, shape: tuple[int, ...] | None) -> tuple[Tenso
     return split_of(task, "test", needed_by="this command").batch([0]).inputs
 
 
-def _weights_digest(path: Path) -> str:
+def _weights_digest(path: Path, watch: Watch) -> str:
     if not path.is_file():
         raise ModelError(f"there is no weights file {path}; `model.weights` is relative to the recipe's folder")
     try:
-        return sha256_of(path)
+        path.open("rb").close()
     except OSError as error:
         raise ModelError(f"the weights file {path} cannot be read: {error.strerror or error}") from None
+    return watch.digest(path)

@@ -20,6 +20,7 @@ from edgewright.edge_runtime.manifest import OperatingPoint
 from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 from edgewright.models.pretrained import LogitsOnly
+from edgewright.models.user_modules import EditedError, imports_held
 
 from . import bundles
 from .atomic import pretty_json, remove_leftovers, write_text
@@ -28,17 +29,18 @@ from .checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkpoint
 from .context import FolderContext, Quiet
 from .control import CONTROL, check_control, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
-from .errors import StageError
+from .errors import EditedSourceError, StageError
 from .measurement import compare_bundles, measure_bundles
 from .output import output_folder
 from .preparation import Inputs, build_base, check_bundle_place, prepare, remarks
 from .recipe import ControlSpec, Recipe, StageEntry, load_recipe, save_resolved
 from .report import write_report
 from .sources import module_digests
-from .stage import Json, Progress, StageResult
-from .stages import stage_named
+from .stage import Edit, Json, Progress, StageResult
+from .stages import stage_module, stage_named
 from .steps import StepRow, measure
 from .task import Task, split_of
+from .watch import Watch
 
 RESOLVED_FILE = "recipe.resolved.yaml"
 BUNDLE_FOLDER = "bundle"
@@ -95,13 +97,31 @@ def run(
         EdgewrightError: see `pipeline.errors`; finished stages stay.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    with output_folder(Path(out)) as folder, torch_threads(recipe.threads):
+    with output_folder(Path(out)) as folder, torch_threads(recipe.threads), _unedited(recipe) as watch:
         check_bundle_place(folder / BUNDLE_FOLDER)
-        inputs = prepare(recipe)
+        inputs = prepare(recipe, watch)
         if recipe.control is not None:
             check_control(inputs, recipe.control)
         with deterministic_torch(inputs.device):
             return _Run(inputs, folder, fresh, progress or Quiet()).go()
+
+
+@contextlib.contextmanager
+def _unedited(recipe: Recipe) -> Iterator[Watch]:
+    """Holds the user's modules as they are imported; whatever fails after an edit fails because of the edit."""
+    # ours, before anything of them is used: the digests that keys will hold
+    module_digests("edgewright.pipeline.steps", *(stage_module(entry.name) for entry in recipe.stages))
+    bundles.export_digests()
+    with imports_held() as imported:
+        watch = Watch(imported)
+        watch.check()
+        try:
+            yield watch
+        except EditedError as error:
+            raise EditedSourceError(str(error)) from error
+        except Exception:
+            watch.check()
+            raise
 
 
 class _Run:
@@ -147,7 +167,7 @@ class _Run:
     def _control(self, spec: ControlSpec, macs: float, made: dict[str, Path]) -> StepRow:
         """Trains and exports the control beside the chain; its checkpoints and its bundle are kept like all others."""
         recipe = control_recipe(self.inputs, spec, macs)
-        beside = _Run(prepare(recipe), self.out, self.fresh, self.progress)
+        beside = _Run(prepare(recipe, self.inputs.watch), self.out, self.fresh, self.progress)
         entry = beside._base()
         for position, stage in enumerate(recipe.stages, start=1):
             entry = beside._stage(position, stage, entry)
@@ -178,8 +198,9 @@ class _Run:
         entry = self._finished(0, BASE, BASE, key)
         if entry is None:
             with self.timed(BASE):
+                self.verify()
                 model = build_base(self.inputs, self.progress)
-                entry = self.cache.store(0, BASE, key, self.inputs.base, self.root, (), model, {})
+                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE)), ())
         for note in remarks(self.inputs):
             self.progress.say(f"note: {note}")
         return entry
@@ -193,23 +214,40 @@ class _Run:
             return entry
         edits = read_checkpoint(given.folder).edits
         # always from the disk, so that an interrupted run sees the same model as an uninterrupted one
-        model = load_checkpoint(given.folder, self.root)
+        model = self.load(given)
         seed = mixed_seed(self.recipe.seed, position)
-        context = FolderContext(self.cache.state(key), seed, self.inputs.device, self.progress)
+        context = FolderContext(self.cache.state(key), seed, self.inputs.device, self.progress, self.verify)
         with self.timed(step), seeded(seed):
             result = stage.fit(model, self.inputs.tasks[position - 1], asked.config, context)
         compressed = _checked(result, asked.name)
+        return self._store(
+            position, asked.name, key, dataclasses.replace(result, model=compressed), (*edits, result.edit)
+        )
+
+    def verify(self) -> None:
+        """Stops the run if a file was edited that its keys speak of."""
+        self.inputs.watch.check()
+
+    def load(self, entry: Entry) -> nn.Module:
+        """The model of an entry, by the code that the keys hold."""
+        self.verify()
+        return load_checkpoint(entry.folder, self.root)
+
+    def _store(self, position: int, stage: str, key: Key, made: StageResult, edits: Sequence[Edit]) -> Entry:
+        self.verify()
         return self.cache.store(
             position,
-            asked.name,
+            stage,
             key,
             self.inputs.base,
             self.root,
-            (*edits, result.edit),
-            compressed,
-            result.metrics,
-            result.notes,
-            result.artifacts,
+            edits,
+            made.model,
+            made.metrics,
+            made.notes,
+            made.artifacts,
+            sources=self.inputs.base_sources,
+            verify=self.verify,
         )
 
     def _finished(self, position: int, stage: str, step: str, key: Key) -> Entry | None:
@@ -239,7 +277,8 @@ class _Run:
         fields = None if self.fresh else _recorded_fields(path, key)
         if fields is None:
             self.progress.say(f"{step}: quality and cost")
-            fields = measure(load_checkpoint(entry.folder, self.root), self.inputs.tasks[position], self.inputs.device)
+            fields = measure(self.load(entry), self.inputs.tasks[position], self.inputs.device)
+            self.verify()
             write_text(path, pretty_json({"key": key.digest, "fields": fields}))
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
@@ -306,7 +345,7 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
         shutil.rmtree(left)
     run.progress.say(f"{row.step}: export to {target}")
     edits = [{"stage": edit.stage, "data": edit.data} for edit in read_checkpoint(entry.folder).edits]
-    model = load_checkpoint(entry.folder, run.root)
+    model = run.load(entry)
     with run.timed(f"{row.step}.export"):
         if options.generator:
             from edgewright.export.generator import export_generator
@@ -317,6 +356,7 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
             export_generator(
                 model, texts, target, options, name=run.recipe.name or task.name, edits=edits, tokenizer=tokenizer
             )
+            run.verify()
             bundles.record(target, key, options)
             return target
         export_bundle(
@@ -328,6 +368,7 @@ def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: Ex
             edits=edits,
             name=run.recipe.name or None,
         )
+    run.verify()
     bundles.record(target, key, options)
     return target
 

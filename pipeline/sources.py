@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -27,13 +28,22 @@ def file_digests(paths: Iterable[Path], root: Path) -> dict[str, str]:
         paths: the files.
         root: the user's folder; files below it are named relative to it, others by their last two parts.
     """
-    base = root.resolve()
-    found: dict[str, str] = {}
-    for path in paths:
-        whole = Path(path).resolve()
-        name = whole.relative_to(base) if whole.is_relative_to(base) else Path(*whole.parts[-2:])
-        found[name.as_posix()] = sha256_of(whole)
-    return dict(sorted(found.items()))
+    return dict(sorted((portable_name(path, root), sha256_of(path)) for path in paths))
+
+
+def portable_name(path: Path, root: Path) -> str:
+    """What a file is called in keys: relative to `root` if it lies below it, else its last two parts."""
+    whole, base = path.resolve(), root.resolve()
+    return (whole.relative_to(base) if whole.is_relative_to(base) else Path(*whole.parts[-2:])).as_posix()
+
+
+def content_digest(path: Path) -> str:
+    """Hex blake2b of 16 bytes of a file's content: what `FromFiles` tells of data files.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def module_digests(*modules: str) -> dict[str, str]:
@@ -54,11 +64,26 @@ def module_digests(*modules: str) -> dict[str, str]:
         path = _file_of(name)
         if path is None:
             continue
-        text = path.read_bytes()
-        found[name] = hashlib.sha256(text).hexdigest()
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting += _imports(ast.parse(text), package)
+        found[name], imported = _own_source(path, package)
+        waiting += imported
     return dict(sorted(found.items()))
+
+
+def own_sources() -> dict[Path, str]:
+    """sha256 of every source file of ours that a digest was asked for, as it was then: what this process runs."""
+    return dict(_own)
+
+
+_own: dict[Path, str] = {}
+
+
+@functools.cache
+def _own_source(path: Path, package: str) -> tuple[str, tuple[str, ...]]:
+    """sha256 of one of our files, and what it imports of ours; read once, because its code is imported once."""
+    text = path.read_bytes()
+    _own[path] = hashlib.sha256(text).hexdigest()
+    return _own[path], tuple(_imports(ast.parse(text), package))
 
 
 def _modules_below(name: str) -> list[str]:

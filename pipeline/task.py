@@ -11,7 +11,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,6 +87,16 @@ class Task(Source, Protocol):
 
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """A random variation of a training batch; the identity where there is none."""
+        ...
+
+
+@runtime_checkable
+class FromFiles(Protocol):
+    """A task, or a split of one, whose data lie in files: a run stops when one of them is edited meanwhile."""
+
+    @property
+    def file_digests(self) -> Mapping[Path, str]:
+        """Every file, with the `pipeline.sources.content_digest` of what was read."""
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from edgewright.models.pretrained import packaged_file
 
 from ..causal_lm import CausalLM, windows_of
 from ..errors import DataError
+from ..sources import content_digest
 from ..task import SplitName
 
 _FRACTIONS: Mapping[SplitName, float] = {"train": 0.2, "calibration": 0.25, "validation": 0.05, "test": 0.5}
@@ -45,11 +47,12 @@ def causal_lm(
     Raises:
         DataError: text or tokenizer are not there, cannot be read, or are too short.
     """
+    read = _files_of(path, tokenizer_path)
     text, files = _text(path)
     tokens, vocabulary, origin, made = _tokens(text, tokenizer, tokenizer_path)
     splits = windows_of(tokens, window, fractions or _FRACTIONS, most)
     provenance = {"text": files, "tokenizer": origin, "tokens": len(tokens), "window": window}
-    return CausalLM(splits, vocabulary, provenance=provenance, tokenizer=made)
+    return CausalLM(splits, vocabulary, provenance=provenance, tokenizer=made, file_digests=read)
 
 
 def python_topics() -> str:
@@ -57,6 +60,16 @@ def python_topics() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def _files_of(path: str | None, tokenizer_path: str | None) -> dict[Path, str]:
+    """The files of the text and of a tokenizer's folder that are there, with their digests."""
+    texts = [] if path is None else sorted(Path(path).glob("*.txt")) if Path(path).is_dir() else [Path(path)]
+    places = [] if tokenizer_path is None else [Path(tokenizer_path)]
+    if places and places[0].is_dir():
+        # weights of a model may lie beside its tokenizer
+        places = [file for kind in ("*.json", "*.txt", "*.model") for file in sorted(places[0].glob(kind))]
+    return {file: content_digest(file) for file in (*texts, *places) if os.access(file, os.R_OK) and file.is_file()}
 
 
 def _text(path: str | None) -> tuple[str, dict[str, str]]:

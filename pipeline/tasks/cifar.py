@@ -14,7 +14,7 @@ from edgewright.edge_runtime.manifest import Preprocessing
 
 from ..errors import DataError
 from ..image_classification import ImageClassification
-from ..sources import sha256_of
+from ..sources import content_digest, sha256_of
 from ..splitting import stratified_split
 from ..task import SplitName
 from .augmentation import flip_and_crop
@@ -92,6 +92,7 @@ def cifar(
     """
     folder, form = _located(Path(path), classes)
     column = _column(form, classes)
+    read = {folder / name: content_digest(folder / name) for name in _files(form)}
     digests = {name: sha256_of(folder / name) for name in (*form.train, *form.test)}
     for name, expected in (sha256 or {}).items():
         if digests.get(name) != expected.lower():
@@ -123,6 +124,7 @@ def cifar(
         augment=flip_and_crop(True, 4, black) if augment else None,
         name=form.name.lower(),
         provenance={"files": digests, "left_out_because_in_test": len(hashes) - len(fresh)},
+        file_digests=read,
     )
 
 
@@ -142,10 +144,14 @@ def _located(path: Path, classes: int | None) -> tuple[Path, _Format]:
         reason = "holds both data sets: set classes" if found else f"holds no {names}: unpack the binary version there"
         raise DataError(f"{path} {reason}")
     folder, form = found[0]
-    for name in (*form.train, *form.test, *(names for names, _ in form.classes)):
+    for name in _files(form):
         if not (folder / name).is_file():
             raise DataError(f"{folder} lacks {name}, which the binary version of {form.name} has: unpack it again")
     return folder, form
+
+
+def _files(form: _Format) -> tuple[str, ...]:
+    return (*form.train, *form.test, *(names for names, _ in form.classes))
 
 
 def _column(form: _Format, classes: int | None) -> int:

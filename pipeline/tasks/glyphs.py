@@ -16,6 +16,7 @@ from edgewright.edge_runtime.manifest import Preprocessing
 
 from ..errors import DataError
 from ..image_classification import ImageClassification
+from ..sources import content_digest
 from ..task import SPLITS, SplitName
 from .augmentation import random_affine
 from .fonts import Font, deal, draw, find_fonts
@@ -75,6 +76,7 @@ def glyphs(
         augment=random_affine(rotation=6.0, shift=0.05, scale=0.05) if augment else None,
         name="glyphs",
         provenance={"fonts": {name: {font.name: font.sha256 for font in parts[name]} for name in images}},
+        file_digests={font.path: content_digest(font.path) for name in images for font in parts[name]},
     )
 
 

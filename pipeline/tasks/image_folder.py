@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from edgewright.edge_runtime.manifest import Preprocessing
 from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.models.python_source import did_you_mean
 
-from ..errors import DataError
+from ..errors import DataError, EditedSourceError
 from ..image_classification import ImageClassification
+from ..sources import content_digest
 from ..splitting import stratified_split
 from ..stage import Progress
 from ..task import SPLITS, Batch, SplitName
@@ -145,6 +145,11 @@ class _Reader:
 
     def _input(self, file: Path) -> NDArray[np.float32]:
         batch = preprocess_image(read_image(file, self.preprocessing.channels), self.preprocessing)
+        if self._digests.get(file, digest := _file_digest(file)) != digest:
+            raise EditedSourceError(
+                f"{file} is not the image any more that it was when the task was made: a run needs data that stay as "
+                "they are; run again to begin with the file as it is now"
+            )
         return np.asarray(batch[0], np.float32)
 
 
@@ -172,6 +177,11 @@ class ImageFiles:
     def files(self) -> Sequence[Path]:
         """Where every sample comes from."""
         return self._files
+
+    @property
+    def file_digests(self) -> Mapping[Path, str]:
+        """See `edgewright.pipeline.task.FromFiles`."""
+        return {file: digest.hex() for file, digest in zip(self._files, self.sample_digests, strict=True)}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -234,7 +244,7 @@ def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
 
 def _file_digest(file: Path) -> bytes:
     try:
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).digest()
+        return bytes.fromhex(content_digest(file))
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error}); repair it or remove it") from error
 

@@ -1,0 +1,3 @@
+from torch import nn
+
+ACTIVATION = nn.ReLU
