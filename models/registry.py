@@ -13,6 +13,7 @@ from torch import nn
 
 from . import bottleneck, pretrained, residual, vgg, vit
 from .import_closure import import_closure
+from .precision import in_float32
 from .python_source import (
     PREFIX,
     call,
@@ -66,20 +67,21 @@ _ZOO: dict[str, _Entry] = {
 }
 
 
-def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
-    """Makes the model called `name` with fresh weights; deterministic under `torch.manual_seed`.
+def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | None = None) -> nn.Module:
+    """Makes the model called `name` with fresh weights, in float32; deterministic under `torch.manual_seed`.
 
     Args:
         name: ``zoo:NAME``, ``torchvision:NAME``, ``python:...``, or a name of `pretrained`, whose weights come along.
         args: keyword arguments of the model.
         root: folder of the recipe, for ``python:``.
+        notes: gets what the user should know of the model, if it is given.
 
     Raises:
         ValueError: an unknown name (with the nearest ones), arguments that do not fit (naming the argument),
             or a user's function that fails or does not return an `nn.Module`.
     """
     if name.startswith(PREFIX):
-        return _build_python(name, args, root)
+        return _build_python(name, args, root, notes)
     if name.startswith(_TORCHVISION):
         return _build_torchvision(name, args)
     if name.startswith(pretrained.PREFIXES):
@@ -134,7 +136,7 @@ def sources(name: str, root: Path) -> tuple[Path, ...]:
     return import_closure(Path(inspect.getfile(entry.factory)), (folder.parent,))
 
 
-def _build_python(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
+def _build_python(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | None) -> nn.Module:
     loaded = load_object(name, root)
     check_arguments(loaded.object, args, name)
     try:
@@ -143,6 +145,13 @@ def _build_python(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
         raise ValueError(f"{name} failed{place_of(error)}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}; a model is a torch.nn.Module: return the model")
+    halves = in_float32(model)
+    if halves and notes is not None:
+        kinds = " and ".join(str(dtype).removeprefix("torch.") for dtype in halves)
+        notes.append(
+            f"{name} comes with {kinds} weights: they are taken as float32, with the same values, and the model is "
+            "trained, compared and exported in float32"
+        )
     return model
 
 

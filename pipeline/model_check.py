@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgewright.models.pretrained import LogitsOnly
 from edgewright.models.python_source import place_of
 
 from .errors import ModelError
+from .failing_module import Running, watched, where
 from .model_output import described, wrapping
 from .task import Task, split_of
 
@@ -37,8 +39,8 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
     """Runs two test rows through `model`.
 
     Raises:
-        ModelError: it fails, with the module that did, or what it returns is no finite float [N, classes] tensor, any
-            float [N, ...] for a task without classes; or a row is answered otherwise alone.
+        ModelError: it fails, with the module that did, or what it returns is no finite float32 [N, classes] tensor, any
+            float32 [N, ...] for a task without classes; or a row is answered otherwise alone.
     """
     lazy = [key for key, value in model.named_parameters() if is_lazy(value)]
     if lazy:
@@ -48,23 +50,35 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
         )
     inputs = first_rows(task)
     shapes = ", ".join(str(list(x.shape)) for x in inputs)
-    running: list[tuple[str, nn.Module, Any]] = []
+    running: Running = []
     try:
-        with _watched(model, running):
+        with watched(model, running):
             output = model(*inputs)
     except Exception as error:  # a user's forward may raise anything, and it is the user who has to know
         raise ModelError(
             f"{name} does not run on the inputs of the task {task.name!r} ({shapes}): "
-            f"{type(error).__name__}: {error}{_where(running, error)}"
+            f"{type(error).__name__}: {error}{where(running, error)}"
         ) from error
-    wanted = [len(inputs[0]), len(task.labels)] if task.labels else [len(inputs[0]), *_axes_beyond(output)]
+    rows, classes = len(inputs[0]), len(task.labels)
     if not isinstance(output, Tensor):
-        raise ModelError(f"{name} returns {described(output)}; {wrapping(output, wanted)}")
-    if list(output.shape) != wanted or not output.is_floating_point():
+        advice = wrapping(output, _in_training(model, inputs), rows, classes)
+        raise ModelError(f"{name} returns {described(output)}; {advice}")
+    if classes and (list(output.shape) != [rows, classes] or not output.is_floating_point()):
         raise ModelError(
-            f"{name} returns {str(output.dtype).removeprefix('torch.')} {list(output.shape)} for inputs {shapes}; "
-            f"the task {task.name!r} has {len(task.labels)} labels, so logits {wanted} are needed: set its number of "
-            "classes under model.args, or correct the task's labels"
+            f"{name} returns {described(output)} for inputs {shapes}; the task {task.name!r} has {classes} labels, so "
+            f"logits {[rows, classes]} are needed: set its number of classes under model.args, or correct the task's "
+            "labels"
+        )
+    if output.dim() == 0 or len(output) != rows or not output.is_floating_point():
+        raise ModelError(
+            f"{name} returns {described(output)} for inputs {shapes}, and a float tensor with an answer for each of "
+            f"the {rows} row(s) is needed, the rows in axis 0: return what the model computes before it is averaged, "
+            "squeezed or turned into indices"
+        )
+    if output.dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"{name} returns {described(output)}: half precision is for the device's runtime to choose, the model is "
+            "trained and compared in float32. Return `.float()`, and take autocast and `.half()` out of its forward"
         )
     if getattr(task, "vocabulary", None) is not None:
         # a tokenizer may have more tokens than the model, as long as the text has none of them
@@ -84,12 +98,15 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
 
 def _check_alone(model: nn.Module, row: tuple[Tensor, ...], beside: Tensor, name: str) -> None:
     """Holds what a row is answered alone to what it was answered beside another, `beside`, [1, ...]."""
+    running: Running = []
     try:
-        alone = model(*row)
+        with watched(model, running):
+            alone = model(*row)
     except Exception as error:  # as above
         raise ModelError(
-            f"{name} runs on two rows and not on one{place_of(error)}: {type(error).__name__}: {error}. It could be "
-            "trained, but not exported: make forward work for any number of rows"
+            f"{name} runs on two rows and not on one{place_of(error)}: {type(error).__name__}: "
+            f"{error}{where(running, error)}. It could be trained, but not exported: make forward work for any number "
+            "of rows"
         ) from error
     if alone.shape != beside.shape:
         raise ModelError(
@@ -138,6 +155,25 @@ def check_exportable(model: nn.Module, task: Task, name: str, dynamic: bool) -> 
     Raises:
         ModelError: names the line of the model that stands in the way, and what helps.
     """
+    failed = _export_failure(model, task, dynamic)
+    if failed is None:
+        return
+    text = str(failed)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(failed).__name__)
+    fix = next((advice for sign, advice in _FIXES if sign in text), "rewrite that line with tensor operations")
+    if dynamic and _export_failure(model, task, dynamic=False) is None:
+        fix += (
+            ". Where forward compares the number of rows, or keeps what it made for it, `export.batch: single` does "
+            "too: with one row a run this model exports as it is"
+        )
+    raise ModelError(
+        f"{name} could be trained, but not exported{place_of(failed)}: {type(failed).__name__}: {line[:300]}. "
+        f"What helps: {fix}"
+    ) from failed
+
+
+def _export_failure(model: nn.Module, task: Task, dynamic: bool) -> Exception | None:
+    """What torch.export says against the model, None if it takes it."""
     inputs = _example(task, 2 if dynamic else 1)
     axes = [{a: n for a, n in given.items() if dynamic or a != 0} for given in task.dynamic_axes]
     shapes = (tuple(dict.fromkeys(given, torch.export.Dim.DYNAMIC) for given in axes),)
@@ -149,22 +185,19 @@ def check_exportable(model: nn.Module, task: Task, name: str, dynamic: bool) -> 
                 torch.export.export(
                     HeadLogits(model).eval(), inputs, dynamic_shapes=shapes if any(axes) else None, strict=strict
                 )
-            return
+            return None
         except Exception as error:  # torch.export raises errors of many kinds
             first = first or error
-    assert first is not None
-    text = str(first)
-    line = next((line.strip() for line in text.splitlines() if line.strip()), type(first).__name__)
-    fix = next((advice for sign, advice in _FIXES if sign in text), "rewrite that line with tensor operations")
-    raise ModelError(
-        f"{name} could be trained, but not exported{place_of(first)}: {type(first).__name__}: {line[:300]}. "
-        f"What helps: {fix}"
-    ) from first
+    return first
 
 
-def _axes_beyond(output: Any) -> list[int]:
-    """Of a task without classes, every axis after the first may be as the model gives it."""
-    return list(output.shape[1:]) if isinstance(output, Tensor) and output.dim() > 1 else [1]
+def _in_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What a copy returns in training mode; None where it cannot be copied or fails, which is not the question here."""
+    try:
+        return copy.deepcopy(model).train()(*inputs)
+    except Exception as error:  # a user's forward may raise anything
+        logging.getLogger(__name__).debug("no forward in training mode: %s", error)
+        return None
 
 
 def first_rows(task: Task) -> tuple[Tensor, ...]:
@@ -176,62 +209,6 @@ def first_rows(task: Task) -> tuple[Tensor, ...]:
 def _example(task: Task, rows: int) -> tuple[Tensor, ...]:
     split = split_of(task, "test", needed_by="the report")
     return split.batch([i % len(split) for i in range(rows)]).inputs
-
-
-@contextmanager
-def _watched(model: nn.Module, running: list[tuple[str, nn.Module, Any]]) -> Iterator[None]:
-    """Keeps in `running` the modules that are inside their forward, the innermost last."""
-
-    def enter(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
-            running.append((path, module, given))
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    handles = []
-    for path, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter(path)), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _where(running: Sequence[tuple[str, nn.Module, Any]], error: Exception) -> str:
-    """The module that failed, what it was given, and what the user can do about it."""
-    if not running or not running[-1][0]:
-        return place_of(error)
-    path, module, given = running[-1]
-    kind = f"{type(module).__name__}({module.extra_repr()})"
-    shapes = ", ".join(str(list(x.shape)) for x in given if isinstance(x, Tensor))
-    return f". It failed in {path!r}, {kind}, which was given {shapes}{_advice(module, given)}"
-
-
-def _advice(module: nn.Module, given: Sequence[Any]) -> str:
-    x = given[0] if given else None
-    if not isinstance(x, Tensor):
-        return ""
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and x.dim() == len(module.kernel_size) + 2
-    if convolution and x.shape[1] != module.in_channels:
-        return (
-            f": it takes {module.in_channels} channels and the data has {x.shape[1]}: give the images that many "
-            "(`channels` under task.args, where the task has it), or build the model for the data's"
-        )
-    if isinstance(module, nn.Embedding) and not x.is_floating_point() and int(x.max()) >= module.num_embeddings:
-        return (
-            f": it has {module.num_embeddings} rows and the data the number {int(x.max())}: if these are tokens, give "
-            "the model's own tokenizer (`tokenizer_path` under task.args), and no more of them than it has positions"
-        )
-    if isinstance(module, nn.Linear) and x.shape[-1] != module.in_features:
-        return (
-            f": it takes {module.in_features} features and gets {x.shape[-1]}: the size of the inputs (`size` under "
-            "task.args, where the task has it) is not the one the model was made for"
-        )
-    return ": change the size of the inputs, or the model"
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from .stage import Json, Progress
 from .stages import stage_named
 from .task import Task, check_classes, data_digests, split_of
 from .tasks import build_task, task_sources
+from .training import trainings_in
+from .training_check import PlannedTraining, check_training
 from .watch import Watch
 
 _TOLERANCES = ("max_drop", "tolerance", "max_backbone_drop")
@@ -87,13 +89,13 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
     sources = watch.digests(task_sources(recipe.task.name, recipe.folder), recipe.folder)
     with seeded(recipe.seed):
         task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
-        tasks = tasks_of(recipe, task)
-        check_splits(recipe, tasks)
         check_labels(task)
         check_inputs(task)
+        tasks = tasks_of(recipe, task)
+        check_splits(recipe, tasks)
         data = data_digests(task)
     watch.data(task)
-    check_stages(recipe, task)
+    check_stages(recipe, tasks)
     around = environment(device)
     key = base_key(
         base,
@@ -170,21 +172,36 @@ def check_splits(recipe: Recipe, tasks: Sequence[Task]) -> None:
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
 
 
-def check_stages(recipe: Recipe, task: Task) -> None:
-    """Shows the base model to every stage that has something to say about it before any compute.
+def check_stages(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Shows the base model to every stage that has something to say about it or trains it, before any compute.
+
+    Args:
+        recipe: names model and stages.
+        tasks: see `tasks_of`.
 
     Raises:
-        ModelError: see `build_named` and `check_model`.
-        InputError: see `Stage.check`.
+        ModelError: see `build_named`, `check_model` and `check_training`.
+        InputError: see `Stage.check` and `check_training`.
     """
     checked = [(stage_named(entry.name).check, entry.config) for entry in recipe.stages]
-    if not any(check for check, _ in checked):
+    planned = list(_trainings(recipe, tasks))
+    if not planned and not any(check for check, _ in checked):
         return
     model = build_named(recipe)
-    check_model(model, task, recipe.model.name)
+    check_model(model, tasks[0], recipe.model.name)
     for check, config in checked:
         if check is not None:
-            check(model, task, config)
+            check(model, tasks[0], config)
+    with seeded(recipe.seed):
+        check_training(model, tasks[0], planned, recipe.model.name)
+
+
+def _trainings(recipe: Recipe, tasks: Sequence[Task]) -> Iterator[PlannedTraining]:
+    for entry, task in zip(recipe.stages, tasks[1:], strict=True):
+        for section, training in (stage_named(entry.name).trains or trainings_in)(entry.config).items():
+            place = ".".join(filter(None, (entry.id or entry.name, section)))
+            samples = len(split_of(task, "train", needed_by=place))
+            yield PlannedTraining(place, training, samples)
 
 
 def build_base(inputs: Inputs, progress: Progress) -> nn.Module:

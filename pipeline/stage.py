@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .task import SplitName, Task
+    from .training import TrainingConfig
 
 Json: TypeAlias = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of them."""
@@ -155,6 +156,8 @@ class Stage(Generic[C]):
             it does not have; raises an `InputError`.
         classes: the classes (names or indices) that a model made under a configuration still knows, () for all. What
             comes after, export and report included, gets the task with these classes only.
+        trains: the trainings of the whole model under a configuration, by the name of their section in the recipe, ""
+            for the stage's own; each is tried for one step before any compute. None: every `TrainingConfig` in it.
         classes_alone: a configuration of the same stage that keeps the same classes and does nothing else to the model;
             what a control is given. Required with `classes`.
     """
@@ -171,6 +174,7 @@ class Stage(Generic[C]):
     per_class: bool = False
     check: Callable[[nn.Module, Task, C], None] | None = None
     classes: Callable[[C], Sequence[str | int]] | None = None
+    trains: Callable[[C], Mapping[str, TrainingConfig]] | None = None
     classes_alone: Callable[[C], C] | None = None
 
     def needed_splits(self, config: C) -> tuple[SplitName, ...]:

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import StageError
+from .label_smoothing import smoothed_loss
 from .model_output import training_logits
 from .optimizer_state import optimizer_state, restore_optimizer
 from .stage import Context, Json, StageConfig, State
@@ -52,7 +53,8 @@ class TrainingConfig(StageConfig):
     warmup: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the run with a linearly rising rate."""
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the target's mass spread over all classes."""
+    """Share of the target's mass spread over all classes, in whatever cross entropy the task's own loss computes; a
+    loss without one is refused."""
     gradient_clip: float | None = Field(default=5.0, gt=0.0)
     """Largest norm of the gradient; null does not limit it."""
 
@@ -68,6 +70,13 @@ class TrainingConfig(StageConfig):
         if self.batch_size is not None:
             return self.batch_size
         return min(LARGEST_BATCH, max(_SMALLEST_BATCH, rows // _STEPS_PER_EPOCH))
+
+
+def trainings_in(config: StageConfig) -> dict[str, TrainingConfig]:
+    """Every training in a stage's configuration by the name of its section, "" for the configuration itself."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    found = {name: value for name, value in fields.items() if isinstance(value, TrainingConfig)}
+    return {"": config, **found} if isinstance(config, TrainingConfig) else found
 
 
 def learning_rate_factor(config: TrainingConfig, done: float) -> float:
@@ -86,9 +95,7 @@ def task_loss(task: Task, config: TrainingConfig) -> BatchLoss:
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = training_logits(model, model(*batch.inputs))
-        if config.label_smoothing > 0.0:
-            return nn.functional.cross_entropy(logits, batch.targets, label_smoothing=config.label_smoothing)
-        return task.loss(logits, batch.targets)
+        return smoothed_loss(task, logits, batch.targets, config.label_smoothing)
 
     return loss
 

@@ -369,4 +369,5 @@ STAGE = Stage(
     splits=("train", "validation"),
     per_class=True,
     check=check,
+    trains=lambda config: {} if config.freeze_backbone else {"training": config.training},
 )

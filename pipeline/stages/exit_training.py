@@ -15,6 +15,7 @@ from edgewright.models.layers.multi_exit import MultiExit
 
 from ..errors import StageError
 from ..image_classification import ImageClassification
+from ..label_smoothing import smoothed_loss
 from ..model_output import training_logits
 from ..splits import TensorSplit
 from ..stage import Context, Json, StageConfig
@@ -117,11 +118,7 @@ def train_jointly(model: MultiExit, task: Task, config: ExitTrainingConfig, cont
         network = cast(MultiExit, module)
         *heads, output = network.all_logits(*batch.inputs)
         last = training_logits(network.base, output)
-        smoothing = config.training.label_smoothing
-        if smoothing > 0.0:
-            own = functional.cross_entropy(last, batch.targets, label_smoothing=smoothing)
-        else:
-            own = task.loss(last, batch.targets)
+        own = smoothed_loss(task, last, batch.targets, config.training.label_smoothing)
         return own + exit_loss(heads, last, batch.targets, weights, model.policy.name, config)
 
     return train_model(model, task, config.training, context, "joint", loss)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
+from ..image_classification import ImageClassification
 from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Task
 from ..training import FEW_STEPS, LARGEST_BATCH, TrainingConfig, train_model
 
-_LEARNED = 0.97  # of the loss of a guess: above it, nothing has been learned
+_LEARNED = 0.97  # of the loss of a guess, or of the first epoch: above it, nothing has been learned
 
 
 class TrainConfig(TrainingConfig):
@@ -44,14 +45,32 @@ def _doubts(task: Task, config: TrainConfig, log: Sequence[Mapping[str, Json]]) 
             f"batch_size {config.batch_size} on {rows} training samples leaves {steps} steps in all, hardly enough to "
             "learn from: lower it, leave it out, or raise epochs"
         )
-    classes = len(task.labels)
-    guess = float(task.loss(torch.zeros(classes, classes), torch.arange(classes)))
-    if log and log[-1]["loss"] > _LEARNED * guess:
+    if not log:
+        return
+    first, last, guess = log[0]["loss"], log[-1]["loss"], _guess(task)
+    helps = (
+        "raise epochs, try optimizer adamw, another learning_rate or inputs scaled to about -1 ... 1, or give the "
+        "network normalisation layers"
+    )
+    if guess is not None and last > _LEARNED * guess:
         yield (
-            f"the network has hardly learned: its training loss is {log[-1]['loss']:.4f} after {len(log)} epochs, and "
-            f"guessing gives {guess:.4f}: raise epochs, try optimizer adamw, another learning_rate or inputs scaled to "
-            "about -1 ... 1, or give the network normalisation layers"
+            f"the network has hardly learned: its training loss is {last:.4f} after {len(log)} epochs, and guessing "
+            f"gives {guess:.4f}: {helps}"
         )
+    elif guess is None and len(log) > 1 and last > first - (1.0 - _LEARNED) * abs(first):
+        yield (
+            f"the training loss has hardly fallen: {first:.4g} in the first of {len(log)} epochs and {last:.4g} in the "
+            f"last. Unless the weights were good before, {helps}"
+        )
+
+
+def _guess(task: Task) -> float | None:
+    """Loss of all classes alike, with smoothed labels too; None where the task's loss may be anything.
+
+    Worked out here: a task's own loss may take shapes that only its author knows.
+    """
+    known = isinstance(task, ImageClassification) and type(task).loss is ImageClassification.loss
+    return math.log(len(task.labels)) if known else None
 
 
 def rebuild(model: nn.Module, edit: Edit) -> nn.Module:

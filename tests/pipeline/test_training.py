@@ -8,8 +8,10 @@ import pytest
 import torch
 from tiny import tiny_residual, tiny_task
 from torch import nn
+from unlabelled import Embedding, Regression, network
 
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import ModelError, StageError
 from edgewright.pipeline.evaluation import evaluate
@@ -18,6 +20,7 @@ from edgewright.pipeline.stages.early_exit import EarlyExitConfig
 from edgewright.pipeline.stages.early_exit import fit as add_exits
 from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, train_jointly
 from edgewright.pipeline.stages.train import TrainConfig, fit
+from edgewright.pipeline.task import Batch
 from edgewright.pipeline.training import TrainingConfig, train_model
 
 
@@ -160,3 +163,32 @@ def test_a_network_that_has_not_learned_is_pointed_out(tmp_path: Path) -> None:
     assert any("hardly learned" in note and "guessing gives 1.3863" in note for note in still.notes)
     moving = fit(tiny_residual(), task, TrainConfig(epochs=6), FolderContext(tmp_path / "1"))
     assert not any("hardly learned" in note for note in moving.notes)
+
+
+@pytest.mark.parametrize(
+    "task", [Regression(), Embedding(), CausalLM({"train": torch.arange(320).reshape(40, 8) % 7}, 7)]
+)
+def test_notes_never_call_the_loss_of_a_task_without_classes_on_shapes_of_their_own(tmp_path: Path, task) -> None:
+    model = nn.Embedding(7, 7) if isinstance(task, CausalLM) else network()
+    still = fit(model, task, TrainConfig(epochs=2, learning_rate=0.0), FolderContext(tmp_path / "0"))
+    assert any("training loss has hardly fallen" in note for note in still.notes)
+    moving = fit(model, task, TrainConfig(epochs=8, learning_rate=0.1), FolderContext(tmp_path / "1"))
+    assert not any("hardly" in note for note in moving.notes)
+
+
+def test_a_batch_larger_than_the_split_is_one_step_an_epoch_on_all_of_it(tmp_path: Path) -> None:
+    task, config = tiny_task(rows={"train": 6}), TrainingConfig(epochs=2, batch_size=64, schedule="constant")
+    seen: list[int] = []
+
+    def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+        seen.append(len(batch.targets))
+        return task.loss(model(*batch.inputs), batch.targets)
+
+    model, before = tiny_residual(), tiny_residual().state_dict()
+    log = train_model(model, task, config, FolderContext(tmp_path), "train", loss)
+    assert seen == [6, 6] and [row["learning_rate"] for row in log] == [0.05, 0.05]
+    assert not torch.equal(model.state_dict()["fc.weight"], before["fc.weight"])
+    cosine = train_model(
+        tiny_residual(), task, TrainingConfig(epochs=2, batch_size=64), FolderContext(tmp_path / "cosine"), "train"
+    )
+    assert [row["learning_rate"] for row in cosine] == [pytest.approx(0.05), pytest.approx(0.025)]
