@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -33,6 +32,7 @@ from .manifest import (
     Manifest,
 )
 from .replacing import replaced
+from .scratch import Scratch
 
 MANIFEST_LIMIT_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -57,7 +57,7 @@ class Bundle:
         source: Path,
         folder: Path,
         sha256: str,
-        temporary: tempfile.TemporaryDirectory[str] | None = None,
+        temporary: Scratch | None = None,
     ) -> None:
         self.manifest = manifest
         self.source = source
@@ -209,15 +209,15 @@ def _unpack(archive: zipfile.ZipFile, path: Path) -> Bundle:
     manifest, sha256 = _checked_manifest(own[MANIFEST_FILE], own[MANIFEST_HASH_FILE], path)
     _compare_listing(entries, manifest, path)
     needed = sum(entry.bytes for entry in manifest.files.values())
-    temporary = tempfile.TemporaryDirectory(prefix="edgewright-")
+    temporary = Scratch("edgewright-")
     try:
-        free = shutil.disk_usage(temporary.name).free
+        free = shutil.disk_usage(temporary.path).free
         if needed > free:
             raise InputError(
-                f"{path} unpacks to {needed} bytes and {temporary.name} has {free} free: set TMPDIR to "
+                f"{path} unpacks to {needed} bytes and {temporary.path} has {free} free: set TMPDIR to "
                 "a larger disk, or unpack the zip yourself and give the folder"
             )
-        folder = Path(temporary.name)
+        folder = temporary.path
         for name, data in own.items():
             (folder / name).write_bytes(data)
         for name, entry in manifest.files.items():

@@ -11,7 +11,6 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,18 @@ from . import errors
 from .golden import read_npz
 from .measuring import Feed, write_feeds
 from .providers import provider_names
+from .scratch import Scratch
+from .watched import run_watched
 
 _PACKAGE = __package__ or "edge_runtime"
 # `python -c` puts the working folder first on the path, where a user's own `models` or `numpy.py` may lie.
 _START = (
-    "import sys, time; started = time.perf_counter_ns(); "
+    "import sys, time; "
     "sys.path[:] = [p for p in sys.path if p]; "
     "sys.argv[1] in sys.path or sys.path.insert(0, sys.argv[1]); "
-    "import importlib; importlib.import_module(sys.argv[2]).main(started, sys.argv[3])"
+    "import importlib; importlib.import_module(sys.argv[2] + '.watched').watch_parent(); "
+    "started = time.perf_counter_ns(); "
+    "importlib.import_module(sys.argv[2] + sys.argv[3]).main(started, *sys.argv[4:])"
 )
 _TAIL = 2000
 
@@ -112,25 +115,27 @@ def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeou
     Raises:
         EdgewrightError: whatever the child raised on purpose, with the same class and text.
     """
-    with tempfile.TemporaryDirectory(prefix="edgewright-bench-") as name:
-        folder = Path(name)
-        spec_path = _write_spec(folder, artefacts, settings)
+    with Scratch("edgewright-bench-") as folder:
+        try:
+            spec_path = _write_spec(folder, artefacts, settings)
+        except OSError as error:
+            raise errors.InputError(
+                f"the inputs cannot be written to {folder}: {error.strerror or error}; set TMPDIR to a larger disk"
+            ) from None
         with (folder / "output").open("wb") as output:
             try:
-                done = subprocess.run(
+                done = run_watched(
                     child_command(spec_path),
-                    stdin=subprocess.DEVNULL,
+                    timeout=timeout_s,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    timeout=timeout_s,
-                    check=False,
                 )
             except subprocess.TimeoutExpired:
                 return _failed("timeout", f"the measuring process was stopped after {timeout_s:g} s")
         answer_path = folder / "answer.json"
         if done.returncode != 0 or not answer_path.exists():
             tail = (folder / "output").read_text(encoding="utf-8", errors="replace")[-_TAIL:].strip()
-            return _failed("crashed", _death(done.returncode) + (f": {tail}" if tail else ""))
+            return _failed("crashed", how_it_ended(done.returncode) + (f": {tail}" if tail else ""))
         answer = json.loads(answer_path.read_text(encoding="utf-8"))
         if "error" in answer:
             raise getattr(errors, answer["error"]["kind"], errors.EdgewrightError)(answer["error"]["message"])
@@ -140,9 +145,19 @@ def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeou
 
 def child_command(spec_path: Path) -> list[str]:
     """The command line of the measuring process."""
+    return process_command(".measuring", str(spec_path))
+
+
+def process_command(module: str, *arguments: str) -> list[str]:
+    """The command line of a process that runs ``main`` of one of this package's modules.
+
+    Args:
+        module: its name, with a dot in front.
+        arguments: what ``main`` gets after the time at which it was started, ``time.perf_counter_ns()``.
+    """
     root = Path(__file__).parents[len(_PACKAGE.split("."))]
     isolated = ["-I"] if sys.flags.isolated else []
-    return [sys.executable, *isolated, "-c", _START, str(root), f"{_PACKAGE}.measuring", str(spec_path)]
+    return [sys.executable, *isolated, "-c", _START, str(root), _PACKAGE, module, *arguments]
 
 
 def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[str, Any]) -> Path:
@@ -168,8 +183,9 @@ def _failed(status: str, reason: str) -> ChildResult:
     return ChildResult(status, reason, {}, np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
-def _death(returncode: int) -> str:
+def how_it_ended(returncode: int, what: str = "the measuring process") -> str:
+    """A sentence on how `what` ended, from its return code as `subprocess` has it."""
     if returncode >= 0:
-        return f"the measuring process ended with exit code {returncode}"
+        return f"{what} ended with exit code {returncode}"
     known = {member.value: member.name for member in signal.Signals}
-    return f"the measuring process was ended by {known.get(-returncode, f'signal {-returncode}')}"
+    return f"{what} was ended by {known.get(-returncode, f'signal {-returncode}')}"

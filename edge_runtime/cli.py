@@ -7,9 +7,7 @@ execution provider not available or, from `doctor`, a problem found, 130 interru
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
 from .generate_command import add_arguments
 from .replacing import check_place
+from .standard_streams import lost_output, standard_streams
+from .termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from .manifest import Manifest
@@ -51,18 +51,25 @@ def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") 
     Returns:
         The exit code.
     """
-    options = _parser(program).parse_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a label that the terminal cannot show ends nothing
+    with standard_streams(escaping=True), terminable():
+        try:
+            code = _run(_parser(program).parse_args(arguments))
+        except SystemExit as end:  # --help, or arguments that do not fit
+            if end.code or lost_output() is None:
+                raise
+            code = 0
+        except Terminated as end:
+            return end.exit_code
+        return code or _exit_code_of_lost_output()
+
+
+def _run(options: argparse.Namespace) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             _check_outputs(options)
-            code = command(options)
-            sys.stdout.flush()
-            return code
+            return command(options)
     except EdgewrightError as error:
         if options.debug:
             raise
@@ -76,10 +83,6 @@ def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") 
             file=sys.stderr,
         )
         return ProviderError.exit_code
-    except BrokenPipeError:
-        # whoever read our output has seen enough, as `| head` does; the interpreter must not try to flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EdgewrightError.exit_code
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -91,6 +94,14 @@ def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") 
         kind = type(error).__name__
         print(f"internal error: {kind}: {error}; run again with --debug for the traceback", file=sys.stderr)
         return EdgewrightError.exit_code
+
+
+def _exit_code_of_lost_output() -> int:
+    reason = lost_output()
+    if reason is None:
+        return 0
+    print(f"error: standard output did not take everything ({reason}), so the result is incomplete", file=sys.stderr)
+    return InputError.exit_code
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

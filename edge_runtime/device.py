@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .session_probe import Probe, probe_session
+
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 """Major release of Jetson Linux (L4T) -> JetPack."""
 
@@ -87,13 +89,14 @@ def doctor(
         distributions: names of the installed onnxruntime distributions; None: look.
         providers: ONNX Runtime's available providers; None: ask it.
     """
-    known = collect_facts(root, distributions, providers)
+    probe = probe_session()
+    known = collect_facts(root, distributions, providers, probe)
     facts = {name: value for name, (value, _) in known.items()}
     unknown = {name: reason or "unknown" for name, (value, reason) in known.items() if value is None}
     return DoctorReport(
         facts=facts,
         unknown=unknown,
-        problems=tuple(_problems(facts)),
+        problems=tuple(_problems(facts, probe)),
         advice=tuple(_advice(facts)),
         fingerprint=fingerprint(facts),
     )
@@ -115,13 +118,21 @@ def collect_facts(
     root: str | os.PathLike[str] = "/",
     distributions: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
+    probe: Probe | None = None,
 ) -> dict[str, Fact]:
-    """Facts by name, each with the reason if it is unknown. Arguments as in `doctor`."""
+    """Facts by name, each with the reason if it is unknown.
+
+    Args:
+        root: as in `doctor`.
+        distributions: as in `doctor`.
+        providers: as in `doctor`.
+        probe: what was found when ONNX Runtime was tried; None: it is known to work.
+    """
     root = Path(root)
     return {
         "python": (platform.python_version(), None),
         "executable": (sys.executable, None),
-        **_software(distributions, providers),
+        **_software(distributions, providers, probe),
         "machine": (platform.machine(), None),
         "kernel": (platform.release(), None),
         "libc": _or_unknown(" ".join(platform.libc_ver()).strip(), "not a glibc system"),
@@ -141,21 +152,31 @@ def runtime_distributions() -> list[str]:
     return sorted(name for name in names if pattern.fullmatch(name))
 
 
-def _software(distributions: Sequence[str] | None, providers: Sequence[str] | None) -> dict[str, Fact]:
+def _software(
+    distributions: Sequence[str] | None, providers: Sequence[str] | None, probe: Probe | None
+) -> dict[str, Fact]:
     import numpy
 
     facts: dict[str, Fact] = {"numpy": (numpy.__version__, None)}
-    try:
-        import onnxruntime
-    except ImportError as error:
-        reason = f"cannot be imported ({error})"
+    reason = None
+    if probe is not None and not probe.imported:
+        # not imported here: what ends one process would end this one as well
+        reason = probe.problem
+    else:
+        try:
+            import onnxruntime
+
+            available = onnxruntime.get_available_providers() if providers is None else providers
+        except (ImportError, AttributeError) as error:
+            reason = f"cannot be imported ({error})"
+    if reason is not None:
         facts.update({"onnxruntime": (None, reason), "onnxruntime_build": (None, reason)})
         facts["providers"] = (None, reason) if providers is None else (list(providers), None)
     else:
         build = getattr(onnxruntime, "get_build_info", None)
         facts["onnxruntime"] = (str(onnxruntime.__version__), None)
         facts["onnxruntime_build"] = (build(), None) if build else (None, "this release does not say")
-        facts["providers"] = (list(providers or onnxruntime.get_available_providers()), None)
+        facts["providers"] = (list(available), None)
     installed = runtime_distributions() if distributions is None else list(distributions)
     facts["onnxruntime_distributions"] = (installed, None)
     return facts
@@ -215,12 +236,18 @@ def _board(root: Path) -> dict[str, Fact]:
     return facts
 
 
-def _problems(facts: Mapping[str, Any]) -> list[str]:
+def _problems(facts: Mapping[str, Any], probe: Probe) -> list[str]:
     installed = facts["onnxruntime_distributions"]
     problems = []
-    if facts["onnxruntime"] is None:
-        package = "the wheel NVIDIA builds for this JetPack" if facts["jetson_linux"] else "onnxruntime"
+    package = "the wheel NVIDIA builds for this JetPack" if facts["jetson_linux"] else "onnxruntime"
+    if not installed and not probe.imported:
         problems.append(f"onnxruntime cannot be imported: install {package} for Python {facts['python']}")
+    elif probe.problem is not None:
+        again = installed[0] if len(installed) == 1 and not facts["jetson_linux"] else package
+        problems.append(
+            f"{probe.problem}: no bundle runs here; uninstall {' and '.join(installed) or 'every onnxruntime'}, then "
+            f"install {again} for Python {facts['python']} again"
+        )
     if len(installed) > 1:
         problems.append(
             f"{' and '.join(installed)} are both installed and overwrite each other's files: "

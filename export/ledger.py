@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import onnx_ir as ir
 from torch import nn
 
 from edgewright.edge_runtime.manifest import Ledger, LedgerRow
+from edgewright.edge_runtime.scratch import Scratch
 from edgewright.models.layers.factorized import SharedBasis
 
 from .capture import module_of
@@ -171,8 +171,8 @@ def optimized(model_path: Path) -> ir.Model | None:
     files = (model_path, data_file(model_path))
     if sum(file.stat().st_size for file in files if file.exists()) > EXTERNAL_ABOVE:
         return None
-    with tempfile.TemporaryDirectory(prefix="edgewright-ledger-") as folder:
-        target = Path(folder, "optimized.onnx")
+    with Scratch("edgewright-ledger-") as folder:
+        target = folder / "optimized.onnx"
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(target)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -13,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.edge_runtime.manifest import ExitSpec, NodeRow, OperatingPoint
+from edgewright.edge_runtime.scratch import Scratch
 from edgewright.edge_runtime.session import session_on
 
 from .capture import module_of
@@ -34,8 +33,8 @@ def measured_shapes(model: ir.Model, names: Sequence[str], row: Feeds) -> Shapes
 
 def measured_values(model: ir.Model, names: Sequence[str], row: Feeds) -> Mapping[str, NDArray[Any]]:
     """What a flat graph computes for `row`, by the names of its values."""
-    with tempfile.TemporaryDirectory(prefix="edgewright-shapes-") as folder:
-        path = Path(folder, "model.onnx")
+    with Scratch("edgewright-shapes-") as folder:
+        path = folder / "model.onnx"
         save_external(model, path)  # so that the graph can be read and written again without weights
         proto = onnx.load(str(path), load_external_data=False)
         known = {value.name for value in proto.graph.output}

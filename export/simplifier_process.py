@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from edgewright.edge_runtime.watched import watch_parent
+
 
 def main() -> None:
     """Reads IN, simplifies with METHOD, writes OUT."""
+    watch_parent()
     method, source, target = sys.argv[1:]
     if method == "onnxscript":
         import onnx_ir

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,7 +15,9 @@ from numpy.typing import NDArray
 
 from edgewright.edge_runtime.comparison import compare
 from edgewright.edge_runtime.errors import EdgewrightError
+from edgewright.edge_runtime.scratch import Scratch
 from edgewright.edge_runtime.session import session_on
+from edgewright.edge_runtime.watched import run_watched
 
 from .capture import rename
 from .ledger import stored_bytes, unique_bytes
@@ -62,8 +63,8 @@ def simplify(
     if method == "none" and command is None:
         return model, "simplifier: none asked for"
     label = method if command is None else "custom simplifier"
-    with tempfile.TemporaryDirectory(prefix="edgewright-simplify-") as folder:
-        source, target = Path(folder, "in.onnx"), Path(folder, "out.onnx")
+    with Scratch("edgewright-simplify-") as folder:
+        source, target = folder / "in.onnx", folder / "out.onnx"
         save_external(model, source)
         arguments = (command or _command(method))(source, target)
         reason = _run(arguments, target, timeout)
@@ -89,7 +90,7 @@ def _command(method: Method) -> Command:
 def _run(arguments: Sequence[str], target: Path, timeout: float) -> str | None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+        done = run_watched(arguments, timeout=timeout, capture_output=True, text=True, env=environment)
     except subprocess.TimeoutExpired:
         return f"no answer in {timeout:g} s"
     if done.returncode != 0:

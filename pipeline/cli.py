@@ -56,11 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    try:
-        app(None if arguments is None else list(arguments), prog_name="edgewright")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    return 0
+    from edgewright.edge_runtime.standard_streams import lost_output, standard_streams
+    from edgewright.edge_runtime.termination import Terminated, terminable
+
+    with standard_streams(), terminable():
+        code = 0
+        try:
+            app(None if arguments is None else list(arguments), prog_name="edgewright")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Terminated as end:
+            return end.exit_code
+        if code == 0 and (reason := lost_output()) is not None:
+            _print_error(f"standard output did not take everything ({reason}), so the result is incomplete", False)
+            return 2
+        return code
 
 
 @app.command("run")

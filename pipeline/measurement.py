@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgewright import edge_runtime
 from edgewright.edge_runtime.golden import write_npz
+from edgewright.edge_runtime.scratch import Scratch
 
 from .recipe import BenchmarkOptions
 from .stage import Json, Progress
@@ -65,8 +65,8 @@ def compare_bundles(reference: Path, final: Path, task: Task, options: Benchmark
 
     The mean, because with exits the latency has several modes and the mean is what a stream of inputs costs.
     """
-    with tempfile.TemporaryDirectory(prefix="edgewright-compare-") as folder:
-        path = Path(folder, "inputs.npz")
+    with Scratch("edgewright-compare-") as folder:
+        path = folder / "inputs.npz"
         write_npz(path, test_inputs(task))
         measured = edge_runtime.interleaved(
             {"reference": edge_runtime.Contender(reference, path), "final": edge_runtime.Contender(final, path)},

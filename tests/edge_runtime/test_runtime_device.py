@@ -113,3 +113,36 @@ def test_the_fingerprint_ignores_what_changes_by_the_minute(tmp_path: Path) -> N
     assert base == of("b", **{"proc/loadavg": "9.00 0 0 1/1 1"}) and len(base) == 16
     assert base != of("c", **{"sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "powersave\n"})
     assert fingerprint() == fingerprint()
+
+
+def _fake_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
+    """An `onnxruntime` that a new process finds instead of the true one."""
+    package = folder / "fake" / "onnxruntime"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    return folder
+
+
+BROKEN = {
+    "import os, signal; os.kill(os.getpid(), signal.SIGILL)": "SIGILL",
+    "raise ImportError('libfoo.so: cannot open shared object file')": "libfoo.so",
+    "raise RuntimeError('odd')": "odd",
+    "__version__ = '1.0'": "InferenceSession",
+    "class SessionOptions: pass\ndef InferenceSession(*_, **__): raise RuntimeError('no provider')": "no provider",
+    "import os\nclass SessionOptions: pass\ndef InferenceSession(*_, **__): os.abort()": "SIGABRT",
+    "class SessionOptions: pass\nclass InferenceSession:\n    def __init__(*_, **__): pass\n"
+    "    def run(self, *_): return [[0, 0]]": "answers",
+}
+
+
+@pytest.mark.parametrize(("code", "word"), BROKEN.items())
+def test_a_runtime_without_sessions_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, word: str
+) -> None:
+    root = _fake_runtime(_machine(tmp_path), monkeypatch, code)
+    report = doctor(root, distributions=["onnxruntime"], providers=["CPUExecutionProvider"])
+    assert not report.ok and "no problems found" not in report.text()
+    (problem,) = report.problems
+    assert word in problem and "install onnxruntime for Python" in problem
+    json.loads(report.to_json())
