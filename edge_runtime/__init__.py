@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .exit_latency import latency_table
     from .golden import read_golden, write_golden
+    from .image_file import load_image
     from .interleave import Contender, Interleaved, interleaved
     from .latency_record import record_latency
     from .manifest import GoldenCase, Manifest
@@ -69,6 +70,7 @@ _WHERE = {
     "interleaved": "interleave",
     "latency_table": "exit_latency",
     "load": "session",
+    "load_image": "image_file",
     "open_bundle": "bundle",
     "pack_zip": "bundle",
     "read_golden": "golden",
@@ -110,6 +112,7 @@ __all__ = [
     "interleaved",
     "latency_table",
     "load",
+    "load_image",
     "open_bundle",
     "pack_zip",
     "read_golden",

@@ -38,7 +38,6 @@ _NEEDED = {
     "numpy": "install numpy",
     "onnxruntime": "install onnxruntime, or the build for your accelerator; `doctor` says which",
 }
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") -> int:
@@ -286,34 +285,23 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _read_input(path: Path, manifest: Manifest) -> Any:
-    """Reads .npy, .npz or, where Pillow is installed, an image as uint8 [H, W, C]."""
-    import numpy as np
-
+    """Reads .npy, .npz or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself."""
     from .bench_inputs import read_inputs
+    from .image_file import SUFFIXES, load_image, read_image
 
     if not path.is_file():
         raise InputError(f"no input at {path}")
-    if path.suffix.lower() not in _IMAGES:
+    if path.suffix.lower() not in SUFFIXES:
         return read_inputs(path)
     preprocessing = manifest.preprocessing
-    if preprocessing.kind != "image" and all(spec.dtype != "uint8" for spec in manifest.inputs):
+    if any(spec.dtype == "uint8" for spec in manifest.inputs):
+        return read_image(path, preprocessing)
+    if preprocessing.kind != "image":
         raise InputError(
             f"{path} is an image, and the bundle {manifest.name} does not say how images become its input: give what "
             "the model takes as a .npy"
         )
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise InputError(
-            f"reading {path} needs Pillow, which is not installed: install pillow, or save the pixels as "
-            "a uint8 [H, W, C] .npy"
-        ) from None
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("L" if preprocessing.channels == 1 else "RGB"), np.uint8)
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path} is not a readable image: {error}") from None
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return load_image(path, preprocessing)
 
 
 def _prediction_lines(prediction: Prediction) -> list[str]:

@@ -9,7 +9,18 @@ import numpy as np
 
 from .errors import BundleError
 from .feeds import KNOWN_DTYPES
-from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, DeviceLatency, Manifest, PolicySpec
+from .manifest import (
+    APPLIED,
+    DROPPED,
+    EXIT_INDEX,
+    IGNORED,
+    LABEL,
+    LOGITS,
+    SCORES,
+    DeviceLatency,
+    Manifest,
+    PolicySpec,
+)
 
 VERDICTS = ("faster", "slower", "inconclusive")
 """Of `SplitRatio.verdict`."""
@@ -106,6 +117,13 @@ def _check_preprocessing(manifest: Manifest) -> None:
             raise _contradiction(f"preprocessing.{name} has {len(values)} values for {given.channels} channels")
     if 0 in given.std:
         raise _contradiction("preprocessing divides by a standard deviation of 0")
+    if given.max_value is not None and not 0 < given.max_value <= 2**31 - 1:
+        raise _contradiction(f"preprocessing has the largest pixel value {given.max_value:g}")
+    if given.orientation not in (APPLIED, IGNORED) or given.alpha != DROPPED:
+        raise _contradiction(
+            f"preprocessing has the orientation {given.orientation!r} and the alpha {given.alpha!r}, known are "
+            f"{APPLIED!r} and {IGNORED!r}, and {DROPPED!r}"
+        )
 
 
 def _check_split(manifest: Manifest) -> None:

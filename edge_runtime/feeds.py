@@ -92,10 +92,34 @@ def check_feeds(
     for spec in specs:
         if spec.name not in feeds:
             raise InputError(f"input {spec.name!r} is missing: wanted {spec.dtype} {_shape_text(spec.shape)}")
-        value = np.asarray(feeds[spec.name])
+        value = as_array(spec.name, feeds[spec.name])
         _check_one(spec, value, axes, no_rows)
         arrays[spec.name] = value
     return arrays
+
+
+def as_array(name: str, value: Any) -> NDArray[Any]:
+    """What a person gave for the input `name`, as an array of numbers.
+
+    Raises:
+        InputError: lists whose rows differ in length, or what is made of no numbers.
+    """
+    if type(value) is np.ndarray and value.dtype != object:
+        return value
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # what lists and foreign tensors raise
+        if isinstance(value, list | tuple):
+            raise InputError(
+                f"input {name!r} is no array: its nested lists differ in length or depth, or hold what is no number "
+                f"({error})"
+            ) from None
+        raise InputError(f"input {name!r} is no array: {error}") from None
+    if array.dtype.kind not in "biufc":
+        what = "Python objects" if array.dtype == object else str(array.dtype)
+        hint = ", or lists that differ in length" if array.dtype == object else ""
+        raise InputError(f"input {name!r} is no array of numbers: got {what} {list(array.shape)}{hint}")
+    return array
 
 
 def is_finite(value: NDArray[Any]) -> bool:
@@ -136,18 +160,18 @@ def prepare(
     """Turns what a person has into what a graph takes, without checking it; `check_feeds` does that.
 
     Args:
-        x: one array for a graph with one input, or a mapping of input names to arrays. uint8 images are
-            preprocessed, other arrays get a batch axis if they lack one.
+        x: one array for a graph with one input, or a mapping of input names to arrays. Images, which are integers, are
+            preprocessed; other arrays get a batch axis if they lack one.
         specs: of the graph's inputs.
         preprocessing: the manifest's; None: arrays are taken as they are.
 
     Raises:
-        InputError: one array for a graph with several inputs, or an image that does not fit.
+        InputError: one array for a graph with several inputs, what is no array, or an image that does not fit.
     """
     if isinstance(x, Mapping):
-        given = {name: np.asarray(value) for name, value in x.items()}
+        given = {name: as_array(name, value) for name, value in x.items()}
     elif len(specs) == 1:
-        given = {specs[0].name: np.asarray(x)}
+        given = {specs[0].name: as_array(specs[0].name, x)}
     else:
         names = ", ".join(spec.name for spec in specs)
         raise InputError(f"the model has {len(specs)} inputs: give a mapping (.npz) with {names}")
@@ -156,11 +180,16 @@ def prepare(
         value = given.get(spec.name)
         if value is None:  # `check_feeds` names it
             continue
-        if preprocessing is not None and is_image and value.dtype == np.uint8 and spec.dtype != "uint8":
+        if preprocessing is not None and is_image and _is_raw_image(value, spec):
             given[spec.name] = preprocess_image(value, preprocessing)
         elif value.ndim == len(spec.shape) - 1:
             given[spec.name] = value[None]
     return given
+
+
+def _is_raw_image(value: NDArray[Any], spec: TensorSpec) -> bool:
+    """Whole numbers for an input of floats are pixels; whether their dtype fits, `preprocess_image` says."""
+    return value.dtype.kind in "biu" and np.dtype(spec.dtype).kind == "f"
 
 
 def _check_one(spec: TensorSpec, value: NDArray[Any], axes: dict[str, tuple[int, str]], no_rows: bool) -> None:

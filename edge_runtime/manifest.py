@@ -79,11 +79,15 @@ class FileEntry:
     sha256: str
 
 
+APPLIED, IGNORED, DROPPED = "applied", "ignored", "dropped"
+"""What `Preprocessing` says of orientation and alpha."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a raw image becomes the float32 input: resize to `size`, times `scale`, minus `mean`, over `std`.
 
-    Applied by `predict` to uint8 arrays [H, W, C] or [N, H, W, C] and to image files; float arrays are
+    Applied by `predict` to integer arrays [H, W, C] or [N, H, W, C] and to image files; float arrays are
     taken as already preprocessed. `kind` is ``"image"`` or ``"none"``.
     """
 
@@ -94,6 +98,13 @@ class Preprocessing:
     scale: float = 1.0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    max_value: float | None = None
+    """The pixel value that stands for white, and the largest that is taken: 65535 for 16 bits, 4095 for 12. Pixels of a
+    smaller range, such as 8 bits, are stretched to it; `scale` comes after that. None: 8 bits alone, white is 255."""
+    orientation: str = APPLIED
+    """Of image files: ``"applied"``, turned as their EXIF tag says, or ``"ignored"``; what training did."""
+    alpha: str = DROPPED
+    """Of image files: transparency is dropped, not composited."""
 
 
 @dataclass(frozen=True)
@@ -346,6 +357,9 @@ class Manifest:
                 f"{MANIFEST_FILE} has schema_version {version!r}, this runtime reads {SCHEMA_VERSION}: "
                 "use the edge_runtime.pyz that lies in the bundle, or export again"
             )
+        if isinstance(preprocessing := data.get("preprocessing"), dict):
+            # exported before the field existed: trained on pixels as stored
+            preprocessing.setdefault("orientation", IGNORED)
         return typed(cls, data, MANIFEST_FILE)  # type: ignore[no-any-return]
 
 

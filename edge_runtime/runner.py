@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Bundle
 from .errors import EdgewrightError, InputError
-from .feeds import FeedChecker, is_finite, prepare, specs_of, unusable_rows
+from .feeds import FeedChecker, as_array, is_finite, prepare, specs_of, unusable_rows
 from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, Manifest
 from .providers import Placement
 
@@ -146,7 +146,7 @@ class Runner:
         Raises:
             InputError: as `run`; or inputs with different numbers of rows.
         """
-        arrays = {name: np.asarray(value) for name, value in feeds.items()}
+        arrays = {name: as_array(name, value) for name, value in feeds.items()}
         if not self.takes_single_rows:
             return self.run(arrays)
         rows = {value.shape[0] if value.ndim else 0 for value in arrays.values()}
@@ -165,7 +165,8 @@ class Runner:
         ones are marked in `Prediction.refused` while the others are answered. (`run` passes such values on.)
 
         Args:
-            x: uint8 images [H, W, C] or [N, H, W, C], which are preprocessed as the manifest says; or what
+            x: images [H, W, C] or [N, H, W, C], uint8 or, where the manifest's preprocessing has a `max_value`, deeper
+                integers, which are preprocessed as the manifest says; or what
                 the graph takes, with or without the batch axis; or a mapping of input names to the latter.
 
         Raises:

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgewright.edge_runtime.errors import InputError
+from edgewright.edge_runtime.image_file import SUFFIXES, Depth, load_image, read_depth
 from edgewright.edge_runtime.manifest import Preprocessing
-from edgewright.edge_runtime.preprocess import preprocess_image
 from edgewright.models.python_source import did_you_mean
 
 from ..errors import DataError, EditedSourceError
@@ -24,7 +25,6 @@ from ..stage import Progress
 from ..task import SPLITS, Batch, SplitName
 from .augmentation import flip_and_crop
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 _SPLIT_FOLDERS: dict[str, SplitName] = {
     **{name: name for name in SPLITS},
     "val": "validation",
@@ -39,6 +39,7 @@ def image_folder(
     size: int | Sequence[int] = 224,
     *,
     channels: int = 3,
+    max_value: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     labels: Sequence[str] | None = None,
@@ -55,14 +56,18 @@ def image_folder(
     Without split folders the files are dealt out by `seed` and content. With them, calibration, validation
     and test are cut out of train in the same way where their folder is missing.
 
-    Every image is resized to `size` (the whole image, no crop, bilinear with antialias), divided by 255, and
-    normalised: exactly what `preprocessing` in the bundle makes the device do, by the same code. Files are
-        read when needed.
+    Every image is turned as its EXIF tag says, resized to `size` (the whole image, no crop, bilinear with antialias),
+    divided by its white (255, or `max_value`), and normalised: exactly what `preprocessing` in the bundle makes the
+    device do, by the same code. What becomes of colour, transparency, frames and depth, `edge_runtime.image_file` says.
+    Files are read when needed.
 
     Args:
         path: the folder.
         size: side of the input in pixels, or (height, width).
         channels: 3 for RGB, 1 for grey; files are converted.
+        max_value: the value that stands for white in files of more than 8 bits, e.g. 4095 for 12 bits that lie in files
+            of 16; files of fewer bits keep their own white. Default what the headers say where all agree: 255 with 8
+            bits, 65535 with 16. 32 bits and floats say nothing.
         mean: per channel, of pixels in 0 ... 1; default ImageNet's (grey: its mean over the channels).
         std: likewise.
         labels: class folders in the order of the model's logits; default sorted by name, as torchvision has
@@ -81,12 +86,16 @@ def image_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: give the folder that holds one folder per class")
-    preprocessing = _preprocessing(size, channels, mean, std)
+    _check_arguments(size, channels, max_value)
     presplit = _split_folders(folder)
     by_split: dict[SplitName, dict[str, list[Path]]] = {n: _classes_in(p) for n, p in presplit.items()}
     if not presplit:
         by_split["train"] = _classes_in(folder)
     names = _labels(by_split, labels, folder)
+    if max_value is None:
+        files = [file for classes in by_split.values() for found in classes.values() for file in found]
+        max_value = _common_white(files, max(1, workers))
+    preprocessing = _preprocessing(size, channels, mean, std, max_value)
     reader = _Reader(preprocessing, max(1, workers), memory_mb)
     samples = {name: _samples(classes, names) for name, classes in by_split.items()}
     shares: dict[SplitName, float] = dict(
@@ -144,7 +153,10 @@ class _Reader:
         return [self._digests[file] for file in files]
 
     def _input(self, file: Path) -> NDArray[np.float32]:
-        batch = preprocess_image(read_image(file, self.preprocessing.channels), self.preprocessing)
+        try:
+            batch = load_image(file, self.preprocessing)
+        except InputError as error:
+            raise DataError(str(error)) from error
         if self._digests.get(file, digest := _file_digest(file)) != digest:
             raise EditedSourceError(
                 f"{file} is not the image any more that it was when the task was made: a run needs data that stay as "
@@ -218,30 +230,6 @@ class ImageFiles:
         return Batch((torch.from_numpy(inputs),), self._targets[torch.tensor(rows, dtype=torch.int64)])
 
 
-def read_image(file: Path, channels: int) -> NDArray[np.uint8]:
-    """An image file as uint8 [H, W, channels].
-
-    Raises:
-        DataError: the file is missing, truncated or no image.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError("reading image files needs Pillow: pip install pillow") from error
-    try:
-        with Image.open(file) as image:
-            if image.mode.startswith("I;16"):
-                # Pillow would clip 16 bits to 8 instead of scaling them
-                pixels = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-                converted = Image.fromarray(pixels).convert("RGB" if channels == 3 else "L")
-            else:
-                converted = image.convert("RGB" if channels == 3 else "L")
-            array = np.asarray(converted, dtype=np.uint8)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file} cannot be read as an image ({error}); repair it or remove it") from error
-    return array if array.ndim == 3 else array[:, :, None]
-
-
 def _file_digest(file: Path) -> bytes:
     try:
         return bytes.fromhex(content_digest(file))
@@ -249,22 +237,75 @@ def _file_digest(file: Path) -> bytes:
         raise DataError(f"{file} cannot be read ({error}); repair it or remove it") from error
 
 
-def _preprocessing(
-    size: int | Sequence[int], channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Preprocessing:
+def _common_white(files: Sequence[Path], workers: int) -> float | None:
+    """The value of white that all files have by their headers; None with 8 bits.
+
+    Raises:
+        DataError: names files that have different ones, or one that does not say.
+    """
+    first: dict[Depth, Path] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        for file, depth in zip(files, pool.map(_depth_of, files), strict=True):
+            if depth is not None:
+                first.setdefault(depth, file)
+    for depth, file in first.items():
+        if depth.white is None:
+            raise DataError(
+                f"{file} has {depth.text} pixels, and does not say which value stands for white: give `max_value`, "
+                "the largest value that the files can have"
+            )
+    if len(first) > 1:
+        (one, a), (other, b), *_ = sorted(first.items(), key=lambda item: item[0].white or 0.0)
+        raise DataError(
+            f"{a} has {one.text} pixels and {b} {other.text} ones: give `max_value`, the value that stands for white "
+            "in the deeper ones (65535 where they use all 16 bits), and the others are stretched to it; or convert them"
+        )
+    white = next(iter(first)).white if first else None
+    return None if white == 255 else white
+
+
+def _depth_of(file: Path) -> Depth | None:
+    try:
+        return read_depth(file)
+    except InputError:
+        return None  # refused by name when it is read
+
+
+def _check_arguments(size: int | Sequence[int], channels: int, max_value: float | None) -> None:
     sides = (size, size) if isinstance(size, int) else tuple(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise DataError(f"size is {size!r}; it is the side in pixels, or [height, width]")
     if channels not in (1, 3):
         raise DataError(f"channels is {channels!r}; images are read with 3 (RGB) or 1 (grey)")
+    is_number = isinstance(max_value, int | float) and not isinstance(max_value, bool)
+    if max_value is not None and not (is_number and 0 < max_value <= 2**31 - 1):
+        raise DataError(f"max_value is {max_value!r}; it is the pixel value that stands for white, e.g. 65535")
+
+
+def _preprocessing(
+    size: int | Sequence[int],
+    channels: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    max_value: float | None,
+) -> Preprocessing:
+    height, width = (size, size) if isinstance(size, int) else size
     if mean is None:
         mean = _IMAGENET_MEAN if channels == 3 else (sum(_IMAGENET_MEAN) / 3,)
     if std is None:
         std = _IMAGENET_STD if channels == 3 else (sum(_IMAGENET_STD) / 3,)
     if len(mean) != channels or len(std) != channels or not all(value > 0 for value in std):
         raise DataError(f"mean {list(mean)} and std {list(std)} need {channels} numbers each, those of std above 0")
-    means, deviations = tuple(map(float, mean)), tuple(map(float, std))
-    return Preprocessing("image", (sides[0], sides[1]), channels, 1.0 / 255.0, means, deviations)
+    white = None if max_value is None else float(max_value)
+    return Preprocessing(
+        "image",
+        (height, width),
+        channels,
+        1.0 / (white or 255.0),
+        tuple(map(float, mean)),
+        tuple(map(float, std)),
+        max_value=white,
+    )
 
 
 def _folders(place: Path) -> list[Path]:
@@ -297,7 +338,7 @@ def _classes_in(place: Path) -> dict[str, list[Path]]:
 
 def _images_in(place: Path) -> Iterator[Path]:
     for file in place.rglob("*"):
-        if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and file.is_file():
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
             yield file
 
 
@@ -317,7 +358,7 @@ def _labels(
     for split, classes in by_split.items():
         for name in names:
             if not classes.get(name) and (name in classes or split == "train"):
-                kinds = ", ".join(sorted(_SUFFIXES))
+                kinds = ", ".join(sorted(SUFFIXES))
                 raise DataError(
                     f"class {name!r} has no image in {folder} (split {split!r}): add files ({kinds}), "
                     "or remove the class"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from edgewright.edge_runtime.preprocess import preprocess_image
+from edgewright.edge_runtime.image_file import load_image
 from edgewright.pipeline.errors import DataError
 from edgewright.pipeline.task import batches, data_digests
 from edgewright.pipeline.tasks.augmentation import flip_and_crop, random_affine
-from edgewright.pipeline.tasks.image_folder import ImageFiles, image_folder, read_image
+from edgewright.pipeline.tasks.image_folder import ImageFiles, image_folder
 
 
 def picture(file: Path, seed: int, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> Path:
@@ -65,13 +65,60 @@ def test_inputs_are_what_the_device_computes(plain: Path) -> None:
                 assert batch.inputs[0].shape == (len(rows), channels, 8, 6)
                 assert batch.inputs[0].dtype == torch.float32
                 for x, row in zip(batch.inputs[0], rows, strict=True):
-                    raw = read_image(split.files[int(row)], channels)
-                    assert np.array_equal(x.numpy(), preprocess_image(raw, task.preprocessing)[0])
+                    assert np.array_equal(x.numpy(), load_image(split.files[int(row)], task.preprocessing)[0])
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    pixels = read_image(picture(tmp_path / "deep.png", 1, mode="I;16"), 1)
-    assert pixels.shape == (9, 7, 1) and len(np.unique(pixels)) > 20
+def test_sixteen_bits_are_kept_and_the_manifest_says_so(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        for i in range(4):
+            picture(tmp_path / label / f"{i}.png", i, mode="I;16")
+    task = image_folder(tmp_path, (9, 7), channels=1, mean=[0], std=[1])
+    assert task.preprocessing.max_value == 65535 and task.preprocessing.scale == 1 / 65535
+    split = task.splits["train"]
+    assert isinstance(split, ImageFiles)
+    stored = np.asarray(Image.open(split.files[0]), np.float64)
+    assert np.allclose(split.batch([0]).inputs[0][0, 0], stored / 65535, atol=1e-6)
+    twelve = image_folder(tmp_path, (9, 7), channels=1, mean=[0], std=[1], max_value=4095)
+    with pytest.raises(DataError, match=r"\d\.png has the pixel value \d+, outside of 0 to 4095"):
+        twelve.splits["train"].batch([0])
+
+
+def test_files_of_other_depths_are_named_or_stretched(tmp_path: Path) -> None:
+    for i in range(5):
+        values = np.full((8, 8), 10 * i + 10)
+        for label in ("a", "b"):
+            file = tmp_path / label / f"{i}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(values.astype(np.uint8) if i % 2 else (values * 257).astype(np.uint16)).save(file)
+    with pytest.raises(DataError, match=r"1\.png has 8-bit pixels and .*0\.png 16-bit ones: give `max_value`"):
+        image_folder(tmp_path, 8, channels=1)
+    task = image_folder(tmp_path, 8, channels=1, max_value=65535, mean=[0], std=[1])
+    for split in task.splits.values():
+        assert isinstance(split, ImageFiles)
+        for row, file in enumerate(split.files):
+            want = (10 * int(file.stem) + 10) / 255
+            assert split.batch([row]).inputs[0].unique().tolist() == pytest.approx([want], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_range_that_files_do_not_say_is_asked_for(tmp_path: Path, dtype: type) -> None:
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), i, dtype)).save(tmp_path / label / f"{i}.tif")
+    with pytest.raises(DataError, match=r"0\.tif has .* pixels, and does not say which value stands for white"):
+        image_folder(tmp_path, 8, channels=1)
+    task = image_folder(tmp_path, 8, channels=1, max_value=3, mean=[0], std=[1])
+    seen = {round(float(x), 6) for s in task.splits.values() for x in s.batch(range(len(s))).inputs[0].unique()}
+    assert seen <= {0.0, 0.333333, 0.666667, 1.0} and len(seen) > 2
+
+
+def test_a_bomb_is_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = presplit(tmp_path, train={"a": 3, "b": 3}, calibration={"a": 1}, validation={"a": 1}, test={"a": 1})
+    picture(root / "train" / "b" / "bomb.png", 99, (60, 60))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"bomb\.png cannot be read as an image .*decompression bomb"):
+        list(batches(image_folder(root, 8).splits["train"], 9))
 
 
 def presplit(root: Path, **classes: dict[str, int]) -> Path:
@@ -164,6 +211,9 @@ def test_a_file_that_vanishes_is_named(plain: Path) -> None:
         ({"size": 0}, "size is 0"),
         ({"size": "big"}, "size is 'big'"),
         ({"channels": 4}, "channels is 4"),
+        ({"max_value": 0}, "max_value is 0"),
+        ({"max_value": float("nan")}, "max_value is nan"),
+        ({"max_value": "16 bits"}, "max_value is '16 bits'"),
         ({"mean": [0.5]}, "need 3 numbers each"),
         ({"std": [1, 0, 1]}, "those of std above 0"),
     ],
