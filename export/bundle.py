@@ -33,6 +33,7 @@ from edgewright.edge_runtime.manifest import (
 )
 from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.models.module_state import untouched
 
 from .bundle_folder import DISTRIBUTIONS, check_target, put_in_place, scratch, writing
 from .capture import capture, logits_name
@@ -115,58 +116,53 @@ def export_bundle(
     target = Path(out)
     check_target(target)
     chosen = split or ("test" if "test" in source.splits else list(source.splits)[-1])
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with scratch(target) as folder:
-            work = Path(folder, "bundle")
-            work.mkdir()
-            batch = batch_of(model, options)
-            raw, flat, note = _flat_graph(model, source, chosen, options, batch)
-            flat_path = Path(folder, "flat.onnx")
-            final, more = _final_graph(model, flat, options, batch, source, chosen)
-            _write_metadata(final, source, model)
+    with untouched(model), scratch(target) as folder:
+        work = Path(folder, "bundle")
+        work.mkdir()
+        batch = batch_of(model, options)
+        raw, flat, note = _flat_graph(model, source, chosen, options, batch)
+        flat_path = Path(folder, "flat.onnx")
+        final, more = _final_graph(model, flat, options, batch, source, chosen)
+        _write_metadata(final, source, model)
+        with writing(target):
+            save_external(flat, flat_path)
+            save_model(final, work / MODEL_FILE, external_above)
+        check_file(work / MODEL_FILE)
+        runtime = optimized(work / MODEL_FILE)
+        ledger = build_ledger(model, raw, final, runtime, options.shared_across_exits == "latency")
+        notes = (note, *more, *check_duplication(model, raw, final, runtime, ledger))
+        del raw, runtime  # each holds all weights
+        parity = check_parity(
+            model,
+            flat_path,
+            work / MODEL_FILE,
+            source,
+            chosen,
+            abs_tol=options.tolerance.abs,
+            rel_tol=options.tolerance.rel,
+            rows=parity_rows,
+            points={point.name: point.thresholds for point in operating_points[1:]},
+        )
+        parity.require()
+        split_spec: SplitSpec | None = None
+        if options.split and isinstance(model, MultiExit):
+            split_graphs = split_levels(flat, *_exits_of(model, flat, batch), _row_feeds(batch, source, chosen))
             with writing(target):
-                save_external(flat, flat_path)
-                save_model(final, work / MODEL_FILE, external_above)
-            check_file(work / MODEL_FILE)
-            runtime = optimized(work / MODEL_FILE)
-            ledger = build_ledger(model, raw, final, runtime, options.shared_across_exits == "latency")
-            notes = (note, *more, *check_duplication(model, raw, final, runtime, ledger))
-            del raw, runtime  # each holds all weights
-            parity = check_parity(
-                model,
-                flat_path,
-                work / MODEL_FILE,
-                source,
-                chosen,
-                abs_tol=options.tolerance.abs,
-                rel_tol=options.tolerance.rel,
-                rows=parity_rows,
-                points={point.name: point.thresholds for point in operating_points[1:]},
-            )
-            parity.require()
-            split_spec: SplitSpec | None = None
-            if options.split and isinstance(model, MultiExit):
-                split_graphs = split_levels(flat, *_exits_of(model, flat, batch), _row_feeds(batch, source, chosen))
-                with writing(target):
-                    split_spec, note = write_split(split_graphs, work, external_above)
-                notes = (*notes, note)
-            manifest = _manifest(
-                model, source, options, flat, final, ledger, parity, _example(source, chosen, 1),
-                operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
-                split=split_spec,
-            )  # fmt: skip
-            with writing(target):
-                write_golden(work / GOLDEN_FILE, parity.golden)
-                write_runtime_archive(work / RUNTIME_FILE)
-                manifest = write_manifest(work, manifest)
-            if split_spec is not None:
-                prove_split(work)
-            with writing(target):
-                put_in_place(work, target)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+                split_spec, note = write_split(split_graphs, work, external_above)
+            notes = (*notes, note)
+        manifest = _manifest(
+            model, source, options, flat, final, ledger, parity, _example(source, chosen, 1),
+            operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
+            split=split_spec,
+        )  # fmt: skip
+        with writing(target):
+            write_golden(work / GOLDEN_FILE, parity.golden)
+            write_runtime_archive(work / RUNTIME_FILE)
+            manifest = write_manifest(work, manifest)
+        if split_spec is not None:
+            prove_split(work)
+        with writing(target):
+            put_in_place(work, target)
     if options.zip:
         with writing(target):
             # not with_suffix: a bundle may be called net.v2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.models.layers.multi_exit import MultiExit
+from edgewright.models.module_state import untouched
 
 MODULE_KEY = "edgewright.module"
 """The one metadata key a node carries: its torch module path."""
@@ -74,7 +75,7 @@ def capture(
     metadata kept is `MODULE_KEY`: the exporter would write stack traces with paths of this machine.
 
     Args:
-        model: a classifier, or a `MultiExit`; put into eval mode.
+        model: a classifier, or a `MultiExit`; captured in eval mode, unchanged afterwards.
         inputs: example inputs, batch first.
         input_names: names of the graph's inputs.
         dynamic_axes: per input, axis -> name; None makes every axis as the example's.
@@ -86,7 +87,6 @@ def capture(
     Raises:
         ExportError: torch cannot export the model; names the step and, where known, the remedy.
     """
-    wrapper = HeadLogits(model).eval()
     heads = len(model.specs) + 1 if isinstance(model, MultiExit) else 1
     shapes = (
         None
@@ -94,7 +94,10 @@ def capture(
         else (tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in dynamic_axes),)
     )
     try:
-        with quietly(), torch.no_grad():
+        with quietly(), torch.no_grad(), untouched(model):
+            wrapper = HeadLogits(model).eval()
+            # what the first call makes and keeps must be there: the tracer would keep a fake of it
+            _first_call(wrapper, inputs)
             program = torch.onnx.export(
                 wrapper,
                 tuple(inputs),
@@ -119,6 +122,17 @@ def capture(
     captured.graph.name = "main"
     captured.producer_name, captured.producer_version = "edgewright", ""
     return captured
+
+
+def _first_call(wrapper: HeadLogits, inputs: Sequence[Tensor]) -> None:
+    try:
+        wrapper(*inputs)
+    except Exception as error:  # a user's forward may raise anything
+        shapes = ", ".join(str(list(x.shape)) for x in inputs)
+        raise ExportError(
+            f"{type(wrapper.model).__name__} does not run on the example rows ({shapes}), {type(error).__name__}: "
+            f"{error}; give the source whose data the model was made for"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ from edgewright.edge_runtime.manifest import (
     Manifest,
 )
 from edgewright.models.cached_step import CachedStep
+from edgewright.models.module_state import untouched
 from edgewright.models.pretrained import LogitsOnly
 
 from .answered_positions import choose_positions
@@ -206,7 +207,7 @@ def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple
     names = ["input_ids", "attention_mask", *(PAST + kind for kind in kinds)]
     dynamic = [dict.fromkeys(given, torch.export.Dim.DYNAMIC) for given in axes]
     try:
-        with quietly(), torch.no_grad():
+        with quietly(), torch.no_grad(), untouched(step):
             program = torch.onnx.export(
                 step,
                 inputs,

@@ -185,6 +185,7 @@ class Cache:
         notes: Sequence[str] = (),
         artifacts: Mapping[str, Any] | None = None,
         sources: Mapping[str, str] | None = None,
+        late: Mapping[str, Json] | None = None,
         verify: Callable[[], None] = lambda: None,
     ) -> Entry:
         """Writes the entry, replacing what was there, then drops the stage's unfinished state.
@@ -201,6 +202,7 @@ class Cache:
             notes: sentences.
             artifacts: arrays for the report, by name.
             sources: see `write_checkpoint`.
+            late: see `write_checkpoint`.
             verify: called when all is written, and just before it appears; what it raises leaves nothing.
 
         Raises:
@@ -214,7 +216,7 @@ class Cache:
         except TypeError as error:
             raise StageError(f"{stage}: a metric is no JSON: {error}; repair the stage") from error
         with new_folder(folder) as aside:
-            write_checkpoint(aside, base, edits, model, metrics, root, sources)
+            write_checkpoint(aside, base, edits, model, metrics, root, sources, late)
             (aside / RESULT_FILE).write_text(result, encoding="utf-8")
             write_npz(aside / ARTIFACTS_FILE, arrays)
             files = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}

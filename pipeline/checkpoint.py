@@ -28,6 +28,7 @@ from edgewright.models import registry
 
 from .atomic import new_folder, plain, pretty_json
 from .errors import CheckpointError, RecipeError
+from .late_tensors import register_late
 from .sources import file_digests, sha256_of
 from .stage import Edit, Json
 from .stages import stage_named
@@ -61,6 +62,7 @@ class Checkpoint:
         aliases: name of a shared tensor -> the name it is stored under.
         versions: of what wrote it.
         metrics: of the last stage.
+        late: what the base registers at its first call, see `late_tensors`.
     """
 
     base: BaseSpec
@@ -69,6 +71,7 @@ class Checkpoint:
     aliases: Mapping[str, str]
     versions: Mapping[str, str]
     metrics: Mapping[str, Json]
+    late: Mapping[str, Json] = field(default_factory=dict)
 
 
 def save_checkpoint(
@@ -104,6 +107,7 @@ def write_checkpoint(
     metrics: Mapping[str, Json],
     root: Path | None = None,
     sources: Mapping[str, str] | None = None,
+    late: Mapping[str, Json] | None = None,
 ) -> None:
     """As `save_checkpoint`, into a folder that exists and that the caller makes appear.
 
@@ -115,6 +119,7 @@ def write_checkpoint(
         metrics: see `save_checkpoint`.
         root: see `save_checkpoint`.
         sources: sha256 of the files that define the base, as they were when it was built; None: as they are now.
+        late: what the base registers at its first call, see `late_tensors`.
     """
     tensors, aliases = _unique_tensors(model)
     _save(tensors, folder / WEIGHTS_FILE)
@@ -135,7 +140,7 @@ def write_checkpoint(
         }
     except TypeError as error:
         raise CheckpointError(f"an edit or a metric of the stage is no JSON: {error}; repair the stage") from error
-    (folder / CHECKPOINT_FILE).write_text(pretty_json(data), encoding="utf-8")
+    (folder / CHECKPOINT_FILE).write_text(pretty_json(data | ({"late": plain(late)} if late else {})), encoding="utf-8")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -156,7 +161,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if WEIGHTS_FILE not in data["files"]:
             raise KeyError(f"files.{WEIGHTS_FILE}")
         base = BaseSpec(data["base"]["name"], data["base"]["args"])
-        return Checkpoint(base, data["sources"], edits, data["aliases"], data["versions"], data["metrics"])
+        return Checkpoint(
+            base, data["sources"], edits, data["aliases"], data["versions"], data["metrics"], data.get("late", {})
+        )
     except KeyError as error:
         raise CheckpointError(
             f"{folder / CHECKPOINT_FILE} lacks {error.args[0]!r}; it is damaged: run the recipe again"
@@ -190,6 +197,7 @@ def load_checkpoint(folder: Path, root: Path | None = None) -> nn.Module:
         # building draws random initial weights: the caller's random state is none of its business
         with torch.random.fork_rng(devices=[]):
             model = registry.build(checkpoint.base.name, dict(checkpoint.base.args), root)
+            register_late(model, checkpoint.late)
             for edit in checkpoint.edits:
                 model = stage_named(edit.stage).rebuild(model, edit)
     except RecipeError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from edgewright.export.capture import HeadLogits, quietly
 from edgewright.models.cached_step import CachedStep
+from edgewright.models.module_state import copied, untouched
 from edgewright.models.pretrained import LogitsOnly
 from edgewright.models.python_source import place_of
 
@@ -181,10 +181,10 @@ def _export_failure(model: nn.Module, task: Task, dynamic: bool) -> Exception | 
     # the exporter goes the same two ways; the second, slower one understands more Python
     for strict in (False, True):
         try:
-            with quietly(), _silent():
-                torch.export.export(
-                    HeadLogits(model).eval(), inputs, dynamic_shapes=shapes if any(axes) else None, strict=strict
-                )
+            with quietly(), _silent(), untouched(model), torch.no_grad():
+                wrapper = HeadLogits(model).eval()
+                wrapper(*inputs)
+                torch.export.export(wrapper, inputs, dynamic_shapes=shapes if any(axes) else None, strict=strict)
             return None
         except Exception as error:  # torch.export raises errors of many kinds
             first = first or error
@@ -194,7 +194,7 @@ def _export_failure(model: nn.Module, task: Task, dynamic: bool) -> Exception | 
 def _in_training(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """What a copy returns in training mode; None where it cannot be copied or fails, which is not the question here."""
     try:
-        return copy.deepcopy(model).train()(*inputs)
+        return copied(model).train()(*inputs)
     except Exception as error:  # a user's forward may raise anything
         logging.getLogger(__name__).debug("no forward in training mode: %s", error)
         return None

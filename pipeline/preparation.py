@@ -204,8 +204,11 @@ def _trainings(recipe: Recipe, tasks: Sequence[Task]) -> Iterator[PlannedTrainin
             yield PlannedTraining(place, training, samples)
 
 
-def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
+def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str, Json]]:
     """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
+
+    Returns:
+        The model, and what its first call registers (`late_tensors`).
 
     Raises:
         ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
@@ -213,10 +216,10 @@ def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
     """
     model, name, recipe = build_named(inputs.recipe), inputs.base.name, inputs.recipe
     check_model(model, inputs.task, name)
-    check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
+    late = check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
     if recipe.export.generator:
         check_generates(model, inputs.task, name)
-        return model
+        return model, late
     alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
     batch = recipe.export.batch
     check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
@@ -224,7 +227,7 @@ def build_base(inputs: Inputs, progress: Progress) -> nn.Module:
         read_all = getattr(split, "read_all", None)
         if read_all is not None:
             read_all(progress, f"reading every sample of {split_name}")
-    return model
+    return model, late
 
 
 def check_labels(task: Task) -> None:

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError
+from .late_tensors import late_tensors, register_late
+from .stage import Json
 
 
 @torch.no_grad()
-def check_reproducible(model: nn.Module, other: nn.Module, inputs: Sequence[Tensor], name: str) -> None:
+def check_reproducible(model: nn.Module, other: nn.Module, inputs: Sequence[Tensor], name: str) -> dict[str, Json]:
     """Holds two builds of one model, made under different seeds, against each other.
 
     A checkpoint keeps parameters and persistent buffers; everything else comes from building the model again. So
@@ -23,17 +25,29 @@ def check_reproducible(model: nn.Module, other: nn.Module, inputs: Sequence[Tens
         inputs: of some rows.
         name: the model's, for the messages.
 
+    Returns:
+        What its first call registers, see `late_tensors`.
+
     Raises:
         ModelError: names the buffer or attribute that differs, or says that the forward pass itself is random.
     """
+    late, state = late_tensors(model, other), model.state_dict()
     try:
-        other.load_state_dict(model.state_dict())
-    except RuntimeError as error:
+        register_late(other, late).load_state_dict(state)
+    except (RuntimeError, ValueError) as error:
         raise ModelError(
             f"{name}: built twice with the same arguments, its parameters differ in name or shape "
             f"({str(error).splitlines()[-1].strip()}): sizes must depend on the arguments, not on random numbers"
         ) from None
-    kept = model.state_dict().keys()
+    first, second = model(*inputs), model(*inputs)
+    if not _equal(first, second):
+        raise ModelError(
+            f"{name} answers the same rows differently each time, in eval mode: its forward pass draws random "
+            "numbers (dropout with training=True?); nothing that is exported could be proven equal to it"
+        )
+    # called before it is compared: what a model makes at its first call is no part of how it is built
+    answer = other.eval()(*inputs)
+    kept = state.keys()
     mine, others = dict(_values(model)), dict(_values(other))
     for key in sorted(mine.keys() | others.keys()):
         if key in kept or (key in mine and key in others and _equal(mine[key], others[key])):
@@ -42,17 +56,13 @@ def check_reproducible(model: nn.Module, other: nn.Module, inputs: Sequence[Tens
             f"{name}: {key!r} has other values each time the model is built, and no checkpoint keeps it: make it a "
             "parameter or a persistent buffer (register_buffer), or compute it without random numbers"
         )
-    first, second = model(*inputs), model(*inputs)
-    if not _equal(first, second):
-        raise ModelError(
-            f"{name} answers the same rows differently each time, in eval mode: its forward pass draws random "
-            "numbers (dropout with training=True?); nothing that is exported could be proven equal to it"
-        )
-    if not _equal(first, other.eval()(*inputs)):
+    if not _equal(first, answer):
         raise ModelError(
             f"{name}: built twice, it answers differently although all parameters and buffers are equal: it keeps "
-            "random values outside of them (a list of tensors, a number); register them as buffers"
+            "random values outside of them (a list of tensors, a number), or makes parameters anew at its first call; "
+            "register them as buffers when it is built"
         )
+    return late
 
 
 def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -199,8 +199,8 @@ class _Run:
         if entry is None:
             with self.timed(BASE):
                 self.verify()
-                model = build_base(self.inputs, self.progress)
-                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE)), ())
+                model, late = build_base(self.inputs, self.progress)
+                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE)), (), late)
         for note in remarks(self.inputs):
             self.progress.say(f"note: {note}")
         return entry
@@ -212,7 +212,7 @@ class _Run:
         entry = self._finished(position, asked.name, step, key)
         if entry is not None:
             return entry
-        edits = read_checkpoint(given.folder).edits
+        before = read_checkpoint(given.folder)
         # always from the disk, so that an interrupted run sees the same model as an uninterrupted one
         model = self.load(given)
         seed = mixed_seed(self.recipe.seed, position)
@@ -221,7 +221,12 @@ class _Run:
             result = stage.fit(model, self.inputs.tasks[position - 1], asked.config, context)
         compressed = _checked(result, asked.name)
         return self._store(
-            position, asked.name, key, dataclasses.replace(result, model=compressed), (*edits, result.edit)
+            position,
+            asked.name,
+            key,
+            dataclasses.replace(result, model=compressed),
+            (*before.edits, result.edit),
+            before.late,
         )
 
     def verify(self) -> None:
@@ -233,7 +238,9 @@ class _Run:
         self.verify()
         return load_checkpoint(entry.folder, self.root)
 
-    def _store(self, position: int, stage: str, key: Key, made: StageResult, edits: Sequence[Edit]) -> Entry:
+    def _store(
+        self, position: int, stage: str, key: Key, made: StageResult, edits: Sequence[Edit], late: Mapping[str, Json]
+    ) -> Entry:
         self.verify()
         return self.cache.store(
             position,
@@ -247,6 +254,7 @@ class _Run:
             made.notes,
             made.artifacts,
             sources=self.inputs.base_sources,
+            late=late,
             verify=self.verify,
         )
 

@@ -9,13 +9,13 @@ the stage, the stage rolls back: it returns the model as it came, with an empty 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear, SharedBasis
+from edgewright.models.module_state import copied
 
 from ..errors import CheckpointError
 from ..evaluation import evaluate
@@ -62,7 +62,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
         if getattr(config, key) is not None:
             split_of(task, "train", needed_by=f"{key} of basis_sharing")
     taught = config.recovery is not None and config.recovery.distillation > 0.0
-    original = copy.deepcopy(model) if taught or config.max_drop is not None else None
+    original = copied(model) if taught or config.max_drop is not None else None
     before = 0.0
     if config.max_drop is not None:
         split_of(task, "validation", needed_by="max_drop of basis_sharing")
@@ -71,7 +71,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     if saved is None:
         outcome = fit_factors(model, task, config, context)
         if config.updates and outcome.data["groups"]:
-            compressed = install(copy.deepcopy(model), outcome)
+            compressed = install(copied(model), outcome)
             outcome = updated(model, compressed, outcome, task, config, context)
         context.save("factorized", State(outcome.data, outcome.tensors))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import first_call
 import onnx_ir as ir
 import pytest
 import torch
@@ -58,3 +59,18 @@ class Undecided(nn.Module):
 def test_data_dependent_control_flow_is_refused_with_advice():
     with pytest.raises(ExportError, match=r"Undecided cannot be exported.*torch\.where"):
         capture(Undecided(), (torch.randn(1, 1, 12, 12),), ["image"])
+
+
+@pytest.mark.parametrize("network", [first_call.InAttribute, first_call.InList, first_call.WeightNorm])
+def test_tables_of_the_first_call_are_captured_and_the_module_stays_as_it_was(network):
+    model = network().train()
+    before = {path: set(vars(module)) for path, module in model.named_modules()}
+    capture(model, (torch.randn(2, 3, 8, 8),), ["x"], [{0: "batch"}])
+    assert all(module.training for module in model.modules())
+    assert {path: set(vars(module)) for path, module in model.named_modules()} == before
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+def test_a_model_that_does_not_run_on_the_rows_says_so():
+    with pytest.raises(ExportError, match=r"Linear does not run on the example rows \(\[1, 5\]\)"):
+        capture(nn.Linear(4, 2), (torch.randn(1, 5),), ["x"])

@@ -14,9 +14,11 @@ from stage_tester import TESTS, bits, sharing
 from tiny import tiny_residual
 from torch import nn
 
+from edgewright.models.module_state import copied
 from edgewright.pipeline import checkpoint as checkpoint_module
 from edgewright.pipeline.checkpoint import BaseSpec, load_checkpoint, read_checkpoint, save_checkpoint
 from edgewright.pipeline.errors import CheckpointError
+from edgewright.pipeline.late_tensors import late_tensors
 from edgewright.pipeline.stage import Edit, Stage, StageConfig, StageResult
 
 TINY = BaseSpec("python:tiny.py:tiny_residual")
@@ -256,3 +258,22 @@ def drop(folder: Path, key: str) -> None:
     data = json.loads(path.read_text())
     del data[key]
     path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("network", ["InBuffer", "InEmptyBuffer", "InParameter", "InAttribute", "WeightNorm"])
+def test_what_a_first_call_made_comes_back(tmp_path: Path, network: str) -> None:
+    base = BaseSpec(f"python:first_call.py:{network}")
+    fresh = checkpoint_module.registry.build(base.name, {}, TESTS).eval()
+    model, x = copied(fresh), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        wanted = model(x)
+        checkpoint_module.write_checkpoint(tmp_path, base, [], model, {}, TESTS, late=late_tensors(model, fresh))
+        assert torch.equal(load_checkpoint(tmp_path, TESTS)(x), wanted)
+
+
+def test_a_late_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
+    late = {"nowhere.mask": {"kind": "buffer", "shape": [1], "dtype": "float32"}}
+    save_checkpoint(tmp_path / "c", TINY, [], tiny_residual(4), {}, root=TESTS)
+    change(tmp_path / "c", late=late)
+    with pytest.raises(CheckpointError, match=r"nowhere\.mask.*has no place"):
+        load_checkpoint(tmp_path / "c", TESTS)

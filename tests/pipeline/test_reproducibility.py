@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import first_call
 import pytest
 import tiny
 import torch
@@ -79,3 +80,27 @@ def test_sizes_that_are_drawn_are_refused() -> None:
 @pytest.mark.parametrize("build", [tiny.tiny_residual, tiny.tiny_transformer])
 def test_ordinary_models_pass(build) -> None:  # type: ignore[no-untyped-def]
     check_reproducible(build(0), build(1), [torch.randn(2, 1, 12, 12)], "mine")
+
+
+@pytest.mark.parametrize("network", first_call.NETWORKS)
+def test_what_the_first_call_makes_is_no_difference(network) -> None:  # type: ignore[no-untyped-def]
+    model, other = two(network)
+    with torch.no_grad():
+        # as `check_model` has done by then, with another number of rows
+        model(torch.randn(1, 3, 8, 8))
+        late = check_reproducible(model, other, [torch.randn(2, 3, 8, 8)], "mine")
+    made = {"InBuffer": ["mask"], "InEmptyBuffer": ["mask"], "InParameter": ["scale"]}
+    assert list(late) == made.get(network.__name__, [])
+
+
+def test_a_random_table_of_the_first_call_is_refused() -> None:
+    class Drawn(nn.Linear):
+        table = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.randn(x.shape[-1])
+            return super().forward(x + self.table)
+
+    with torch.no_grad(), pytest.raises(ModelError, match="'table' has other values each time"):
+        check_reproducible(*two(Drawn, 4, 3), [torch.randn(2, 4)], "mine")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from edgewright.models.module_state import copied
 
 from ...errors import StageError
 from .modes import plain_eval
@@ -55,7 +56,7 @@ def probe(model: nn.Module, seed: int = 0) -> nn.Module:
     Heads that start at zero and layer scales of 1e-6 hide what lies before them; a cut is right or wrong whatever the
     values are.
     """
-    lively = copy.deepcopy(model)
+    lively = copied(model)
     generator = torch.Generator().manual_seed(seed)
     for value in lively.parameters():
         if value.is_floating_point() and value.numel() and float(value.abs().max()) < 1e-3:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from edgewright.models.module_state import copied
 
 from .axes import channel_dim, is_following, is_mixing
 from .flow import OUTPUT, Axis, Flow
@@ -37,7 +38,7 @@ def streams(model: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[Chann
 
 def _without_shifts(model: nn.Module) -> nn.Module:
     """A copy in which zeros stay zeros on their way to the place where two streams meet."""
-    bare = copy.deepcopy(model)
+    bare = copied(model)
     for module in bare.modules():
         if is_following(module) or is_mixing(module):
             for name in ("bias", "running_mean"):

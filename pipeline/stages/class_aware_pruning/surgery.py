@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from edgewright.models.module_state import copied
 
 from ...errors import CheckpointError
 from ...stage import Json
@@ -67,7 +68,7 @@ def changed_attributes(model: nn.Module, keep: Keep) -> dict[str, dict[str, Any]
 
 def pruned(model: nn.Module, keep: Keep) -> nn.Module:
     """A narrowed copy; see `prune`."""
-    small = copy.deepcopy(model)
+    small = copied(model)
     prune(small, keep)
     return small
 
@@ -80,7 +81,7 @@ def masked(model: nn.Module, keep: Keep) -> nn.Module:
     Raises:
         ValueError: `keep` names what the model does not have, such as the parts of an attention layer that is closed.
     """
-    dense = copy.deepcopy(model)
+    dense = copied(model)
     modules, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
     for owner, axes in keep.items():
         module = modules.get(owner)
