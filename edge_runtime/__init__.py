@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .latency_record import record_latency
     from .manifest import GoldenCase, Manifest
     from .providers import Placement, ProviderFallbackWarning
+    from .raw_check import RawReport, check_raw
     from .runner import Prediction, Runner
     from .session import load, session_on
     from .verification import VerifyReport, verify
@@ -59,10 +60,12 @@ _WHERE = {
     "ProviderError": "errors",
     "ProviderFallbackWarning": "providers",
     "QualityFloorError": "errors",
+    "RawReport": "raw_check",
     "Runner": "runner",
     "VerifyReport": "verification",
     "bench": "benchmark",
     "bench_text": "benchmark",
+    "check_raw": "raw_check",
     "compare": "comparison",
     "doctor": "device",
     "file_sha256": "bundle",
@@ -101,10 +104,12 @@ __all__ = [
     "ProviderError",
     "ProviderFallbackWarning",
     "QualityFloorError",
+    "RawReport",
     "Runner",
     "VerifyReport",
     "bench",
     "bench_text",
+    "check_raw",
     "compare",
     "doctor",
     "file_sha256",

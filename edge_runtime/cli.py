@@ -161,6 +161,19 @@ def _parser(program: str) -> argparse.ArgumentParser:
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
     add_arguments(made["generate"])
     predict, bench, table = made["predict"], made["bench"], made["latency-table"]
+    made["verify"].add_argument(
+        "--raw",
+        nargs="+",
+        metavar="IMAGE",
+        type=Path,
+        help="show instead, step by step, how images become the model's input",
+    )
+    made["verify"].add_argument(
+        "--tensor",
+        metavar="FILE",
+        type=Path,
+        help=".npy with what you made of these images: say whether it is the same, and which step differs",
+    )
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
     for measuring in (bench, table):
         measuring.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
@@ -201,6 +214,15 @@ def _exits(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.raw is not None:
+        from .raw_check import check_raw
+
+        compared = check_raw(options.bundle, options.raw, options.tensor)
+        print(compared.text())
+        _write_json(options.json, compared.to_dict())
+        return 0 if compared.passed else ParityError.exit_code
+    if options.tensor is not None:
+        raise InputError("--tensor is compared with an image: give it with --raw IMAGE")
     from .verification import verify
 
     report = verify(options.bundle, **_session(options), **_exits(options))

@@ -126,6 +126,30 @@ def read_depth(path: str | os.PathLike[str]) -> Depth:
         raise _unreadable(path, error) from error
 
 
+def describe(path: str | os.PathLike[str]) -> tuple[str, int, NDArray[np.float32] | None]:
+    """What a person would want to know of an image file that `read_image` has read.
+
+    Returns:
+        format, mode and size as stored, in words; the orientation, 1 to 8; how opaque each pixel is, [H, W] from 0 to
+        1, upright, or None where all of them are.
+
+    Raises:
+        InputError: as `read_depth`.
+    """
+    path = Path(path)
+    image_module = _pillow(path)
+    try:
+        with image_module.open(path) as image:
+            text = f"{image.format}, mode {image.mode}, {image.height} x {image.width}"
+            image.load()
+            turn = _orientation(image)
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            alpha = np.asarray(image.convert("RGBA").getchannel("A"), np.float32) / 255 if has_alpha else None
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+    return text, turn, None if alpha is None or alpha.min() == 1 else _upright(alpha, turn)
+
+
 _BYTES = Depth(255.0, "8-bit")
 
 
