@@ -20,7 +20,8 @@ from .bundle import Bundle, open_bundle
 from .child import Artefact, ChildResult, run_child
 from .device import collect_facts, fingerprint
 from .errors import InputError
-from .manifest import MANIFEST_FILE, MODEL_FILE, Manifest
+from .manifest import MODEL_FILE, Manifest
+from .plain_text import printable
 from .providers import provider_names, warn_of_fallback
 from .session import OPTIMIZATION_LEVELS, explicit_thresholds, require_layout
 
@@ -106,7 +107,7 @@ def bench(
         feeds, source = _feeds(opened, inputs, rows)
         chosen = explicit_thresholds(manifest, thresholds, operating_point)
         require_layout(manifest, layout)
-        artefact = Artefact(manifest.name, opened.path(MODEL_FILE), feeds, opened.path(MANIFEST_FILE), chosen, layout)
+        artefact = Artefact(manifest.name, opened.path(MODEL_FILE), feeds, opened, chosen, layout)
         row = _row_head(opened, settings, chosen, operating_point)
         result = run_child([artefact], settings, timeout_s)
     row["scenario"] = {
@@ -126,7 +127,7 @@ def bench(
 
 def bench_text(row: Mapping[str, Any]) -> str:
     """A row of `bench` on one screen."""
-    head = f"{row['artefact']['name']}: {', '.join(row['ep']['session'] or row['ep']['requested'])}, "
+    head = f"{printable(row['artefact']['name'])}: {', '.join(row['ep']['session'] or row['ep']['requested'])}, "
     head += f"threads {row['session']['intra'] or 'default'}, boundary {row['boundary']}"
     if row["status"] != "ok":
         return f"{head}\n  {row['status'].upper()}: {row['reasons']['status']}"

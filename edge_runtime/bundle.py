@@ -7,18 +7,20 @@ was exported, not who exported it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from .bundle_names import check_name, listing, require_distinct
 from .consistency import check_consistency
 from .errors import BundleError, InputError
 from .golden import read_golden, require_plain
@@ -33,11 +35,11 @@ from .manifest import (
 )
 from .replacing import replaced
 from .scratch import Scratch
+from .seal import Seal, seal_of
 
 MANIFEST_LIMIT_BYTES = 64 << 20
 _CHUNK = 1 << 20
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
-_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(10))}
 _OWN_FILES = frozenset({MANIFEST_FILE, MANIFEST_HASH_FILE})
 
 
@@ -58,12 +60,14 @@ class Bundle:
         folder: Path,
         sha256: str,
         temporary: Scratch | None = None,
+        seals: Mapping[str, Seal] | None = None,
     ) -> None:
         self.manifest = manifest
         self.source = source
         self.folder = folder
         self.sha256 = sha256
         self._temporary = temporary
+        self._seals = dict(seals or {})
 
     def path(self, name: str) -> Path:
         """Where the file `name` of the manifest lies.
@@ -77,8 +81,55 @@ class Bundle:
         return self.folder / name
 
     def golden(self) -> list[GoldenCase]:
-        """Reads the recorded cases, in order."""
-        return read_golden(self.path(GOLDEN_FILE))
+        """Reads the recorded cases, in order.
+
+        Raises:
+            BundleError: the file is not readable, or was altered since the bundle was opened.
+        """
+        with self.unchanged([GOLDEN_FILE]):
+            return read_golden(self.path(GOLDEN_FILE))
+
+    @contextlib.contextmanager
+    def unchanged(self, names: Iterable[str]) -> Iterator[None]:
+        """For a block that reads files of the bundle: what it has read is what the manifest's hashes vouch for.
+
+        Args:
+            names: the files, as in the manifest.
+
+        Raises:
+            BundleError: a file was altered or replaced since the bundle was opened, or while the block ran.
+        """
+        names = list(names)
+        for name in names:
+            now = self._seal(name)
+            if name not in self._seals or self._seals[name].state != now.state:
+                self._require_content(name)
+                self._seals[name] = now
+        yield
+        for name in names:
+            after = self._seal(name)
+            if after.state != self._seals[name].state:
+                raise self._changed(name)
+            if self._seals[name].young:
+                self._require_content(name)
+                self._seals[name] = after
+
+    def _seal(self, name: str) -> Seal:
+        try:
+            return seal_of(self.path(name))
+        except OSError:
+            raise self._changed(name) from None
+
+    def _require_content(self, name: str) -> None:
+        try:
+            intact = file_sha256(self.path(name)) == self.manifest.files[name].sha256
+        except OSError:
+            intact = False
+        if not intact:
+            raise self._changed(name)
+
+    def _changed(self, name: str) -> BundleError:
+        return BundleError(f"{self.source}: {name!r} was altered since the bundle was opened; copy or export it again")
 
     def close(self) -> None:
         """Removes the temporary folder of a zip; nothing happens to a folder."""
@@ -95,11 +146,13 @@ class Bundle:
         self.close()
 
 
-def open_bundle(path: str | os.PathLike[str]) -> Bundle:
+def open_bundle(path: str | os.PathLike[str], follow_links: bool = False) -> Bundle:
     """Opens a bundle, a folder or a zip, after checking all of it.
 
     Args:
         path: the bundle. A zip is unpacked into a temporary folder, which `Bundle.close` removes.
+        follow_links: take a folder of links, as stores of files make them, for the files that they lead to. These are
+            copied into a temporary folder as well, so that what was checked is what runs.
 
     Raises:
         BundleError: anything missing, extra, altered, truncated, linked or named outside the folder; the text
@@ -108,12 +161,30 @@ def open_bundle(path: str | os.PathLike[str]) -> Bundle:
     path = Path(path)
     try:
         if path.is_dir():
-            return _open_folder(path)
+            return _open_folder(path, follow_links)
         if path.is_file():
             return _open_zip(path)
     except OSError as error:
         raise BundleError(f"cannot read the bundle {path}: {error}") from None
     raise BundleError(f"no bundle at {path}: give the folder or the zip that the export wrote")
+
+
+def bundle_of(manifest_path: str | os.PathLike[str], sha256: str) -> Bundle:
+    """A bundle that another process has opened: its files are checked when they are used, see `Bundle.unchanged`.
+
+    Args:
+        manifest_path: its manifest.json.
+        sha256: of that file, as `Bundle.sha256` has it.
+
+    Raises:
+        BundleError: it is another manifest now.
+    """
+    folder = Path(manifest_path).parent
+    try:
+        manifest, found = _checked_manifest(_read_bounded(folder / MANIFEST_FILE), sha256.encode(), folder)
+    except OSError as error:
+        raise BundleError(f"cannot read the bundle {folder}: {error}") from None
+    return Bundle(manifest, folder, folder, found)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -140,7 +211,7 @@ def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> Manife
     """
     check_consistency(manifest)
     folder = Path(folder)
-    names = sorted(_listing(folder) - _OWN_FILES)
+    names = sorted(listing(folder).names - _OWN_FILES)
     files = {name: FileEntry((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
     _require(files, folder)
     manifest = replace(manifest, files=files)
@@ -164,6 +235,7 @@ def pack_zip(folder: str | os.PathLike[str], zip_path: str | os.PathLike[str]) -
         open_bundle(folder) as bundle,
         replaced(zip_path) as temporary,
         zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        bundle.unchanged(bundle.manifest.files),
     ):
         for name in sorted(_OWN_FILES) + sorted(bundle.manifest.files):
             source = bundle.path(name)
@@ -174,22 +246,25 @@ def pack_zip(folder: str | os.PathLike[str], zip_path: str | os.PathLike[str]) -
                 shutil.copyfileobj(reader, writer, _CHUNK)
 
 
-def _open_folder(folder: Path) -> Bundle:
+def _open_folder(folder: Path, follow_links: bool) -> Bundle:
     if not (folder / MANIFEST_FILE).is_file():  # before a walk through what may be somebody's whole disk
         _require_own([found.relative_to(folder).as_posix() for found in folder.glob(f"*/{MANIFEST_FILE}")], folder)
-    names = _listing(folder)
-    _require_own(names, folder)
-    manifest, sha256 = _checked_manifest(
-        _read_bounded(folder / MANIFEST_FILE), _read_bounded(folder / MANIFEST_HASH_FILE), folder
-    )
-    _compare_listing(names, manifest, folder)
+    found = listing(folder, follow_links)
+    _require_own(found.names, folder)
+    own = {name: _read_bounded(folder / name) for name in _OWN_FILES}
+    manifest, sha256 = _checked_manifest(own[MANIFEST_FILE], own[MANIFEST_HASH_FILE], folder)
+    _compare_names(found.names, manifest, folder)
+    if found.linked:
+        return _copied(manifest, sha256, own, folder, lambda name: (folder / name).open("rb"))
+    seals = {}
     for name, entry in manifest.files.items():
+        seals[name] = seal_of(folder / name)
         size = (folder / name).stat().st_size
         if size != entry.bytes:
             raise _altered(folder, name, f"has {size} bytes, the manifest says {entry.bytes}")
         if file_sha256(folder / name) != entry.sha256:
             raise _altered(folder, name, "differs from the manifest's sha256")
-    return Bundle(manifest, folder, folder, sha256)
+    return Bundle(manifest, folder, folder, sha256, seals=seals)
 
 
 def _open_zip(path: Path) -> Bundle:
@@ -203,49 +278,66 @@ def _open_zip(path: Path) -> Bundle:
 
 
 def _unpack(archive: zipfile.ZipFile, path: Path) -> Bundle:
-    entries = _zip_listing(archive, path)
+    entries = _zip_entries(archive, path)
     _require_own(entries, path)
     own = {name: _read_zip_bounded(archive, entries[name], path) for name in _OWN_FILES}
     manifest, sha256 = _checked_manifest(own[MANIFEST_FILE], own[MANIFEST_HASH_FILE], path)
-    _compare_listing(entries, manifest, path)
+    _compare_names(entries, manifest, path)
+    return _copied(manifest, sha256, own, path, lambda name: archive.open(entries[name]))
+
+
+def _copied(
+    manifest: Manifest, sha256: str, own: Mapping[str, bytes], source: Path, open_file: Callable[[str], IO[bytes]]
+) -> Bundle:
+    """A bundle in a temporary folder, its files checked while they are copied.
+
+    Args:
+        manifest: checked.
+        sha256: of the manifest.
+        own: the manifest and its hash, as they were read.
+        source: where the bundle comes from, for the messages.
+        open_file: opens a file of the manifest for reading.
+    """
     needed = sum(entry.bytes for entry in manifest.files.values())
     temporary = Scratch("edgewright-")
+    folder, seals = temporary.path, {}
     try:
-        free = shutil.disk_usage(temporary.path).free
+        free = shutil.disk_usage(folder).free
         if needed > free:
             raise InputError(
-                f"{path} unpacks to {needed} bytes and {temporary.path} has {free} free: set TMPDIR to "
-                "a larger disk, or unpack the zip yourself and give the folder"
+                f"{source} takes {needed} bytes and {folder} has {free} free: set TMPDIR to a larger disk, or unpack "
+                "it yourself into a folder of plain files and give that"
             )
-        folder = temporary.path
         for name, data in own.items():
             (folder / name).write_bytes(data)
         for name, entry in manifest.files.items():
-            _extract(archive, entries[name], entry, folder / name, path)
+            with open_file(name) as reader:
+                _copy(reader, name, entry, folder / name, source)
+            seals[name] = seal_of(folder / name)
     except BaseException:
         temporary.cleanup()
         raise
-    return Bundle(manifest, path, folder, sha256, temporary)
+    return Bundle(manifest, source, folder, sha256, temporary, seals)
 
 
-def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, entry: FileEntry, target: Path, source: Path) -> None:
-    """Unpacks one file, never writing more than the manifest allows."""
+def _copy(reader: IO[bytes], name: str, entry: FileEntry, target: Path, source: Path) -> None:
+    """Copies one file, never writing more than the manifest allows."""
     target.parent.mkdir(parents=True, exist_ok=True)
     digest, written = hashlib.sha256(), 0
-    with archive.open(info) as reader, target.open("wb") as writer:
-        while chunk := _next_chunk(reader, info, source):
+    with target.open("wb") as writer:
+        while chunk := _next_chunk(reader, name, source):
             written += len(chunk)
             if written > entry.bytes:
-                raise _altered(source, info.filename, f"unpacks to more than the manifest's {entry.bytes} bytes")
+                raise _altered(source, name, f"unpacks to more than the manifest's {entry.bytes} bytes")
             digest.update(chunk)
             writer.write(chunk)
     if written != entry.bytes:
-        raise _altered(source, info.filename, f"has {written} bytes, the manifest says {entry.bytes}")
+        raise _altered(source, name, f"has {written} bytes, the manifest says {entry.bytes}")
     if digest.hexdigest() != entry.sha256:
-        raise _altered(source, info.filename, "differs from the manifest's sha256")
+        raise _altered(source, name, "differs from the manifest's sha256")
 
 
-def _next_chunk(reader: IO[bytes], info: zipfile.ZipInfo, source: Path) -> bytes:
+def _next_chunk(reader: IO[bytes], name: str, source: Path) -> bytes:
     try:
         return reader.read(_CHUNK)
     except (
@@ -253,45 +345,13 @@ def _next_chunk(reader: IO[bytes], info: zipfile.ZipInfo, source: Path) -> bytes
         EOFError,
         zlib.error,
     ) as error:  # names the entry, unlike the archive-wide handler
-        raise _altered(source, info.filename, f"cannot be unpacked ({error})") from None
+        raise _altered(source, name, f"cannot be unpacked ({error})") from None
 
 
-def _listing(folder: Path) -> set[str]:
-    """Names of all files below `folder`, with forward slashes; links and special files are refused."""
-    names: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=False, onerror=_reraise):
-        for name in folders + files:
-            here = Path(root) / name
-            relative = here.relative_to(folder).as_posix()
-            mode = here.lstat().st_mode
-            if stat.S_ISLNK(mode):
-                raise BundleError(f"{folder} holds the symlink {relative!r}; a bundle holds plain files only")
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BundleError(f"{folder} holds {relative!r}, which is no plain file")
-            if stat.S_ISREG(mode):
-                names.add(relative)
-    _require_distinct(names, folder)
-    return names
-
-
-def _reraise(error: OSError) -> None:
-    """A folder that cannot be listed may hold anything; `os.walk` alone would leave it out."""
-    raise error
-
-
-def _require_distinct(names: Iterable[str], source: Path) -> None:
-    """Refuses names that are one file where letters of both cases are the same."""
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(name.casefold(), name)
-        if other != name:
-            raise BundleError(f"{source} holds {other!r} and {name!r}, which are one file on some systems")
-
-
-def _zip_listing(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+def _zip_entries(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
-        _check_name(info.orig_filename.removesuffix("/"), path)
+        check_name(info.orig_filename.removesuffix("/"), path)
         try:
             require_plain(info, path)
         except InputError as error:
@@ -303,21 +363,8 @@ def _zip_listing(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipI
         if info.filename in entries:
             raise BundleError(f"{path} holds {info.filename!r} twice: it was not written by an export")
         entries[info.filename] = info
-    _require_distinct(entries, path)
+    require_distinct(entries, path)
     return entries
-
-
-def _check_name(name: str, source: Path) -> None:
-    """Refuses a name that could mean a place outside the bundle on any operating system."""
-    pure = PurePosixPath(name)
-    unsafe = not name or pure.is_absolute() or ".." in pure.parts or str(pure) != name
-    if unsafe or any(character in name for character in "\\:\0"):
-        raise BundleError(f"{source} names {name!r}, which may leave the bundle's folder: do not use this bundle")
-    for part in pure.parts:
-        # Windows opens a device for the first, and another file or none for the others
-        device = part.split(".")[0].rstrip().upper() in _DEVICES
-        if device or part[-1] in ". " or any(c in '*?"<>|' or not c.isprintable() for c in part):
-            raise BundleError(f"{source} names {name!r}, which is no file name on every system: do not use this bundle")
 
 
 def _require_own(names: Iterable[str], source: Path) -> None:
@@ -350,9 +397,9 @@ def _checked_manifest(text: bytes, hash_text: bytes, source: Path) -> tuple[Mani
     return manifest, actual
 
 
-def _compare_listing(names: Iterable[str], manifest: Manifest, source: Path) -> None:
+def _compare_names(names: Iterable[str], manifest: Manifest, source: Path) -> None:
     for name in manifest.files:
-        _check_name(name, source)
+        check_name(name, source)
         if name in _OWN_FILES:
             raise BundleError(f"{source}: the manifest lists {name!r}, which cannot vouch for itself")
     present, listed = set(names) - _OWN_FILES, set(manifest.files)

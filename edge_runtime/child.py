@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import errors
+from .bundle import Bundle
 from .golden import read_npz
+from .manifest import MANIFEST_FILE
 from .measuring import Feed, write_feeds
 from .providers import provider_names
 from .scratch import Scratch
@@ -47,7 +49,7 @@ class Artefact:
         name: for the report.
         model: the ONNX file.
         feeds: inputs, one mapping a run.
-        manifest: its manifest.json, if it comes from a bundle.
+        bundle: what it comes from, if that is a bundle.
         thresholds: for its exits.
         layout: of a bundle, see `session.Layout`.
     """
@@ -55,7 +57,7 @@ class Artefact:
     name: str
     model: Path
     feeds: Sequence[Feed]
-    manifest: Path | None = None
+    bundle: Bundle | None = None
     thresholds: tuple[float, ...] | None = None
     layout: str = "file"
 
@@ -168,7 +170,8 @@ def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[s
         entry = {
             "name": artefact.name,
             "model": str(artefact.model.resolve()),
-            "manifest": str(artefact.manifest.resolve()) if artefact.manifest else None,
+            "manifest": str(artefact.bundle.path(MANIFEST_FILE).resolve()) if artefact.bundle else None,
+            "manifest_sha256": artefact.bundle.sha256 if artefact.bundle else None,
             "inputs": str(inputs),
             "thresholds": list(artefact.thresholds) if artefact.thresholds is not None else None,
             "layout": artefact.layout,

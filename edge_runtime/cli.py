@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
 from .generate_command import add_arguments
+from .plain_text import printable, printable_lines
 from .replacing import check_place
 from .standard_streams import lost_output, standard_streams
 from .termination import Terminated, terminable
 
 if TYPE_CHECKING:
+    from .bundle import Bundle
     from .manifest import Manifest
     from .runner import Prediction
 
@@ -104,7 +106,7 @@ def _exit_code_of_lost_output() -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable_lines(message)}", file=sys.stderr)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -159,6 +161,10 @@ def _parser(program: str) -> argparse.ArgumentParser:
         made[name].set_defaults(command=run[name], bundle=None, samples_file=None, record=None)
         if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
+        if name != "doctor":
+            made[name].add_argument(
+                "--follow-links", action="store_true", help="take a folder of links for the files that they lead to"
+            )
     add_arguments(made["generate"])
     predict, bench, table = made["predict"], made["bench"], made["latency-table"]
     made["verify"].add_argument(
@@ -193,6 +199,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _opened(options: argparse.Namespace) -> Bundle:
+    from .bundle import open_bundle
+
+    return open_bundle(options.bundle, options.follow_links)
+
+
 def _session(options: argparse.Namespace) -> dict[str, Any]:
     """The options that every command passes on to `session.load`."""
     return {
@@ -225,7 +237,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise InputError("--tensor is compared with an image: give it with --raw IMAGE")
     from .verification import verify
 
-    report = verify(options.bundle, **_session(options), **_exits(options))
+    with _opened(options) as bundle:
+        report = verify(bundle, **_session(options), **_exits(options))
     print(report.text())
     _write_json(options.json, report.to_dict())
     return 0 if report.passed else ParityError.exit_code
@@ -234,9 +247,8 @@ def _verify(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from .session import load
 
-    with load(options.bundle, **_session(options), **_exits(options)) as runner:
-        assert runner.manifest is not None  # it comes from a bundle
-        prediction = runner.predict(_read_input(options.input, runner.manifest))
+    with _opened(options) as bundle, load(bundle, **_session(options), **_exits(options)) as runner:
+        prediction = runner.predict(_read_input(options.input, bundle.manifest))
     for line in _prediction_lines(prediction):
         print(line)
     _write_json(options.json, _prediction_dict(prediction))
@@ -250,30 +262,30 @@ def _predict(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from .benchmark import bench, bench_text
 
-    row = bench(
-        options.bundle,
-        **_session(options),
-        **_exits(options),
-        inputs=options.inputs,
-        percentiles=options.percentiles,
-        min_seconds=options.min_seconds,
-        min_samples=options.min_samples,
-        samples_file=options.samples_file,
-        seed=options.seed,
-    )
+    with _opened(options) as bundle:
+        row = bench(
+            bundle,
+            **_session(options),
+            **_exits(options),
+            inputs=options.inputs,
+            percentiles=options.percentiles,
+            min_seconds=options.min_seconds,
+            min_samples=options.min_samples,
+            samples_file=options.samples_file,
+            seed=options.seed,
+        )
     print(bench_text(row))
     _write_json(options.json, row)
     return 0 if row["status"] == "ok" else EdgewrightError.exit_code
 
 
 def _latency_table(options: argparse.Namespace) -> int:
-    from .bundle import open_bundle
     from .exit_latency import latency_table, latency_table_text
     from .latency_record import check_record_target, record_latency
 
     if options.record is not None:
         check_record_target(options.record, options.bundle)
-    with open_bundle(options.bundle) as bundle:
+    with _opened(options) as bundle:
         table = latency_table(
             bundle,
             **_session(options),
@@ -336,9 +348,8 @@ def _row_text(prediction: Prediction, row: int, kind: str) -> str:
     if kind == "none":
         return f"refused: {prediction.refused[row]}"
     index, scores = int(prediction.exit_index[row]), prediction.scores[row]
-    # a bundle may come from anywhere: its texts must not steer the terminal
-    name = "".join(c if c.isprintable() else repr(c)[1:-1] for c in prediction.label_names[row])
-    exit_name = f" ({prediction.exits[index]})" if len(prediction.exits) > 1 else ""
+    name = printable(prediction.label_names[row])
+    exit_name = f" ({printable(prediction.exits[index])})" if len(prediction.exits) > 1 else ""
     if kind == "exclusion":
         return f"{name}  decided by exclusion of every other class, no probability  exit {index}{exit_name}"
     remaining = f" among the {int((scores > 0).sum())} classes not excluded" if kind != "probability" else ""

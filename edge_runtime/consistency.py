@@ -38,6 +38,7 @@ def check_consistency(manifest: Manifest) -> None:
     _check_preprocessing(manifest)
     _check_split(manifest)
     _check_measured(manifest)
+    _check_tolerances(manifest)
 
 
 def threshold_out_of_range(policy: PolicySpec, value: float) -> str | None:
@@ -141,6 +142,12 @@ def _check_split(manifest: Manifest) -> None:
     for name, axis in split.row_axes.items():
         if axis < 0:
             raise _contradiction(f"split says that the rows of {name!r} lie in axis {axis}")
+
+
+def _check_tolerances(manifest: Manifest) -> None:
+    for name, value in vars(manifest.tolerances).items():
+        if value < 0:
+            raise _contradiction(f"tolerances.{name} is {value:g}, which nothing can meet")
 
 
 def _check_measured(manifest: Manifest) -> None:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .plain_text import printable
 from .session_probe import Probe, probe_session
 
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
@@ -66,12 +67,12 @@ class DoctorReport:
         """The report on one screen."""
         width = max(len(name) for name in self.facts)
         lines = [
-            f"{name:<{width}}  {value if value is not None else 'unknown: ' + self.unknown[name]}"
+            printable(f"{name:<{width}}  {value if value is not None else 'unknown: ' + self.unknown[name]}")
             for name, value in self.facts.items()
         ]
         lines.append(f"{'fingerprint':<{width}}  {self.fingerprint}")
-        lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        lines += [f"advice: {advice}" for advice in self.advice]
+        lines += [printable(f"PROBLEM: {problem}") for problem in self.problems]
+        lines += [printable(f"advice: {advice}") for advice in self.advice]
         if self.ok:
             lines.append("no problems found")
         return "\n".join(lines)

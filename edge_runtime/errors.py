@@ -16,11 +16,17 @@ layer or node, and what to do next.
 
 from __future__ import annotations
 
+from .plain_text import printable_lines
+
 
 class EdgewrightError(Exception):
     """Base of every error raised on purpose; ``exit_code`` is what the command line returns."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The text, without what would steer a terminal: parts of it come from bundles and other files."""
+        return printable_lines(super().__str__())
 
 
 class InputError(EdgewrightError):

@@ -20,7 +20,8 @@ from .bundle import Bundle, open_bundle
 from .child import Artefact, block_settings, run_child
 from .device import collect_facts, fingerprint
 from .errors import EdgewrightError, InputError
-from .manifest import MANIFEST_FILE, MODEL_FILE, PolicySpec
+from .manifest import MODEL_FILE, PolicySpec
+from .plain_text import printable
 from .providers import warn_of_fallback
 from .session import LAYOUTS, require_layout
 
@@ -86,8 +87,7 @@ def latency_table(
         feeds = _feeds(opened, inputs)
         settings["exit_thresholds"] = forced_thresholds(manifest.policy, len(manifest.exits))
         layouts = [name for name in LAYOUTS if name == "file" or manifest.split is not None]
-        model, manifest_path = opened.path(MODEL_FILE), opened.path(MANIFEST_FILE)
-        artefacts = [Artefact(name, model, feeds, manifest_path, layout=name) for name in layouts]
+        artefacts = [Artefact(name, opened.path(MODEL_FILE), feeds, opened, layout=name) for name in layouts]
         result = run_child(artefacts, settings, timeout_s)
         source, sha256 = str(opened.source), opened.sha256
     if result.status != "ok":
@@ -131,9 +131,10 @@ def forced_thresholds(policy: PolicySpec, exits: int) -> list[list[float]]:
 
 def latency_table_text(table: Mapping[str, Any]) -> str:
     """The table on one screen."""
-    lines = [f"{table['name']}: {table['device']}, microseconds of a row by the exit where it leaves"]
-    width = max(len(name) for name in table["exit_names"])
-    for k, name in enumerate(table["exit_names"]):
+    head = printable(f"{table['name']}: {table['device']}, microseconds of a row by the exit where it leaves")
+    lines, names = [head], [printable(name) for name in table["exit_names"]]
+    width = max(map(len, names))
+    for k, name in enumerate(names):
         line = f"  exit {k}  {name:<{width}}"
         for layout, figures in table["layouts"].items():
             low, high = figures["ci95"][k]

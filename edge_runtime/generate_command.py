@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import InputError
 from .manifest import MODEL_FILE, TOKENIZER_FILE
+from .plain_text import printable_lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +54,15 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
     with ExitStack() as opened:
         model: Path = options.bundle
-        if model.is_dir() or model.suffix == ".zip":
-            model = opened.enter_context(open_bundle(model)).folder / MODEL_FILE
-        prompts, decode = options.ids, None
-        if prompts is None:
-            prompts, decode = _encoded(options.prompt, options.tokenizer or model.parent / TOKENIZER_FILE)
-        generator = Generator(model, **session)
+        with ExitStack() as reading:
+            if model.is_dir() or model.suffix == ".zip":
+                bundle = opened.enter_context(open_bundle(model, options.follow_links))
+                reading.enter_context(bundle.unchanged(bundle.manifest.files))
+                model = bundle.path(MODEL_FILE)
+            prompts, decode = options.ids, None
+            if prompts is None:
+                prompts, decode = _encoded(options.prompt, options.tokenizer or model.parent / TOKENIZER_FILE)
+            generator = Generator(model, **session)
         printed = _Printer(decode, len(prompts))
         found = generate(
             generator,
@@ -110,24 +114,19 @@ class _Printer:
         text = self._decode(self._tokens[0])
         # half a character decodes to a replacement mark: wait for its other bytes
         if not text.endswith("\ufffd"):
-            print(_plain(text[self._shown :]), end="", flush=True)
+            print(printable_lines(text[self._shown :]), end="", flush=True)
             self._shown = len(text)
 
     def end(self) -> None:
         """Nothing more comes."""
         if len(self._tokens) > 1:
             for row, tokens in enumerate(self._tokens):
-                text = " ".join(map(str, tokens)) if self._decode is None else _plain(self._decode(tokens))
+                text = " ".join(map(str, tokens)) if self._decode is None else printable_lines(self._decode(tokens))
                 print(f"[{row}] {text}")
             return
         if self._decode is not None:
-            print(_plain(self._decode(self._tokens[0])[self._shown :]), end="")
+            print(printable_lines(self._decode(self._tokens[0])[self._shown :]), end="")
         print(flush=True)
-
-
-def _plain(text: str) -> str:
-    """`text` without what would steer the terminal: a model may say anything."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _encoded(prompts: Sequence[str], place: Path) -> tuple[list[list[int]], Callable[[list[int]], str]]:

@@ -22,7 +22,7 @@ from .benchmark import latency_figures
 from .bundle import open_bundle
 from .child import Artefact, block_settings, run_child
 from .errors import EdgewrightError, InputError
-from .manifest import MANIFEST_FILE, MODEL_FILE
+from .manifest import MODEL_FILE
 from .providers import warn_of_fallback
 from .session import explicit_thresholds, require_layout
 
@@ -223,4 +223,4 @@ def _artefact(
         feeds = user_feeds(given, manifest.inputs, manifest.preprocessing, rows)
     thresholds = explicit_thresholds(manifest, side.thresholds, side.operating_point)
     require_layout(manifest, side.layout)
-    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle.path(MANIFEST_FILE), thresholds, side.layout)
+    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle, thresholds, side.layout)

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .bundle import bundle_of
 from .errors import EdgewrightError
 from .feeds import check_feeds
 from .golden import read_npz, write_npz
-from .manifest import EXIT_INDEX, THRESHOLDS, Manifest
+from .manifest import EXIT_INDEX, THRESHOLDS
 from .runner import Runner
-from .session import bundle_session, session_on
+from .session import bundle_session, session_files, session_on
 
 WINDOW = 20
 """Runs in one warm-up window."""
@@ -244,23 +246,25 @@ def _exits(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]
 
 def _subject(artefact: dict[str, Any], spec: dict[str, Any]) -> tuple[Subject, dict[str, float], int | None]:
     """Creates the session; returns it with its phases in ms and the bytes that creating it took."""
-    manifest = None
+    bundle = None
     if artefact["manifest"] is not None:
-        manifest = Manifest.from_json(Path(artefact["manifest"]).read_text(encoding="utf-8"))
+        bundle = bundle_of(artefact["manifest"], artefact["manifest_sha256"])
     feeds = read_feeds(artefact["inputs"])
-    resident = _status_bytes("VmRSS")
-    start = time.perf_counter_ns()
     options = {
         "thresholds": artefact["thresholds"],
         **{key: spec[key] for key in ("providers", "threads", "allow_fallback", "optimization_level")},
     }
-    model = Path(artefact["model"])
-    if manifest is None:
-        runner = session_on(model, **options)
-    else:
-        runner = bundle_session(model.parent, manifest, artefact["layout"], **options)
-    created = time.perf_counter_ns()
-    now_resident = _status_bytes("VmRSS")
+    with ExitStack() as stack:
+        if bundle is not None:
+            stack.enter_context(bundle.unchanged(session_files(bundle.manifest, artefact["layout"])))
+        resident = _status_bytes("VmRSS")
+        start = time.perf_counter_ns()
+        if bundle is None:
+            runner = session_on(artefact["model"], **options)
+        else:
+            runner = bundle_session(bundle.folder, bundle.manifest, artefact["layout"], **options)
+        created = time.perf_counter_ns()
+        now_resident = _status_bytes("VmRSS")
     taken = now_resident - resident if now_resident is not None and resident is not None else None
     for feed in feeds:
         check_feeds(runner.inputs, feed)  # the timed runs do without

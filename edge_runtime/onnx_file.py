@@ -4,14 +4,17 @@
 value in only after the graph was optimized. If an operator reads the thresholds together with constants
 only, say a Gather that picks one of them, constant folding has taken the file's value before, and the new one
 is ignored without a word; the same holds where the thresholds are planned on another device. A name or a
-shape that does not exist is accepted as well. So the few bytes of the tensor are replaced before ONNX Runtime
-sees the model.
+shape that does not exist is accepted as well. So it is taken only on the CPU, and only for an initializer that
+is an input of the graph too, as the export makes it: that one is folded nowhere, by ONNX's own rule. In any other
+case the few bytes of the tensor are replaced before ONNX Runtime sees the model, at the price of two more copies
+of the weights in memory while the session is made.
 
 The format is protobuf: every field is a varint key ``number << 3 | wire type`` and a value.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -21,11 +24,12 @@ from pathlib import Path
 from .errors import InputError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER = 7, 1, 5
+_MODEL_GRAPH, _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT = 7, 1, 5, 11
 _OPERATOR_IF = bytes([4 << 3 | _BYTES, 2]) + b"If"
 """The field `op_type` of a node, whole: looked for as it is, because a session's start waits for the answer."""
 _DIMS, _DATA_TYPE, _FLOAT_DATA, _NAME, _RAW_DATA, _DATA_LOCATION = 1, 2, 4, 8, 9, 14
 _FLOAT = 1
+_INPUT_NAME = 1
 
 Field = tuple[int, int, int, int, int]
 """number, wire type, first and last byte of the value (half open), and the value of a varint."""
@@ -42,16 +46,36 @@ def with_vector(path: str | os.PathLike[str], name: str, values: Sequence[float]
     Raises:
         InputError: no such initializer, not a float32 vector of this length, or no ONNX file.
     """
-    path = Path(path)
-    data = bytearray(path.read_bytes())
+    with _mapped(path, mmap.ACCESS_COPY) as data:  # pages that are not written to are not copied
+        packed = struct.pack(f"<{len(values)}f", *values)
+        for start, end in _places(data, name, values, Path(path)):
+            data[start:end], packed = packed[: end - start], packed[end - start :]
+        return bytes(data)
+
+
+def check_vector(path: str | os.PathLike[str], name: str, values: Sequence[float]) -> bool:
+    """Whether a float32 vector among the main graph's initializers is also an input of the graph.
+
+    Args:
+        path: the ONNX file; its weights are not read.
+        name: of the initializer.
+        values: as many as it has.
+
+    Raises:
+        InputError: as `with_vector`.
+    """
+    with _mapped(path, mmap.ACCESS_READ) as data:
+        _places(data, name, values, Path(path))
+        return any(True for _ in _named(data, _GRAPH_INPUT, _INPUT_NAME, name.encode()))
+
+
+@contextlib.contextmanager
+def _mapped(path: str | os.PathLike[str], access: int) -> Iterator[mmap.mmap]:
     try:
-        tensor = _initializer(data, name.encode())
-        if tensor is None:
-            raise InputError(f"{path} has no initializer {name!r} in its main graph, so it cannot be set")
-        _replace(data, tensor, values, f"{path}: {name!r}")
-    except (IndexError, struct.error):
+        with Path(path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=access) as data:
+            yield data
+    except (IndexError, ValueError, struct.error):  # an empty file cannot be mapped
         raise InputError(f"{path} is damaged or no ONNX file") from None
-    return bytes(data)
 
 
 def has_branches(path: str | os.PathLike[str]) -> bool:
@@ -69,20 +93,29 @@ def has_branches(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-def _initializer(data: bytearray, name: bytes) -> list[Field] | None:
+def _named(data: mmap.mmap, kind: int, name_field: int, name: bytes) -> Iterator[list[Field]]:
+    """The fields of every message of this kind in the main graph that has this name."""
     for number, wire, start, end, _ in _fields(data, 0, len(data)):
         if (number, wire) != (_MODEL_GRAPH, _BYTES):
             continue
         for inner, inner_wire, first, last, _ in _fields(data, start, end):
-            if (inner, inner_wire) != (_GRAPH_INITIALIZER, _BYTES):
+            if (inner, inner_wire) != (kind, _BYTES):
                 continue
             fields = list(_fields(data, first, last))
-            if any(field[0] == _NAME and data[field[2] : field[3]] == name for field in fields):
-                return fields
-    return None
+            if any(field[0] == name_field and data[field[2] : field[3]] == name for field in fields):
+                yield fields
 
 
-def _replace(data: bytearray, tensor: list[Field], values: Sequence[float], what: str) -> None:
+def _places(data: mmap.mmap, name: str, values: Sequence[float], path: Path) -> list[tuple[int, int]]:
+    """Where the bytes of the vector lie; several places only for numbers that are not packed.
+
+    Raises:
+        InputError: there is no such vector, or it cannot take these values.
+    """
+    what = f"{path}: {name!r}"
+    tensor = next(_named(data, _GRAPH_INITIALIZER, _NAME, name.encode()), None)
+    if tensor is None:
+        raise InputError(f"{path} has no initializer {name!r} in its main graph, so it cannot be set")
     single = {number: value for number, wire, _, _, value in tensor if wire == _VARINT}
     shape = _dims(data, tensor)
     if single.get(_DATA_TYPE) != _FLOAT or len(shape) != 1:
@@ -91,15 +124,13 @@ def _replace(data: bytearray, tensor: list[Field], values: Sequence[float], what
         raise InputError(f"{what} has {shape[0]} values, got {len(values)}: {list(values)}")
     if single.get(_DATA_LOCATION, 0) != 0:
         raise InputError(f"{what} lies in an external file, so it cannot be set: export it inside the model")
-    packed = struct.pack(f"<{len(values)}f", *values)
     places = [(start, end) for number, _, start, end, _ in tensor if number in (_RAW_DATA, _FLOAT_DATA)]
-    if sum(end - start for start, end in places) != len(packed):
+    if sum(end - start for start, end in places) != 4 * len(values):
         raise InputError(f"{what} does not hold the values that its shape promises: export it again")
-    for start, end in places:  # several only for float_data that is not packed
-        data[start:end], packed = packed[: end - start], packed[end - start :]
+    return places
 
 
-def _dims(data: bytearray, tensor: list[Field]) -> list[int]:
+def _dims(data: mmap.mmap, tensor: list[Field]) -> list[int]:
     shape: list[int] = []
     for number, wire, start, end, value in tensor:
         if number == _DIMS and wire == _VARINT:
@@ -111,7 +142,7 @@ def _dims(data: bytearray, tensor: list[Field]) -> list[int]:
     return shape
 
 
-def _fields(data: bytearray | mmap.mmap, position: int, end: int) -> Iterator[Field]:
+def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[Field]:
     while position < end:
         key, position = _varint(data, position)
         number, wire, value = key >> 3, key & 7, 0
@@ -130,7 +161,7 @@ def _fields(data: bytearray | mmap.mmap, position: int, end: int) -> Iterator[Fi
         yield number, wire, start, position, value
 
 
-def _varint(data: bytearray | mmap.mmap, position: int) -> tuple[int, int]:
+def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[position]

@@ -202,6 +202,8 @@ class Runner:
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if self.session is None:
                 raise EdgewrightError(f"the runner of {self.path} is closed: load it again") from None
+            if isinstance(error, EdgewrightError):
+                raise
             raise EdgewrightError(f"ONNX Runtime failed while running {self.path}: {error}") from error
         return outputs
 

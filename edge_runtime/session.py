@@ -18,8 +18,9 @@ from .bundle import Bundle, open_bundle
 from .consistency import threshold_out_of_range
 from .errors import BundleError, InputError
 from .feeds import specs_of
-from .manifest import MODEL_FILE, THRESHOLDS, Manifest
-from .onnx_file import has_branches, with_vector
+from .forked import abandon_in_forks
+from .manifest import GOLDEN_FILE, MODEL_FILE, RUNTIME_FILE, THRESHOLDS, TOKENIZER_FILE, Manifest
+from .onnx_file import check_vector, has_branches, with_vector
 from .providers import (
     CPU,
     Placement,
@@ -82,16 +83,17 @@ def load(
     try:
         manifest = opened.manifest
         explicit = explicit_thresholds(manifest, thresholds, operating_point)
-        runner = bundle_session(
-            opened.folder,
-            manifest,
-            layout,
-            providers=providers,
-            threads=threads,
-            thresholds=explicit,
-            allow_fallback=allow_fallback,
-            optimization_level=optimization_level,
-        )
+        with opened.unchanged(session_files(manifest, layout)):
+            runner = bundle_session(
+                opened.folder,
+                manifest,
+                layout,
+                providers=providers,
+                threads=threads,
+                thresholds=explicit,
+                allow_fallback=allow_fallback,
+                optimization_level=optimization_level,
+            )
     except BaseException:
         if owned:
             opened.close()
@@ -99,6 +101,13 @@ def load(
     if owned:
         runner.owned_bundle = opened
     return runner
+
+
+def session_files(manifest: Manifest, layout: str) -> list[str]:
+    """The files of a bundle that ONNX Runtime may read for a session: the model's, and those that keep its weights."""
+    split = frozenset(manifest.split.files) if manifest.split is not None else frozenset()
+    others = {MODEL_FILE} if layout == "split" else split
+    return [name for name in manifest.files if name not in {GOLDEN_FILE, RUNTIME_FILE, TOKENIZER_FILE, *others}]
 
 
 def require_layout(manifest: Manifest, layout: str) -> None:
@@ -240,12 +249,22 @@ def _opened(
         options.optimized_model_filepath = os.fspath(optimized_path)
     values: tuple[float, ...] | None = None
     source: str | bytes = os.fspath(path)
+    given: Any = None
     if thresholds is not None:
         values = _checked_thresholds(thresholds)
-        source = with_vector(path, THRESHOLDS, values)
-        # A model given as bytes has no place of its own, from which to find model.onnx.data.
-        options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
+        if check_vector(path, THRESHOLDS, values) and usable == [CPU]:
+            given = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(values, np.float32))
+            options.add_initializer(THRESHOLDS, given)
+        else:
+            source = with_vector(path, THRESHOLDS, values)
+            # A model given as bytes has no place of its own, from which to find model.onnx.data.
+            options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
     session, dropped = _start(source, options, usable, requested, path, allow_fallback)
+    if isinstance(source, bytes):
+        session._model_bytes = None  # kept by ONNX Runtime's wrapper to start again, which nobody asks it for
+    session.edgewright_thresholds = given  # ONNX Runtime reads them where they are, and does not keep them
+    # what an accelerator's driver keeps does not survive a fork either
+    abandon_in_forks(session, threads if requested == (CPU,) else None)
     present = session.get_providers()
     if not allow_fallback and any(name not in present for name in requested):
         raise not_started(requested, present)

@@ -13,15 +13,20 @@ from typing import Any
 
 from .errors import BundleError
 
+_MOST_DIGITS = 20
+"""Of an integer, with its sign: what 64 bits hold."""
+
 
 def strict_json(text: str) -> Any:
-    """Parses JSON without the liberties of Python's parser: no NaN, no number beyond float64, no key twice.
+    """Parses JSON without the liberties of Python's parser: no NaN, no number beyond float64 or 64 bits, no key twice.
 
     Raises:
         ValueError: not such JSON.
         RecursionError: nested too deeply.
     """
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_doubles)
+    return json.loads(
+        text, parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole, object_pairs_hook=_without_doubles
+    )
 
 
 def typed(kind: Any, value: Any, where: str) -> Any:
@@ -102,6 +107,13 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):  # 1e999 is JSON, and would make any tolerance meaningless
         raise ValueError(f"{text} is no finite number")
     return value
+
+
+def _whole(text: str) -> int:
+    # Python itself reads any length up to some limit of its own, and neither float64 nor int64 takes the result
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

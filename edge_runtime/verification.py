@@ -21,6 +21,7 @@ from .bundle import Bundle, open_bundle
 from .comparison import Comparison, compare, exclusion_differs
 from .errors import InputError, ParityError
 from .manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
+from .plain_text import printable
 from .providers import Placement
 from .session import explicit_thresholds, load
 
@@ -91,6 +92,8 @@ class VerifyReport:
     exits_total: int
     findings: tuple[Finding, ...]
     excused: tuple[ExcusedFlip, ...]
+    allowed: tuple[str, ...] = ()
+    """where the tolerances of the manifest allow everything, so that nothing was proven there; a sentence each."""
     schema_version: int = 1
 
     @property
@@ -123,19 +126,21 @@ class VerifyReport:
             if value is not None
         ]
         lines = [
-            f"{self.name}: {'verified' if self.passed else 'FAILED'}   {self.bundle}",
+            printable(f"{self.name}: {'verified' if self.passed else 'FAILED'}   {self.bundle}"),
             f"  onnxruntime {self.onnxruntime}, {self.placement.text()}, optimization {self.optimization_level}"
             + (", split" if self.layout == "split" else ""),
             *(f"  FALLBACK: {reason}" for reason in self.placement.fallback),
             f"  {self.cases} cases, {self.rows} rows, exits covered {self.exits_covered} of {self.exits_total}",
         ]
+        lines.append(f"  tolerances: {_tolerances_text(self.tolerances)}")
+        lines += [f"  CAUTION: {what}" for what in self.allowed]
         for against, largest in self.max_abs_diff.items():
             share = self.fraction_outside[against]
             lines.append(f"  against {against}: max |diff| {largest:.3g}, {share:.2%} of values outside")
         if agreement:
             lines.append("  equal to every reference: " + ", ".join(agreement))
-        lines += _shortened([f"  excused: {_excuse(flip)}" for flip in self.excused], "excused flips")
-        lines += _shortened([f"  FAILED: {finding.text()}" for finding in self.findings], "failures")
+        lines += _shortened([printable(f"  excused: {_excuse(flip)}") for flip in self.excused], "excused flips")
+        lines += _shortened([printable(f"  FAILED: {finding.text()}") for finding in self.findings], "failures")
         if self.findings:
             lines.append("  Do not use it here: try another provider or optimization level, or export again.")
         return "\n".join(lines)
@@ -221,6 +226,7 @@ def verify(
         exits_total=len(check.exits_wanted),
         findings=tuple(check.findings),
         excused=tuple(check.excused),
+        allowed=tuple(check.allowed()),
     )
 
 
@@ -237,12 +243,16 @@ class _Check:
         self.max_abs: dict[str, float] = {}
         self.outside: dict[str, int] = {}
         self.elements: dict[str, int] = {}
+        self._binding: dict[tuple[str, str], bool] = {}
+        self._largest_margin = -1.0
         self._compared = {LABEL: 0, EXIT_INDEX: 0}
         self._equal = {LABEL: 0, EXIT_INDEX: 0}
 
     def case(self, index: int, case: GoldenCase, got: Mapping[str, NDArray[Any]]) -> None:
         """Compares one case with everything that was recorded for it."""
         self.rows += int(next(iter(got.values())).shape[0])
+        if case.margin is not None and case.margin.size:
+            self._largest_margin = max(self._largest_margin, float(np.max(case.margin)))
         if EXIT_INDEX in got:
             self.exits_seen.update(got[EXIT_INDEX].ravel().tolist())
         budgets = (
@@ -270,6 +280,20 @@ class _Check:
     def agreement(self, output: str) -> float | None:
         """Share of compared rows that were equal; None if there was none."""
         return self._equal[output] / self._compared[output] if self._compared[output] else None
+
+    def allowed(self) -> Iterator[str]:
+        """Where nothing that was compared could have failed."""
+        for (against, output), binding in self._binding.items():
+            if not binding:
+                yield (
+                    f"the tolerance against {against} allows everything for {output!r}: zeros in place of the recorded "
+                    "values would pass"
+                )
+        if 0 <= self._largest_margin <= self.tolerances.flip_margin:
+            yield (
+                f"flips are excused up to a margin of {self.tolerances.flip_margin:.3g}, and no recorded row has a "
+                "larger one: every label and exit would pass"
+            )
 
     def _decisions(
         self,
@@ -344,6 +368,11 @@ class _Check:
             got, want = got[rows], want[rows]
             if rows.size == 0:
                 return
+        size = np.abs(want[np.isfinite(want) & (want != 0)].astype(np.float64))
+        if size.size:
+            with np.errstate(over="ignore"):
+                binds = bool((abs_tol + rel_tol * size < size).any())
+            self._binding[against, name] = self._binding.get((against, name), False) or binds
         result: Comparison = compare(got, want, abs_tol=abs_tol, rel_tol=rel_tol)
         self.max_abs[against] = max(self.max_abs.get(against, 0.0), result.max_abs)
         self.outside[against] = self.outside.get(against, 0) + result.outside
@@ -395,6 +424,14 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
 def _margin(case: GoldenCase, row: int) -> float | None:
     margin = None if case.margin is None else np.asarray(case.margin).ravel()
     return float(margin[row]) if margin is not None and row < margin.size else None
+
+
+def _tolerances_text(tolerances: Tolerances) -> str:
+    return (
+        f"reference {tolerances.reference_abs:g} + {tolerances.reference_rel:g} * |wanted|, "
+        f"torch {tolerances.torch_abs:g} + {tolerances.torch_rel:g} * |wanted|, "
+        f"flips up to a margin of {tolerances.flip_margin:.3g}"
+    )
 
 
 def _flip_text(expected: int, got: int, margin: float | None, tolerances: Tolerances) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from edgewright.edge_runtime.plain_text import printable
+from edgewright.edge_runtime.typed_json import strict_json
 
 from .errors import InputError
 
@@ -110,7 +112,7 @@ def mix_of_report(report: Mapping[str, Any], mix: Sequence[float] | None, table:
 
 def mix_text(cost: MixCost, names: Sequence[str]) -> str:
     """The costs in words."""
-    shares = ", ".join(f"{name} {share:.1%}" for name, share in zip(names, cost.mix, strict=True))
+    shares = ", ".join(f"{printable(name)} {share:.1%}" for name, share in zip(names, cost.mix, strict=True))
     lines = [f"mix: {shares}", f"expected MACs of a row: {cost.expected_macs:,.0f}"]
     if cost.expected_ms is None:
         lines.append("expected latency: not known, an exit of this mix was not measured (give --latency-table)")
@@ -180,8 +182,8 @@ def read_latency_table(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path, what: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{what} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} is no JSON: {error}") from None

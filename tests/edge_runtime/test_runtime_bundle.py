@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import stat
 import zipfile
 from pathlib import Path
@@ -16,14 +17,18 @@ from edgewright.edge_runtime import (
     GoldenCase,
     InputError,
     Manifest,
+    bench,
+    load,
     open_bundle,
     pack_zip,
     read_golden,
+    verify,
     write_golden,
     write_manifest,
 )
 from edgewright.edge_runtime import bundle as bundle_module
 from edgewright.edge_runtime.golden import read_npz, write_npz
+from edgewright.edge_runtime.manifest import FileEntry
 from edgewright.edge_runtime.replacing import replaced
 
 
@@ -517,3 +522,149 @@ def test_golden_with_a_foreign_key_or_a_gap_is_refused(tmp_path: Path, key: str)
     write_npz(tmp_path / "g.npz", {key: np.ones(1)})
     with pytest.raises(BundleError, match="export"):
         read_golden(tmp_path / "g.npz")
+
+
+def _as_links(bundle: Path, store: Path) -> Path:
+    """The bundle as stores of files make it: a folder of links to files that are called by their hash."""
+    folder = store / "snapshots" / "abc"
+    for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
+        blob = store / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link = folder / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def test_a_folder_of_links_is_opened_on_demand(bundle: Path, tmp_path: Path) -> None:
+    links = _as_links(bundle, tmp_path / "store")
+    with pytest.raises(BundleError, match=r"symlink.*--follow-links.*follow_links=True.*zip"):
+        open_bundle(links)
+    with open_bundle(links, follow_links=True) as opened:
+        folder = opened.folder
+        assert folder != links and not any(path.is_symlink() for path in folder.rglob("*"))
+        assert verify(opened).passed
+    assert not folder.exists()
+    with open_bundle(bundle, follow_links=True) as opened:
+        assert opened.folder == bundle
+
+
+def test_a_linked_folder_counts_as_its_files(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "more").mkdir()
+    (bundle / "more" / "weights.data").write_bytes(b"1234")
+    write_manifest(bundle, Manifest.from_json((bundle / "manifest.json").read_text()))
+    (bundle / "more").rename(tmp_path / "elsewhere")
+    (bundle / "more").symlink_to(tmp_path / "elsewhere")
+    with open_bundle(bundle, follow_links=True) as opened:
+        assert opened.path("more/weights.data").read_bytes() == b"1234"
+
+
+@pytest.mark.parametrize("what", ["altered", "dangling", "device", "fifo", "loop", "loops"])
+def test_links_are_held_to_the_same_rules(bundle: Path, tmp_path: Path, what: str) -> None:
+    links = _as_links(bundle, tmp_path / "store")
+    model = links / "model.onnx"
+    if what == "altered":
+        blob = model.resolve()
+        blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    elif what == "loops":
+        for name in "ab":
+            (links / name).symlink_to(links)
+    else:
+        os.mkfifo(tmp_path / "fifo")
+        model.unlink()
+        targets = {"dangling": "gone", "device": "/dev/zero", "fifo": tmp_path / "fifo", "loop": "model.onnx"}
+        model.symlink_to(targets[what])
+    with pytest.raises(BundleError):
+        open_bundle(links, follow_links=True)
+
+
+ODD = [
+    ("COM¹",),
+    ("lpt².txt",),
+    ("CONIN$",),
+    ("conout$.log",),
+    ("caf\u00e9.txt", "cafe\u0301.txt"),
+    ("Folder/a", "folder/b"),
+    ("a" * 241,),
+    ("/".join("a" * 40),),
+]
+
+
+@pytest.mark.parametrize("names", ODD)
+def test_names_that_not_every_system_takes_are_refused(bundle: Path, names: tuple[str, ...]) -> None:
+    manifest = Manifest.from_json((bundle / "manifest.json").read_text())
+    for name in names:
+        (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+        (bundle / name).write_bytes(b"x")
+    files = dict.fromkeys(names, FileEntry(1, hashlib.sha256(b"x").hexdigest()))
+    changed = dataclasses.replace(manifest, files={**manifest.files, **files}).to_json()
+    _seal(bundle, lambda data: data.update(json.loads(changed)))
+    with pytest.raises(BundleError, match="system"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("names", [*ODD, ("/".join("a" * 2001),)])
+def test_names_in_a_zip_that_not_every_system_takes_are_refused(
+    bundle: Path, tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    with pytest.raises(BundleError, match="system"):
+        open_bundle(_zip(bundle, tmp_path / "b.zip", lambda archive: [archive.writestr(n, b"x") for n in names]))
+
+
+@pytest.mark.parametrize("digits", [21, 400, 5000])
+@pytest.mark.parametrize("field", ["opset", "tolerances"])
+def test_a_number_of_many_digits_is_bad_input(bundle: Path, digits: int, field: str) -> None:
+    text = (bundle / "manifest.json").read_text()
+    old = {"opset": '"opset": 20', "tolerances": '"reference_abs": 0.0001'}[field]
+    assert old in text
+    changed = text.replace(old, old.split()[0] + " " + "9" * digits).encode()
+    (bundle / "manifest.json").write_bytes(changed)
+    (bundle / "manifest.sha256").write_text(hashlib.sha256(changed).hexdigest())
+    with pytest.raises(BundleError, match=f"{digits} digits"):
+        open_bundle(bundle)
+
+
+def _swap_by_rename(path: Path, data: bytes) -> None:
+    other = path.with_name("other")
+    other.write_bytes(data)
+    other.replace(path)
+
+
+@pytest.mark.parametrize("swap", [_swap_by_rename, Path.write_bytes])
+@pytest.mark.parametrize("source", ["folder", "zip"])
+def test_a_model_that_is_swapped_after_opening_does_not_run(bundle: Path, tmp_path: Path, swap, source: str) -> None:
+    pack_zip(bundle, tmp_path / "b.zip")
+    with open_bundle(bundle if source == "folder" else tmp_path / "b.zip") as opened:
+        path = opened.path("model.onnx")
+        data = path.read_bytes()
+        assert b"body2.weight" in data
+        swap(path, data.replace(b"body2.weight", b"body9.weight"))  # as large, and a model as well
+        with pytest.raises(BundleError, match=r"'model\.onnx' was altered since"):
+            load(opened)
+        with pytest.raises(BundleError, match=r"'model\.onnx' was altered since"):
+            verify(opened)
+        if source == "folder":
+            with pytest.raises(BundleError, match=r"'model\.onnx' was altered since"):
+                bench(opened, min_seconds=0.01, min_samples=1)
+        swap(path, data)
+        load(opened).close()
+        opened.path("golden.npz").write_bytes(b"x")
+        with pytest.raises(BundleError, match=r"'golden\.npz' was altered since"):
+            opened.golden()
+
+
+def test_a_model_that_is_swapped_while_it_is_loaded_does_not_run(bundle: Path) -> None:
+    with open_bundle(bundle) as opened, pytest.raises(BundleError, match="altered"), opened.unchanged(["model.onnx"]):
+        opened.path("model.onnx").write_bytes(opened.path("model.onnx").read_bytes()[:-1] + b"\0")
+
+
+def test_an_old_file_is_not_read_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgewright.edge_runtime.seal._COARSEST_NS", -(1 << 62))
+    with open_bundle(bundle) as opened:
+
+        def refuse(*_: object) -> str:
+            raise AssertionError
+
+        monkeypatch.setattr("edgewright.edge_runtime.bundle.file_sha256", refuse)
+        load(opened).close()

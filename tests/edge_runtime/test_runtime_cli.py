@@ -413,3 +413,44 @@ class TestArchive:
         assert "edge_runtime.pyz" in write_manifest(bundle, manifest).files
         done = _run("-I", bundle / "edge_runtime.pyz", "verify", bundle)
         assert done.returncode == 0, done.stderr
+
+
+EVIL = "\x1b[31m\x9b2J\rverified\nrow 9: cat"
+
+
+def test_no_text_of_a_bundle_steers_the_terminal(
+    bundle: Path, tmp_path: Path, rows: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_bundle(bundle) as opened:
+        manifest = opened.manifest
+    manifest = dataclasses.replace(
+        manifest,
+        name=EVIL,
+        labels=(EVIL, EVIL + "b", EVIL + "c", EVIL + "d"),
+        exits=tuple(dataclasses.replace(exit_, name=EVIL + str(exit_.index)) for exit_ in manifest.exits),
+        operating_points=tuple(
+            dataclasses.replace(point, name=point.name + EVIL) for point in manifest.operating_points
+        ),
+    )
+    write_manifest(bundle, manifest)
+    np.save(tmp_path / "x.npy", rows)
+    quick = ["--min-seconds", "0.01", "--min-samples", "1"]
+    for arguments in (
+        ["verify"],
+        ["predict", str(tmp_path / "x.npy")],
+        ["bench", *quick],
+        ["bench", *quick, "--layout", "split"],
+        ["latency-table", "--blocks", "2", "--block-runs", "1"],
+        ["verify", "--operating-point", "none"],
+        ["verify", "--thresholds", "0.5,7"],
+        ["verify", "--thresholds", "0.5"],
+    ):
+        cli.main([arguments[0], str(bundle), *arguments[1:]])
+        shown = capsys.readouterr()
+        text = shown.out + shown.err
+        assert text and not [c for c in text if not c.isprintable() and c != "\n"], (arguments, text)
+        assert not any(line.startswith("row 9") for line in shown.out.splitlines()), arguments
+
+
+def test_an_error_does_not_steer_the_terminal() -> None:
+    assert str(EdgewrightError("a\x1b[2Jb\nc")) == "a\\x1b[2Jb\nc"

@@ -535,3 +535,33 @@ class TestPreprocess:
     def test_images_of_another_form_are_refused(self, bundle: Path, shape: tuple[int, ...]) -> None:
         with load(bundle) as runner, pytest.raises(InputError, match=r"uint8 \[H, W, 3\]"):
             runner.predict(np.zeros(shape, np.uint8))
+
+
+NEVER, ALWAYS = 2.0, 0.0
+
+
+@pytest.mark.parametrize("level", ["disabled", "basic", "extended", "all"])
+def test_thresholds_that_are_set_are_the_ones_that_run(bundle: Path, rows: np.ndarray, level: str) -> None:
+    for values, expected in (((NEVER, ALWAYS), 1), ((ALWAYS, NEVER), 0), ((NEVER, NEVER), 2)):
+        runner = load(bundle, thresholds=values, optimization_level=level)
+        kept = [np.full(2, 9.0, np.float32) for _ in range(200)]  # takes the place of what nobody holds
+        assert (runner.predict(rows).exit_index == expected).all() and kept
+
+
+def test_setting_thresholds_reads_no_weights_into_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> bytes:
+        raise AssertionError("the whole model is read")
+
+    monkeypatch.setattr("edgewright.edge_runtime.session.with_vector", refuse)
+    load(bundle, thresholds=(NEVER, ALWAYS)).close()
+
+
+def test_thresholds_that_are_no_input_are_written_into_the_bytes(
+    bundle: Path, tmp_path: Path, rows: np.ndarray
+) -> None:
+    model = onnx.load(bundle / "model.onnx")
+    del model.graph.input[1]
+    onnx.save(model, tmp_path / "model.onnx")
+    runner = session_on(tmp_path / "model.onnx", thresholds=(NEVER, ALWAYS))
+    assert (runner.run_rows({"x": rows})["exit_index"] == 1).all()
+    assert runner.session._model_bytes is None

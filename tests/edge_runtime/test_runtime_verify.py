@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgewright.edge_runtime import GoldenCase, ParityError, open_bundle, verify, write_golden, write_manifest
+from edgewright.edge_runtime import (
+    BundleError,
+    GoldenCase,
+    ParityError,
+    open_bundle,
+    verify,
+    write_golden,
+    write_manifest,
+)
 from edgewright.edge_runtime.comparison import exclusion_differs
 
 
@@ -192,3 +200,25 @@ def test_many_failures_still_fit_one_screen(bundle: Path) -> None:
     report = verify(bundle)
     assert len(report.findings) == 24
     assert len(report.text().splitlines()) < 30 and "and 12 more failures" in report.text()
+
+
+def test_the_tolerances_are_printed_and_said_to_allow_everything(bundle: Path) -> None:
+    plain = verify(bundle)
+    assert not plain.allowed and "CAUTION" not in plain.text()
+    assert "reference 0.0001 + 0.0001 * |wanted|" in plain.text() and "margin of 1e-06" in plain.text()
+    for changed, word in (
+        ({"torch_abs": 1e300}, "against torch"),
+        ({"reference_rel": 1e300}, "against reference"),
+        ({"torch_abs": 1.0}, "against torch"),  # scores are at most 1
+        ({"flip_margin": 1e300}, "every label and exit"),
+    ):
+        _rewrite(bundle, lambda case: case, **{**dataclasses.asdict(plain.tolerances), **changed})
+        report = verify(bundle)
+        assert report.passed and any(word in what for what in report.allowed), changed
+        assert "CAUTION" in report.text() and f"{next(iter(changed.values())):g}" in report.text()
+        json.loads(report.to_json())
+
+
+def test_a_tolerance_below_zero_contradicts_itself(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="torch_abs"):
+        _rewrite(bundle, lambda case: case, torch_abs=-1.0)
