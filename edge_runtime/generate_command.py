@@ -76,7 +76,8 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
     decoded, peak = found.decode_tokens_per_second, _peak_memory()
     first_ms = 1e3 * found.prefill_seconds
     if found.context_full:
-        print(f"ended at the model's context of {generator.positions} tokens", file=sys.stderr)
+        why = f" ({generator.positions_reason})" if generator.positions_reason else ""
+        print(f"ended at the model's context of {generator.positions} tokens{why}", file=sys.stderr)
     print(
         f"prefill {found.prefill_tokens_per_second:.1f} tokens/s, first token after {first_ms:.1f} ms, "
         + (f"decode {decoded:.1f} tokens/s" if decoded is not None else "no decode step")

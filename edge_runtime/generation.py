@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EdgewrightError, InputError
-from .manifest import END_TOKENS, LOGITS, LOGITS_FROM, PAST, POSITIONS, PRESENT
+from .manifest import END_TOKENS, LOGITS, LOGITS_FROM, PAST, POSITIONS, POSITIONS_REASON, PRESENT
 from .sampling import Sampling
 from .session import session_on
 
@@ -61,7 +61,8 @@ class Generator:
         optimization_level: as in `load`.
 
     Attributes:
-        positions: the longest sequence that the model knows positions for, prompt and answer together; None: any.
+        positions: the longest sequence that the file answers as the model does, prompt and answer together; None: any.
+        positions_reason: why it ends there, where the model itself goes on; else empty.
         end_tokens: what the model says when it has finished.
 
     Raises:
@@ -93,6 +94,7 @@ class Generator:
             )
         written = self._session.get_modelmeta().custom_metadata_map
         self.positions: int | None = json.loads(written.get(POSITIONS, "null"))
+        self.positions_reason: str = written.get(POSITIONS_REASON, "")
         self.end_tokens: tuple[int, ...] = tuple(json.loads(written.get(END_TOKENS, "[]")))
         vocabulary = outputs[LOGITS].shape[-1]
         self._vocabulary = vocabulary if isinstance(vocabulary, int) else sys.maxsize
@@ -161,9 +163,10 @@ class Generator:
                 "use the tokenizer that belongs to it"
             )
         if ids.shape[1] > self.positions_left:
+            why = f" ({self.positions_reason})" if self.positions_reason else ""
             raise InputError(
-                f"{self._mask.shape[1] + ids.shape[1]} tokens are more than the model's context of {self.positions}: "
-                "shorten the prompt"
+                f"{self._mask.shape[1] + ids.shape[1]} tokens are more than the model's context of {self.positions}"
+                f"{why}: shorten the prompt"
             )
         self._mask = np.concatenate([self._mask, mask], axis=1)
         names = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._cache)]

@@ -51,6 +51,9 @@ LOGITS_FROM = "logits_from"
 POSITIONS, END_TOKENS = "edgewright.positions", "edgewright.end_tokens"
 """Metadata keys of a generator's model.onnx, JSON: its longest sequence or null, and the tokens that end an answer."""
 
+POSITIONS_REASON = "edgewright.positions_reason"
+"""Metadata key beside `POSITIONS`, text: why it ends there, where that is earlier than the model's own end."""
+
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
 

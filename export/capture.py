@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.errors import ExportError
+from edgewright.models.capturable import batched_experts
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.module_state import untouched
 
@@ -29,6 +30,7 @@ _KNOWN_FIXES = (
         "Required parameter 'dim'",
         "call `.max()`/`.min()` or name the dimensions: `amax()` without `dim` has no ONNX form",
     ),
+    ("complex-valued", "compute with sine and cosine: ONNX has no complex numbers, and this model's code uses them"),
     (
         "data-dependent",
         "remove Python `if`/`while` on tensor values from forward: exits are added by the early_exit stage, "
@@ -94,7 +96,7 @@ def capture(
         else (tuple(dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in dynamic_axes),)
     )
     try:
-        with quietly(), torch.no_grad(), untouched(model):
+        with quietly(), torch.no_grad(), untouched(model), batched_experts(model):
             wrapper = HeadLogits(model).eval()
             # what the first call makes and keeps must be there: the tracer would keep a fake of it
             _first_call(wrapper, inputs)

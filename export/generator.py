@@ -34,18 +34,21 @@ from edgewright.edge_runtime.manifest import (
     MODEL_FILE,
     PAST,
     POSITIONS,
+    POSITIONS_REASON,
     PRESENT,
     RUNTIME_FILE,
     TOKENIZER_FILE,
     Manifest,
 )
 from edgewright.models.cached_step import CachedStep
+from edgewright.models.capturable import batched_experts, fixed_rotary
 from edgewright.models.module_state import untouched
 from edgewright.models.pretrained import LogitsOnly
 
 from .answered_positions import choose_positions
 from .bundle_folder import check_target, put_in_place, scratch, writing
 from .capture import explain, first_names, name_axes, name_everything, quietly
+from .generator_reach import claimed_positions, proven_reach
 from .generator_record import cache_names, golden_cases, manifest_of
 from .ledger import build_ledger, stored_bytes, torch_unique_bytes
 from .model_file import EXTERNAL_ABOVE, check_file, save_model
@@ -102,6 +105,8 @@ def export_generator(
 
     The proof does not use PyTorch's cache: every row is run by itself, unpadded and whole, and must have the logits
     that the file gives for it in a padded batch, prefilled in two chunks and then decoded greedily, token by token.
+    A long text follows, past every length at which the configuration changes something: the file is claimed as far as
+    it is right there, and says why where that is shorter than the model's context.
     Rounded weights are rounded after that proof; what they change is measured, and stands in the manifest.
 
     Args:
@@ -109,7 +114,7 @@ def export_generator(
         tokens: int64 [at least 3, T], T at least 4: texts; the proof's prompts are their beginnings, cut to different
             lengths, and the first row is what MACs are counted for.
         out: folder of the bundle; replaced if it is a bundle already.
-        options: opset, simplifier, `weights` and zip.
+        options: opset, simplifier, `weights`, `proof_tokens` and zip.
         decode_steps: tokens that the proof generates; fewer where the model has no positions for them.
         tolerance: largest allowed difference of a logit.
         name: of the bundle.
@@ -134,8 +139,9 @@ def export_generator(
     raw, final, note = _graphs(step, tokens, options)
     if not choose_positions(final.graph):
         note = f"{note}; a prompt gets logits at all its tokens: the graph does not end in a product with fixed weights"
-    positions = model.positions
-    final.metadata_props.update({POSITIONS: json.dumps(positions), END_TOKENS: json.dumps(model.end_tokens)})
+    positions, reason = claimed_positions(model, options.proof_tokens)
+    final.metadata_props[END_TOKENS] = json.dumps(model.end_tokens)
+    _claim(final, positions, reason)
     with scratch(target) as folder:
         work = folder / "bundle"
         work.mkdir()
@@ -144,10 +150,16 @@ def export_generator(
             save_model(final, path, external_above)
         check_file(path)
         prompts = tokens[:3, :_PROMPT]
-        decode_steps = min(decode_steps, (positions or sys.maxsize) - prompts.shape[1])
+        decode_steps = max(0, min(decode_steps, (positions or sys.maxsize) - prompts.shape[1]))
         # the first row alone, and three of different lengths
         batches = [[prompts[0]], [prompts[0], prompts[1, :-1], prompts[2, 1:-1]]]
         worst = _largest_difference(model, path, batches, decode_steps, tolerance)
+        reach = proven_reach(model, path, tokens, options.proof_tokens, tolerance)
+        if reach.positions != positions:
+            _claim(final, reach.positions, reach.reason)
+            with writing(target):
+                save_model(final, path, external_above)
+        worst = max(worst, reach.max_abs_diff)
         written, quantization = final, None
         if options.weights != "float32":
             quantization = quantize_weights(model, path, options.weights, prompts, external_above)
@@ -156,7 +168,7 @@ def export_generator(
         manifest = manifest_of(
             step, final, written, path, tokens[:1], cases, build_ledger(model, raw, written, None, copies=False),
             tolerance=tolerance, max_abs_diff=worst, quantization=quantization,
-            notes=(note, *((quantization.text(),) if quantization else ())),
+            notes=(note, reach.text(), *((quantization.text(),) if quantization else ())),
         )  # fmt: skip
         manifest = dataclasses.replace(manifest, name=name, edits=tuple(edits))
         with writing(target):
@@ -171,6 +183,13 @@ def export_generator(
             pack_zip(target, target.with_name(f"{target.name}.zip"))
     sizes = manifest.ledger.stored_weight_bytes, manifest.ledger.torch_unique_bytes
     return GeneratorExport(target / MODEL_FILE, manifest, worst, decode_steps, *sizes, note, quantization)
+
+
+def _claim(model: ir.Model, positions: int | None, reason: str) -> None:
+    model.metadata_props[POSITIONS] = json.dumps(positions)
+    model.metadata_props.pop(POSITIONS_REASON, None)
+    if reason:
+        model.metadata_props[POSITIONS_REASON] = reason
 
 
 def _graphs(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple[ir.Model, ir.Model, str]:
@@ -207,7 +226,7 @@ def _captured(step: CachedStep, tokens: Tensor, options: ExportOptions) -> tuple
     names = ["input_ids", "attention_mask", *(PAST + kind for kind in kinds)]
     dynamic = [dict.fromkeys(given, torch.export.Dim.DYNAMIC) for given in axes]
     try:
-        with quietly(), torch.no_grad(), untouched(step):
+        with quietly(), torch.no_grad(), untouched(step), batched_experts(step), fixed_rotary(step):
             program = torch.onnx.export(
                 step,
                 inputs,

@@ -49,5 +49,8 @@ class ExportOptions(BaseModel):
     weights: Literal["float32", "int8", "int4"] = "float32"
     """Of a generator: bits of the weights of matrix products, 32 of them to a scale; `int4` leaves shared bases at 8.
     What it changes is measured and stands in the manifest."""
+    proof_tokens: int = Field(default=8192, ge=64)
+    """Of a generator: the longest text that its proof reads. A model whose configuration changes something at a length
+    (a window, a chunk, other rotary factors) is claimed for longer texts only if the proof got past that length."""
     zip: bool = False
     """Also write the bundle as one zip file."""

@@ -7,6 +7,7 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from .generating import refuse_without_cache
 from .pretrained import LogitsOnly
 
 
@@ -24,18 +25,13 @@ class CachedStep(nn.Module):
             model: a causal language model.
 
         Raises:
-            ValueError: its forward takes no cache.
+            ValueError: it keeps no cache of keys and values alone; says what it is.
         """
         super().__init__()
-        accepted = inspect.signature(model.model.forward).parameters
-        if not {"attention_mask", "past_key_values", "use_cache"} <= accepted.keys():
-            raise ValueError(
-                f"{type(model.model).__name__} takes no cache (attention_mask, past_key_values, use_cache): only "
-                "causal language models generate"
-            )
+        refuse_without_cache(model.model)
         # kept whole, so that weights are called as in its checkpoints
         self.model = model
-        self.positions = "position_ids" in accepted
+        self.positions = "position_ids" in inspect.signature(model.model.forward).parameters
         self._past: tuple[Tensor, ...] | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *past: Tensor) -> tuple[Tensor, ...]:

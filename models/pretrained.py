@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .generating import HEADLESS, NotOneAnswer, refuse_encoder_decoder
+
 HF, GGUF, PACKAGED = "hf:", "gguf:", "packaged:"
 PREFIXES = (HF, GGUF, PACKAGED)
 
@@ -44,7 +46,9 @@ class LogitsOnly(nn.Module):
     @property
     def positions(self) -> int | None:
         """The longest sequence that the configuration knows positions for; None if it does not say."""
-        found = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        found = getattr(text, "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
 
     @property
@@ -57,9 +61,16 @@ class LogitsOnly(nn.Module):
         return tuple(token for token in listed if 0 <= token < known)
 
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits, float32."""
+        """Logits, float32.
+
+        Raises:
+            ValueError: the model gives none.
+        """
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
-        logits: Tensor = self.model(**{self.input_name: inputs}, **mask, **self.options).logits
+        output = self.model(**{self.input_name: inputs}, **mask, **self.options)
+        logits: Tensor | None = getattr(output, "logits", None)
+        if logits is None:
+            raise ValueError(f"{type(self.model).__name__} is {HEADLESS}")
         return logits
 
 
@@ -89,11 +100,11 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
                 del model.config.quantization_config
         else:
             config = transformers.AutoConfig.from_pretrained(str(place), local_files_only=True)
-            listed = getattr(config, "architectures", None) or []
-            kind = getattr(transformers, listed[0], None) if listed else None
-            if kind is None:
-                raise ValueError(f"its config.json names the architecture {listed}, which this transformers lacks")
+            kind = _class_of(transformers, config)
             model = kind.from_pretrained(str(place), dtype=torch.float32, local_files_only=True, use_safetensors=True)
+            refuse_encoder_decoder(model)
+    except NotOneAnswer as error:
+        raise ValueError(f"{name}: {error}") from None
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
@@ -153,6 +164,25 @@ def packaged_file(name: str) -> Path:
             f"pip install --no-deps {package}"
         )
     return found[0]
+
+
+def _class_of(transformers: Any, config: Any) -> Any:
+    """The class of the library that a configuration names.
+
+    Raises:
+        ValueError: none that gives logits.
+    """
+    listed = getattr(config, "architectures", None) or []
+    if not listed:
+        raise ValueError("its config.json names no architecture (`architectures`), as `save_pretrained` would")
+    kind = getattr(transformers, listed[0], None)
+    if kind is None:
+        raise ValueError(f"its config.json names the architecture {listed}, which this transformers lacks")
+    bare = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES.values()
+    # a few with heads stand in that table too
+    if "For" not in listed[0] and any(listed[0] in ((names,) if isinstance(names, str) else names) for names in bare):
+        raise NotOneAnswer(f"it holds {listed[0]}, {HEADLESS}")
+    return kind
 
 
 def _transformers(name: str) -> Any:

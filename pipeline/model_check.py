@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from edgewright.export.capture import HeadLogits, quietly
 from edgewright.models.cached_step import CachedStep
+from edgewright.models.capturable import batched_experts
 from edgewright.models.module_state import copied, untouched
 from edgewright.models.pretrained import LogitsOnly
 from edgewright.models.python_source import place_of
@@ -181,7 +182,7 @@ def _export_failure(model: nn.Module, task: Task, dynamic: bool) -> Exception | 
     # the exporter goes the same two ways; the second, slower one understands more Python
     for strict in (False, True):
         try:
-            with quietly(), _silent(), untouched(model), torch.no_grad():
+            with quietly(), _silent(), untouched(model), batched_experts(model), torch.no_grad():
                 wrapper = HeadLogits(model).eval()
                 wrapper(*inputs)
                 torch.export.export(wrapper, inputs, dynamic_shapes=shapes if any(axes) else None, strict=strict)
