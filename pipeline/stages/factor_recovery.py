@@ -22,6 +22,7 @@ from ..graph import replace_module
 from ..optimizer_state import optimizer_state, restore_optimizer
 from ..stage import Context, Json, StageConfig, State
 from ..task import Split, Task, split_of
+from .distillation import Distillation
 
 
 class RecoveryConfig(StageConfig):
@@ -40,7 +41,8 @@ class RecoveryConfig(StageConfig):
     gradient_clip: float = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
     distillation: float = Field(default=0.5, ge=0.0, le=1.0)
-    """Share of the loss that is the divergence from the dense model's prediction; the rest is the task's own."""
+    """Share of the loss that is the distance to the dense model's answer; the rest is the task's own. Over classes or
+    tokens it is the divergence of the prediction, for other outputs the mean squared error over their variance."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products; weights and their sums stay float32. bf16 pays where the processor multiplies it."""
     save_every: int = Field(default=20, ge=1)
@@ -137,8 +139,15 @@ def _train(
     log, total = _restored(context.load(name), trained, optimizer)
     # no dropout, and statistics of normalisations stay: the teacher is matched as it answers
     ready, stepper = accelerator.prepare(model.to(device).eval(), optimizer)
-    if teacher is not None:
-        teacher.to(device).eval()
+
+    def answer(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            found: Tensor = network(*inputs)
+        return found.float()
+
+    distil: Distillation | None = None
+    if teacher is not None and config.distillation > 0.0:
+        distil = Distillation(teacher.to(device).eval(), task, split, answer, device)
     start = log[-1]["steps"] if log else 0
     for step in context.progress.track(range(start, config.steps), f"{name}: steps", config.steps - start):
         rate = config.learning_rate * _rate_factor(step, config.steps)
@@ -148,11 +157,10 @@ def _train(
         mine = rows[accelerator.process_index :: accelerator.num_processes]
         for part in torch.split(mine, getattr(split, "largest_batch", config.batch_size)):
             batch = split.batch(part).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                logits = ready(*batch.inputs).float()
+            logits = answer(ready, batch.inputs)
             loss = (1.0 - config.distillation) * task.loss(logits, batch.targets)
-            if teacher is not None and config.distillation > 0.0:
-                loss = loss + config.distillation * _divergence(logits, teacher, batch.inputs, config, device)
+            if distil is not None:
+                loss = loss + config.distillation * distil(logits, batch)
             accelerator.backward(loss * (len(part) / len(mine)))
             total += float(loss.detach()) * len(part) / len(mine)
         norm = accelerator.clip_grad_norm_(trained, config.gradient_clip)
@@ -172,17 +180,6 @@ def _train(
             if accelerator.is_main_process:
                 context.save(name, _state(log, trained, optimizer))
     return log
-
-
-def _divergence(
-    logits: Tensor, teacher: nn.Module, inputs: tuple[Tensor, ...], config: RecoveryConfig, device: torch.device
-) -> Tensor:
-    """Mean Kullback-Leibler divergence of the model's prediction from the teacher's, per row or token."""
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        expected = teacher(*inputs).float()
-    expected = expected.flatten(0, -2).log_softmax(dim=-1)
-    found = logits.flatten(0, -2).log_softmax(dim=-1)
-    return nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True)
 
 
 def _rate_factor(step: int, steps: int) -> float:
