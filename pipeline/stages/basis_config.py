@@ -59,13 +59,15 @@ class BasisSharingConfig(StageConfig):
     gradient_labels: Labels = "data"
     """With `fisher` and `two_sided`: the loss's targets are the data's, or drawn from the model's own prediction."""
     refit: Refit = "per_layer"
-    """Coefficients from each layer's own inputs, or from the group's (the published method)."""
+    """Coefficients from each layer's own inputs, or from those of its group together (the published method); of
+    `updates` as well."""
     updates: int = Field(default=0, ge=0)
     """Coefficients are fitted once more to the inputs that the compressed model itself gives: in so many passes, each
     over the next part of the layers, so that later ones see the earlier ones updated. 0: never, 1: all at once. On a
     language model it helped at 20 % and did harm at 50 %: compare."""
     update_target: Literal["outputs", "weights"] = "outputs"
-    """What an update fits: the outputs of the model as it was, or its weights on the new inputs (the published one)."""
+    """What an update fits: the outputs of the model as it was, or its weights on the new inputs (as published, with
+    `refit: group`)."""
     align: int | None = Field(default=None, ge=1)
     """Ranks of at least this are rounded down to a multiple of it; default 1 below 64, else 8."""
     layers: LayerPatterns = LayerPatterns()

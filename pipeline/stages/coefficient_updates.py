@@ -8,7 +8,7 @@ move only as far as that is worth it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -49,7 +49,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Fit:
-    """A least-squares problem, the same for all layers that read one input."""
+    """A least-squares problem, the same for all layers that are fitted to the same moments."""
 
     metric: Metric
     cross: Tensor | None
@@ -73,7 +73,8 @@ def updated(
         compressed: the same with the factors of `outcome`; gets the new coefficients.
         outcome: what was fitted to the inputs of `dense`.
         task: gives the calibration split.
-        config: `updates` parts.
+        config: `updates` parts; with `refit: group` the moments of a group's inputs are summed (the published method),
+            else every layer is fitted to its own.
         context: see `Context`.
 
     Raises:
@@ -97,13 +98,14 @@ def updated(
         for half, chunk in context.progress.track(chunks, "basis_sharing: update", len(chunks)):
             yield half, split.batch(chunk).to(context.device)
 
-    for part in _parts(layers, config.updates):
+    together = [[layer.input_key for layer in layers if layer.path in g["members"]] for g in outcome.data["groups"]]
+    grouped = config.refit == "group"
+    for part in _parts(layers, config.updates, together if grouped else ()):
         share = min(1.0, config.max_rows / max(1, max(layer.rows for layer in part) * len(rows)))
         pairs = _pairs(dense, compressed, part, batches(), len(halves), share, context)
-        for key, of_halves in pairs.items():
-            readers = [layer for layer in part if layer.input_key == key]
+        for fitted, of_halves in _fitted_together(part, pairs, places if grouped else None):
             for layer, (new, step) in zip(
-                readers, _refitted(dense, compressed, readers, of_halves, context), strict=True
+                fitted, _refitted(dense, compressed, fitted, of_halves, context), strict=True
             ):
                 i, j = places[layer.path]
                 tensors[f"{i}.{j}"] = new
@@ -117,12 +119,37 @@ def updated(
     return Outcome({**outcome.data, "metrics": metrics}, tensors)
 
 
-def _parts(layers: Sequence[Layer], count: int) -> list[list[Layer]]:
-    """`layers` in `count` stretches; layers with one input stay together."""
-    inputs = list(dict.fromkeys(layer.input_key for layer in layers))
-    count = min(count, len(inputs))
-    place = {key: position * count // len(inputs) for position, key in enumerate(inputs)}
-    return [[layer for layer in layers if place[layer.input_key] == k] for k in range(count)]
+def _parts(layers: Sequence[Layer], count: int, together: Sequence[Sequence[object]]) -> list[list[Layer]]:
+    """`layers` in `count` stretches; those with one input stay in one, and those whose inputs are listed `together`."""
+    unit: dict[object, object] = {layer.input_key: layer.input_key for layer in layers}
+    for keys in together:
+        joined = {unit[key] for key in keys}
+        first = next((key for key in unit if unit[key] in joined), None)
+        unit = {key: unit[first] if of in joined and first is not None else of for key, of in unit.items()}
+    units = list(dict.fromkeys(unit.values()))
+    count = min(count, len(units))
+    place = {of: position * count // len(units) for position, of in enumerate(units)}
+    return [[layer for layer in layers if place[unit[layer.input_key]] == k] for k in range(count)]
+
+
+def _fitted_together(
+    layers: Sequence[Layer], pairs: Mapping[object, list[_Pair]], places: Mapping[str, tuple[int, int]] | None
+) -> Iterator[tuple[list[Layer], list[_Pair]]]:
+    """Layers with the moments that they are fitted to, of every half: their own input's, or summed over their group.
+
+    Args:
+        layers: of one part.
+        pairs: moments by `Layer.input_key`.
+        places: group and place in it by path, where a group is fitted as one (the published method); else None.
+    """
+    if places is None:
+        for key, halves in pairs.items():
+            yield [layer for layer in layers if layer.input_key == key], halves
+        return
+    for group in dict.fromkeys(places[layer.path][0] for layer in layers):
+        members = [layer for layer in layers if places[layer.path][0] == group]
+        inputs = [pairs[key] for key in dict.fromkeys(layer.input_key for layer in members)]
+        yield members, [sum(of[1:], start=of[0]) for of in zip(*inputs, strict=True)]
 
 
 @torch.no_grad()
@@ -198,7 +225,7 @@ def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str
 def _refitted(
     dense: nn.Module, compressed: nn.Module, layers: Sequence[Layer], halves: Sequence[_Pair], context: Context
 ) -> Iterator[tuple[Tensor, float]]:
-    """New coefficients of layers that read one input, in their own layout, and how far they moved.
+    """New coefficients of layers that are fitted to the same moments, in their own layout, and how far they moved.
 
     They are put into `compressed` as well.
     """

@@ -241,6 +241,43 @@ def test_updates_undo_drift(tmp_path: Path) -> None:
     assert errors[1] < errors[0] and errors[2] != errors[0]
 
 
+def test_an_update_of_the_published_method_sums_the_moments_of_a_group(tmp_path: Path) -> None:
+    """METHODS §3.5: the formula as it stands there, in float64, on what the compressed model itself reads."""
+    model, task = loaded("llama", tmp_path)
+    published = {"groups": "layers", "refit": "group", "ratio": 0.5, "update_target": "weights", "align": 1}
+    before, after, own = (
+        run(model, task, tmp_path / str(i), **{**published, **more})
+        for i, more in enumerate(({}, {"updates": 1}, {"updates": 1, "refit": "per_layer"}))
+    )
+    moments: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2).double()
+            moments[path] = moments.get(path, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
+
+        return hook
+
+    shared = [group["members"] for group in before.edit.data["groups"] if len(group["members"]) == 2]
+    assert len(shared) == 7
+    for path in (path for members in shared for path in members):
+        before.model.get_submodule(path).register_forward_pre_hook(watch(path))
+    with torch.no_grad():
+        before.model(*task.splits["calibration"].batch(range(len(task.splits["calibration"]))).inputs)
+    largest = 0.0
+    for members in shared:
+        total = torch.stack([moments[path] for path in members]).sum(dim=0)
+        for path in members:
+            layers = [result.model.get_submodule(path) for result in (before, after, own)]
+            basis = layers[0].basis.weight.detach().double()
+            weight = model.get_submodule(path).weight.detach().double().T
+            expected = torch.linalg.solve(basis.T @ total @ basis, basis.T @ total @ weight)
+            found, alone = (layer.coefficients.detach().double() for layer in layers[1:])
+            assert float((found - expected).norm() / expected.norm()) < 1e-4, path
+            largest = max(largest, float((alone - expected).norm() / expected.norm()))
+    assert largest > 0.01, "each layer's own inputs are another fit"
+
+
 def test_updates_fitted_to_few_rows_do_no_harm_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The drift is noise to a layer, and a fit to few rows fits it: the whole step makes other rows worse."""
     model, task = loaded("llama", tmp_path)
