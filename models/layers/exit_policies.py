@@ -78,11 +78,11 @@ class ClassExclusion:
     """An exit excludes the classes it is sure are wrong; the row leaves when one is left.
 
     METHODS §2.4, arXiv 2309.13443.
-    With ``q = sigmoid(logits)`` a class stays while ``q >= beta * max(q)``, ``0 <= beta <= 1``. Exclusions
-    are remembered from exit to exit; only the current favourite is readmitted. The comparison is ``>=``
-    where the release has ``>``, so that ``beta = 0`` excludes nothing even where a sigmoid underflows to 0,
-    and ``beta = 1`` keeps the favourite; in between the two differ only on exact equality. Classes that tie
-    exactly for favourite are all readmitted (the release readmits the first), so such a row does not leave.
+    With ``q = sigmoid(logits)`` a class stays while ``q > beta * max(q)``, ``0 <= beta <= 1``; ``beta = 0`` excludes
+    nothing even where a sigmoid underflows to 0, and the favourite always stays. Exclusions are remembered from exit to
+    exit; only the current favourite is readmitted. It is the class of the largest logit: beyond 17 float32 sigmoids are
+    all 1, which the release takes for a tie and readmits the first of. Classes whose logits are equal are all
+    readmitted, so such a row does not leave.
     """
 
     name: ClassVar[str] = "class_exclusion"
@@ -99,16 +99,19 @@ class ClassExclusion:
     def decide(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Decision:
         """See `ExitPolicy.decide`; scores are 1 for the survivor.
 
-        A class is out if ``share / q_c > 1 / max(q)``, where ``share`` is 1 for a class that is out already, which
-        has to reach the favourite itself, and beta for any other: one line for memory, exclusion and readmission.
+        A class is out if it is behind the favourite, and out already or ``beta / q_c >= 1 / max(q)``.
         Compared are the reciprocals ``1 / q = 1 + exp(-z)``: runtimes compute a sigmoid with an absolute error only
         (ONNX Runtime's is off by 3e-3 of its value at a logit of -10, and 0 at -17), which a small ``beta`` would
-        turn into wrong exclusions. Every operation here is one small node of the exported graph, so they are chosen
-        by what those cost: a `where` is three times a maximum, hence the arithmetic on 0 and 1.
+        turn into wrong exclusions. They are equal where sigmoids saturate, so who is the favourite is read off the
+        logits. Every operation here is one small node of the exported graph, so they are chosen by what those cost: a
+        `where` is three times a maximum, and a logit that is read with the other sign alone costs no `Neg`, because the
+        layer that makes it changes its sign (`splice`).
         """
-        distance = 1.0 + torch.exp(-logits.to(torch.float32))
-        share = threshold if excluded is None else torch.maximum(excluded.to(torch.float32), threshold)
-        weak = distance * share > distance.amin(dim=1, keepdim=True)
+        lack = -logits.to(torch.float32)
+        behind = lack > lack.amin(dim=1, keepdim=True)
+        distance = 1.0 + torch.exp(lack)
+        weak = distance * threshold >= distance.amin(dim=1, keepdim=True)
+        weak = behind & (weak if excluded is None else weak | excluded)
         out = weak.to(torch.float32)
         return Decision(weak, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
 
@@ -126,13 +129,15 @@ class ClassExclusion:
         The favourite stays whatever beta is, so it counts only where it comes back from exclusion: then the
         runner-up could take its place.
         """
-        log_q = self.log_strength(logits)
-        best = log_q.topk(min(2, log_q.shape[1]), dim=1)
-        favourite, lead = best.values[:, :1], best.values[:, 0] - best.values[:, -1]
-        line = favourite + threshold.to(torch.float64).log()
-        if excluded is not None:
-            line = torch.where(excluded, favourite, line)
-        distance = (log_q - line).abs().scatter(1, best.indices[:, :1], torch.inf).amin(dim=1)
+        log_q, exact = self.log_strength(logits), logits.to(torch.float64)
+        best = exact.topk(min(2, exact.shape[1]), dim=1)
+        lead = best.values[:, 0] - best.values[:, -1]
+        line = log_q.gather(1, best.indices[:, :1]) + threshold.to(torch.float64).log()
+        distance = (log_q - line).abs()
+        # what is out comes back only as the favourite, and logits say who that is
+        alone = threshold >= self.always if excluded is None else excluded | (threshold >= self.always)
+        distance = torch.where(alone, best.values[:, :1] - exact, distance)
+        distance = distance.scatter(1, best.indices[:, :1], torch.inf).amin(dim=1)
         if excluded is not None and log_q.shape[1] > 1:
             returns = excluded.gather(1, best.indices[:, :1])[:, 0]
             distance = torch.where(returns, torch.minimum(distance, lead), distance)
@@ -152,21 +157,24 @@ class PermanentExclusion(ClassExclusion):
         """See `ExitPolicy.decide`; scores are 1 for the survivor."""
         if excluded is None:
             return super().decide(logits, threshold, None)
-        distance = 1.0 + torch.exp(-logits.to(torch.float32))
-        gone = excluded.to(torch.float32)
         # the largest finite number: infinity times 0 would be NaN in the classes that are left
-        nearest = (distance + gone * torch.finfo(torch.float32).max).amin(dim=1, keepdim=True)
-        out = torch.maximum(gone, (distance * threshold > nearest).to(torch.float32))
-        return Decision(out > 0.5, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
+        lack = -logits.to(torch.float32) + excluded.to(torch.float32) * torch.finfo(torch.float32).max
+        distance = 1.0 + torch.exp(lack)
+        weak = distance * threshold >= distance.amin(dim=1, keepdim=True)
+        weak = excluded | (weak & (lack > lack.amin(dim=1, keepdim=True)))
+        out = weak.to(torch.float32)
+        return Decision(weak, out.sum(dim=1) == logits.shape[1] - 1, 1.0 - out)
 
     def margin(self, logits: Tensor, threshold: Tensor, excluded: Tensor | None) -> Tensor:
         """See `ExitPolicy.margin`: of the classes that are left, the one closest to its line."""
         if excluded is None:
             return super().margin(logits, threshold, None)
         log_q = self.log_strength(logits)
-        favourite, index = log_q.masked_fill(excluded, -torch.inf).max(dim=1, keepdim=True)
-        line = favourite + threshold.to(torch.float64).log()
-        distance = (log_q - line).abs().masked_fill(excluded, torch.inf).scatter(1, index, torch.inf)
+        exact = logits.to(torch.float64)
+        best, index = exact.masked_fill(excluded, -torch.inf).max(dim=1, keepdim=True)
+        line = log_q.gather(1, index) + threshold.to(torch.float64).log()
+        distance = torch.where(threshold >= self.always, best - exact, (log_q - line).abs())
+        distance = distance.masked_fill(excluded, torch.inf).scatter(1, index, torch.inf)
         # NaN logits can flip by anything
         return torch.where(log_q.isnan().any(dim=1), torch.nan, distance.amin(dim=1) / 2)
 

@@ -18,6 +18,7 @@ from edgewright.export.control_flow import levels, sink
 from edgewright.export.ledger import graphs, stored_bytes, torch_unique_bytes
 from edgewright.export.policy_graph import policy_graphs, splice
 from edgewright.export.simplify import simplify
+from edgewright.models.layers.exit_policies import policy_named
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.models.residual import resnet_small
 
@@ -132,7 +133,7 @@ def test_thresholds_can_be_overridden_by_add_initializer(level, tmp_path):
 
 @pytest.mark.parametrize(
     ("policy", "most"),
-    [("class_exclusion", 9), ("class_exclusion_permanent", 12), ("max_probability", 4), ("entropy", 7)],
+    [("class_exclusion", 12), ("class_exclusion_permanent", 14), ("max_probability", 4), ("entropy", 7)],
 )
 def test_an_exit_costs_few_nodes(policy, most, tmp_path):
     # every node is about a microsecond on a processor; see docs/early_exit.md
@@ -144,6 +145,31 @@ def test_an_exit_costs_few_nodes(policy, most, tmp_path):
     kinds = [n.op_type for n in final.graph.all_nodes()]
     assert kinds.count("ArgMax") == kinds.count("Split") == 1
     assert "Neg" not in kinds, "the head's product gives the negated logits"
+
+
+@pytest.mark.parametrize("name", ["class_exclusion", "class_exclusion_permanent"])
+def test_the_exported_rule_tells_saturated_sigmoids_apart(name, tmp_path):
+    """Beyond 17 float32 sigmoids are all 1; the graph decides as PyTorch, by the logits."""
+    policy = policy_named(name)
+    generator = torch.Generator().manual_seed(0)
+    logits = 60.0 * torch.rand(400, 5, generator=generator) + torch.tensor([17.5, -80.0])[torch.arange(400) % 2, None]
+    before = torch.rand(400, 5, generator=generator) < 0.4
+    before[:, 0] = False
+    ir.save(policy_graphs(name, 5, 20, any_rows=True).next, tmp_path / "next.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "next.onnx", providers=["CPUExecutionProvider"])
+    for beta in (0.0, 0.3, 0.99, 1.0):
+        want = policy.decide(logits, torch.tensor(beta), before)
+        feeds = {"logits": logits.numpy(), "threshold": np.array(beta, np.float32), "excluded": before.numpy()}
+        decided, scores, excluded = session.run(None, feeds)
+        near = policy.margin(logits, torch.tensor(beta), before).numpy() < 1e-5
+        assert near.mean() < 0.01
+        np.testing.assert_array_equal(decided[~near], want.decided[~near])
+        np.testing.assert_array_equal(excluded[~near], want.excluded[~near])
+        np.testing.assert_array_equal(scores[~near], want.scores[~near])
+        # of those that were out, the class of the largest logit alone comes back
+        returned = before & ~want.excluded
+        best = torch.nn.functional.one_hot(logits.argmax(dim=1), 5).to(torch.bool)
+        assert not (returned & ~best).any() and returned.any() == (name == "class_exclusion")
 
 
 def test_a_negation_is_folded_only_where_nobody_else_reads_the_logits():

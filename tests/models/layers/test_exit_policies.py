@@ -223,7 +223,7 @@ def test_a_larger_beta_excludes_more() -> None:
 def test_ties_stay_and_excluded_scores_are_exactly_zero() -> None:
     policy = ClassExclusion()
     _, decided, _ = policy.decide(torch.tensor([[2.0, 2.0, -9.0], [50.0, 40.0, 0.0]]), torch.tensor(1.0), None)
-    assert decided.tolist() == [False, False], "float32 sigmoids of 40 and 50 are equal"
+    assert decided.tolist() == [False, True], "float32 sigmoids of 40 and 50 are equal, their logits are not"
     scores = policy.finish(torch.tensor([[-1e30, 5.0, 4.0]]), torch.tensor([[False, True, False]]))
     assert scores[0, 1] == 0.0 and scores.argmax() == 2 and torch.isfinite(scores).all()
     everything = policy.finish(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]))
@@ -280,10 +280,45 @@ def test_margins_know_what_cannot_flip() -> None:
     plain = model.margins(logits, torch.tensor([0.0]))
     assert plain[0] == pytest.approx(1.5), "a disabled exit cannot flip, the label can: half of 3 - 0"
     forced = model.margins(logits, torch.tensor([1.0]))
-    gap = math.log(1 / (1 + math.exp(-4.0))) - math.log(1 / (1 + math.exp(-1.0)))
-    assert forced[0] == pytest.approx(gap / 2), "the favourite itself is no distance of zero"
+    assert forced[0] == pytest.approx(1.5), "half of 4 - 1; the favourite itself is no distance of zero"
+    half = model.margins(logits, torch.tensor([0.5]))
+    gap = math.log(1 / (1 + math.exp(-1.0))) - math.log(1 / (1 + math.exp(-4.0))) - math.log(0.5)
+    assert half[0] == pytest.approx(gap / 2), "in logarithms of the sigmoids"
 
 
 def test_unknown_policies_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match=rf"'entropie'.*{', '.join(sorted(POLICIES))}"):
         policy_named("entropie")
+
+
+@pytest.mark.parametrize("policy", ["class_exclusion", "class_exclusion_permanent"])
+@QUIET
+@given(st.data())
+def test_saturated_sigmoids_are_no_ties(policy: str, data: st.DataObject) -> None:
+    """Beyond 17 float32 sigmoids are all 1: who is out stays out, only the class of the largest logit comes back."""
+    classes = data.draw(st.integers(2, 6))
+    values = st.floats(17.5, 80.0, width=32)
+    logits = torch.tensor([data.draw(st.lists(values, min_size=classes, max_size=classes, unique=True))])
+    before = torch.tensor([data.draw(st.lists(st.booleans(), min_size=classes, max_size=classes))])
+    before[0, data.draw(st.integers(0, classes - 1))] = False
+    made = policy_named(policy)
+    after, decided, scores = made.decide(logits, torch.tensor(0.5), before)
+    favourite = int(logits.argmax())
+    expected = before.clone()
+    if policy == "class_exclusion":
+        expected[0, favourite] = False
+    assert after is not None and torch.equal(after, expected)
+    assert bool(decided) == (int(expected.sum()) == classes - 1)
+    assert torch.equal(scores, 1.0 - expected.to(torch.float32))
+    # `always` leaves the best of those that may stay, and the margin is that of the logits
+    last = made.decide(logits, torch.tensor(1.0), before)
+    left = logits.masked_fill(before, -math.inf) if policy == "class_exclusion_permanent" else logits
+    assert bool(last.decided) and int(last.scores.argmax()) == int(left.argmax())
+    if policy == "class_exclusion" and before.any():
+        top = logits.topk(2).values[0]
+        lead = float(top[0] - top[1])
+        assert float(made.margin(logits, torch.tensor(0.5), before)) <= float(logits.max() - logits.min()) / 2
+        if bool(before[0, favourite]):
+            assert float(made.margin(logits, torch.tensor(0.5), before)) == pytest.approx(
+                min(lead, math.log(2.0)) / 2, rel=1e-6
+            )
