@@ -34,14 +34,15 @@ OURS: dict[str, object] = {"groups": "readers", "whitening": "two_sided", "ranks
 METHODS: dict[str, dict[str, object]] = {
     # one basis per matrix, whitened by its input
     "svd_llm": {"groups": "matrix", "whitening": "input", "align": 1},
-    # one basis per type over two layers, coefficients from the group's inputs; attention output and down alone
+    # one basis per type over two layers, coefficients from the group's inputs; attention output and down alone, and
+    # with grouped-query attention, which SmolLM2 has, keys and values too
     "published": {
         "groups": "layers",
         "whitening": "input",
         "share": "always",
         "refit": "group",
         "align": 1,
-        "layers": LayerPatterns(private=("*o_proj", "*down_proj")),
+        "layers": LayerPatterns(private=("*k_proj", "*v_proj", "*o_proj", "*down_proj")),
     },
     "ours": OURS,
 }

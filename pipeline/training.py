@@ -39,9 +39,11 @@ class TrainingConfig(StageConfig):
     learning_rate: float = Field(default=0.05, ge=0.0, allow_inf_nan=False)
     """Peak learning rate; if it is left out, AdamW takes 0.001."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    """SGD with momentum, or AdamW."""
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's momentum; false is the plain one, which the published methods were trained with."""
     weight_decay: float = Field(default=5e-4, ge=0.0)
     """Decoupled for AdamW, L2 for SGD."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
@@ -208,7 +210,7 @@ def _optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.
         parameters,
         lr=config.learning_rate,
         momentum=config.momentum,
-        nesterov=config.momentum > 0,
+        nesterov=config.nesterov and config.momentum > 0,
         weight_decay=config.weight_decay,
     )
 

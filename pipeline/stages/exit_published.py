@@ -26,11 +26,15 @@ def published_steps(policy: ExitPolicy) -> list[float]:
 def greedy(evaluator: ExitEvaluator, limits: Limits) -> Trials:
     """The published search (METHODS §2.5): exits by the MACs of their segment, each pushed until a limit fails.
 
-    Two differences from the release, as METHODS has them: an exit that fails at the first step is switched
-    off (the release leaves it on at 0.01), and rows do not influence each other (`ExitPolicy`). The limit
-    itself may be reached, so that a tolerance of 0 is not always a failure. `limits.min_share` is not
-    looked at. For a budget, which the publication does not have, the goal for the accuracy is the highest one
-    with which the search ends within the budget.
+    What differs from the release: an exit that fails at the first step is switched off (the release leaves it on at
+    0.01); one that never fails ends at 0.99 (at 0.98 there); exits of equal cost go in the order of the network (there
+    in whatever order its sort gives); rows do not influence each other (`ExitPolicy`; there every row readmits the
+    favourites of all); and at the network's end excluded classes are masked, where the release multiplies their logits
+    by 0, so that they win over negative ones, and counts MACs without any mask.
+
+    The limit itself may be reached, so that a tolerance of 0 is not always a failure. `limits.min_share` is not looked
+    at. For a budget, which the publication does not have, the goal for the accuracy is the highest one with which the
+    search ends within the budget.
     """
     if limits.budget is None:
         return _greedy(evaluator, limits)

@@ -1,6 +1,8 @@
 """The norm in which errors are measured, from calibration data: the published methods are settings of it.
 
-METHODS §3.11: none (plain SVD), activation_scale (ASVD), fisher (FWSVD), input (SVD-LLM), two_sided (ours, §3.5).
+METHODS §3.11: none (plain SVD), activation_scale (ASVD), fisher (FWSVD), input (SVD-LLM), two_sided (§3.5; published
+since as KFAC-SVD, ICML 2026). Ours is what it is combined with: groups of readers, bases that are shared, coefficients
+that are refitted per layer, and ranks in units of loss.
 """
 
 from __future__ import annotations

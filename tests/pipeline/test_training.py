@@ -151,6 +151,33 @@ def test_a_stage_keeps_its_own_training_defaults_where_a_recipe_gives_a_part() -
     assert EarlyExitConfig.model_validate({"training": {"learning_rate": 0.2}}).training.epochs == own.epochs
 
 
+def test_plain_momentum_is_a_choice(tmp_path: Path) -> None:
+    """Two steps on the whole split: after the second, Nesterov's looks ahead and the plain one does not."""
+    task = tiny_task(rows={"train": 8})
+    found = {}
+    for nesterov in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(task.splits["train"].batch([0]).inputs[0].numel(), len(task.labels))
+        )
+        by_hand = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        options = {"epochs": 2, "batch_size": 8, "learning_rate": 0.1, "weight_decay": 0.0, "schedule": "constant"}
+        config = TrainingConfig(**options, nesterov=nesterov, gradient_clip=None)  # type: ignore[arg-type]
+        train_model(model, task, config, FolderContext(tmp_path / str(nesterov)), "t")
+        batch, speed = task.splits["train"].batch(range(8)), [torch.zeros_like(p) for p in by_hand]
+        for _ in range(2):
+            loss = task.loss(nn.functional.linear(batch.inputs[0].flatten(1), *by_hand), batch.targets)
+            gradients = torch.autograd.grad(loss, by_hand)
+            with torch.no_grad():
+                for p, g, v in zip(by_hand, gradients, speed, strict=True):
+                    v.mul_(0.9).add_(g)
+                    p -= 0.1 * (g + 0.9 * v if nesterov else v)
+        for ours, expected in zip(model.parameters(), by_hand, strict=True):
+            assert torch.allclose(ours, expected, atol=1e-5)
+        found[nesterov] = by_hand[0].detach()
+    assert not torch.allclose(found[True], found[False], atol=1e-3)
+
+
 def test_adamw_without_a_rate_takes_one_that_suits_it() -> None:
     assert TrainingConfig(optimizer="adamw").learning_rate == 0.001
     assert TrainingConfig(optimizer="adamw", learning_rate=0.02).learning_rate == 0.02
