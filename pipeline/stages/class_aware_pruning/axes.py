@@ -31,10 +31,13 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def is_mixing(module: nn.Module) -> bool:
-    """Whether `module` makes new channels and its weight is a plain parameter (no parametrization)."""
-    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or is_depthwise(module):
-        return False
-    return module._parameters.get("weight") is not None
+    """Whether `module` makes new channels out of all, or of a group, of those it reads."""
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not is_depthwise(module)
+
+
+def has_derived_weight(module: nn.Module) -> bool:
+    """Whether the weight is computed from other tensors: parametrizations, weight norm, pruning masks of PyTorch."""
+    return isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and module._parameters.get("weight") is None
 
 
 def is_following(module: nn.Module) -> bool:
@@ -43,9 +46,19 @@ def is_following(module: nn.Module) -> bool:
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
-    if is_depthwise(module):
-        return module._parameters.get("weight") is not None
-    return isinstance(module, (*_BATCH_NORMS, nn.GroupNorm))
+    return is_depthwise(module) or isinstance(module, (*_BATCH_NORMS, nn.GroupNorm))
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a layer of one of the types here computes in another way than PyTorch's."""
+    if not (is_mixing(module) or is_following(module)):
+        return False
+    if "forward" in vars(module) or has_derived_weight(module):
+        return True
+    theirs: Any = next((kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn.")), None)
+    return any(
+        getattr(type(module), name, None) is not getattr(theirs, name, None) for name in ("forward", "_conv_forward")
+    )
 
 
 def has_statistics_over_channels(module: nn.Module) -> bool:
@@ -88,8 +101,13 @@ def block(module: nn.Module, side: Side) -> int:
     return 1
 
 
-def sliced_tensors(module: nn.Module) -> list[tuple[str, int, Side]]:
-    """(own parameter or buffer, dimension, axis) for all that is cut when an axis of `module` gets narrower."""
+def sliced_tensors(module: nn.Module, derived: bool = False) -> list[tuple[str, int, Side]]:
+    """(own parameter or buffer, dimension, axis) for all that is cut when an axis of `module` gets narrower.
+
+    Args:
+        module: any.
+        derived: also a weight that is computed from other tensors.
+    """
     found: list[tuple[str, int, Side]] = []
     if isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
         grouped = isinstance(module, _CONVOLUTIONS) and module.groups > 1
@@ -99,6 +117,8 @@ def sliced_tensors(module: nn.Module) -> list[tuple[str, int, Side]]:
         else:
             # the other dimension counts channels within one group and stays, because whole groups go
             found = [("weight", 0, "in" if isinstance(module, _TRANSPOSED) else "out")]
+        if has_derived_weight(module) and not derived:
+            found = []
         return found + ([("bias", 0, "out")] if module._parameters.get("bias") is not None else [])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if module._parameters.get(name) is not None or module._buffers.get(name) is not None:

@@ -87,8 +87,11 @@ def _fixed_axes(model: nn.Module, flow: Flow, outputs: bool) -> Iterator[tuple[A
             yield axis, _mixed_reason(reader)
     for path in flow.calls:
         axis = (path, "out")
-        if is_mixing(modules[path]) and axis not in flow.outputs and not flow.feeds.get(axis):
-            yield axis, "no layer that can be narrowed reads it"
+        reads_none = axis not in flow.outputs and axis not in flow.along and not flow.feeds.get(axis)
+        if is_mixing(modules[path]) and reads_none:
+            yield axis, flow.decides.get(axis, "no layer that can be narrowed reads it")
+    for axis, reason in flow.stuck.items():
+        yield axis, reason if axis[1] == "out" else f"{axis[0]!r} reads it: {reason}"
     foreign: dict[int, str] = {}
     for path, module in modules.items():
         if not (is_mixing(module) or is_following(module)):
@@ -102,7 +105,8 @@ def _fixed_axes(model: nn.Module, flow: Flow, outputs: bool) -> Iterator[tuple[A
 
 
 def _ties(model: nn.Module, flow: Flow) -> Iterator[tuple[Axis, Axis]]:
-    """Axes of different layers that cut the same dimension of one shared tensor."""
+    """Axes that go along with a layer's, and axes of different layers that cut one dimension of one shared tensor."""
+    yield from flow.along.items()
     first: dict[tuple[int, int], Axis] = {}
     for path, module in model.named_modules():
         if is_mixing(module) or is_following(module):

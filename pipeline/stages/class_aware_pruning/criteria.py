@@ -301,7 +301,7 @@ def coupled_weights(
             module = modules.get(owner)
             if module is None:
                 continue
-            for name, dim, at in sliced_tensors(module):
+            for name, dim, at in sliced_tensors(module, derived=True):
                 if name != "weight" or at != side:
                     continue
                 weight = getattr(module, name).detach().cpu().to(torch.float64).movedim(dim, 0)

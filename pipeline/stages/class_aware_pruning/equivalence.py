@@ -63,6 +63,11 @@ def probe(model: nn.Module, seed: int = 0) -> nn.Module:
             fan_in = max(1, value[0].numel()) if value.dim() > 1 else 1
             noise = torch.randn(value.shape, generator=generator) / fan_in**0.5
             value.copy_(noise.to(value))
+    theirs = [m for m in lively.modules() if not type(m).__module__.startswith("torch.nn.")]
+    for buffer in (b for module in theirs for b in module._buffers.values() if b is not None and b.numel() > 1):
+        # zeros may be meant as such: masks, counters, means
+        if buffer.is_floating_point() and 0.0 < float(buffer.abs().max()) < 1e-3:
+            buffer.copy_((0.5 + torch.rand(buffer.shape, generator=generator)).to(buffer))
     return lively
 
 

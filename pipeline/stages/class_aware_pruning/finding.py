@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import StageError
-from .axes import is_convolution, is_depthwise, is_mixing
+from .axes import is_convolution, is_mixing
 from .coupling import Union, joined
 from .equivalence import fails_in_training, failures, probe
 from .flow import OUTPUT, Axis, Flow
@@ -48,7 +48,7 @@ def find_channels(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: 
     good = tuple(group for group in channels.groups if group.name not in wrong)
     for group in channels.groups:
         if group.name in wrong:
-            refused.update(dict.fromkeys(group.producers, wrong[group.name]))
+            refused.update(dict.fromkeys(group.producers, wrong[group.name] + _decisions(group, flow)))
     for path in {path for group in good for path in group.producers}:
         refused.pop(path, None)
     return replace(channels, groups=good, refused=refused)
@@ -63,6 +63,14 @@ def _proven(model: nn.Module, inputs: tuple[Tensor, ...], channels: Channels) ->
             channels = better
             wrong = failures(model, inputs, channels.keep, _odd_halves(channels))
     return channels, wrong
+
+
+def _decisions(group: ChannelGroup, flow: Flow) -> str:
+    """Says which readers of a group that cannot be narrowed decide something there, if any do."""
+    for (path, _), reason in flow.decides.items():
+        if (path, "in") in group.members:
+            return f". {path!r} reads it, and {reason}"
+    return ""
 
 
 def _odd_halves(channels: Channels) -> dict[str, Tensor]:
@@ -147,13 +155,14 @@ def _sorted_into_groups(
     order = {path: place for place, path in enumerate(flow.calls)}
     for root, unit in units.items():
         makers = sorted(
-            (a for a in unit if a[1] == "out" and a[0] in order and is_mixing(modules[a[0]])), key=lambda a: order[a[0]]
+            (a for a in unit if a[1] == "out" and a[0] in order and is_mixing(modules[a[0]])),
+            key=lambda a: (a in flow.along, order[a[0]]),
         )
         if not makers:
             continue
         reason = reasons.get(root)
         if reason is None and not any(a[1] == "in" and is_mixing(modules[a[0]]) for a in unit if a[0] in modules):
-            reason = "no layer that can be narrowed reads it"
+            reason = flow.decides.get(makers[0], "no layer that can be narrowed reads it")
         if reason is not None:
             for axis in makers:
                 refused.setdefault(axis[0], reason)
@@ -175,9 +184,7 @@ def _unusable(model: nn.Module, flow: Flow) -> dict[str, str]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) and not is_convolution(module):
             continue
-        if not is_mixing(module) and not is_depthwise(module):
-            refused[path] = "its weight is parametrized: remove the parametrization first"
-        elif path in flow.opaque:
+        if path in flow.opaque:
             refused[path] = "its forward is its own: channels are not where such a layer has them"
         elif path not in flow.calls:
             refused[path] = "the forward pass does not call it (its weight is read directly, or it is not used)"

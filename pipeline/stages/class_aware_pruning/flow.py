@@ -43,6 +43,10 @@ class Flow:
             block, and per reader axis bool [channels] where the block arrives.
         outputs: sources that reach the model's output directly.
         opaque: layers with a forward of their own, whose channels are elsewhere than those of their type.
+        along: axes of tensors that a layer has beyond those of its type -> the layer's axis that they go along with.
+        decides: sources whose values become places or choices: the operation and the module, in words.
+        foreign: operators of other libraries that the model calls.
+        stuck: axes of layers that cannot be narrowed, with the reason.
         training_only: layers of `calls` that run in training only, such as auxiliary heads.
     """
 
@@ -54,4 +58,8 @@ class Flow:
     blocks: dict[Axis, list[tuple[Tensor, dict[Axis, Tensor]]]] = field(default_factory=dict)
     outputs: set[Axis] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
+    along: dict[Axis, Axis] = field(default_factory=dict)
+    decides: dict[Axis, str] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
+    stuck: dict[Axis, str] = field(default_factory=dict)
     training_only: frozenset[str] = frozenset()

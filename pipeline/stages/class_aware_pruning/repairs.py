@@ -32,18 +32,20 @@ def with_counts(
     """`channels` with those of `groups` repaired that only a written number kept from being narrowed.
 
     Modules often write down how many heads or channels they have, and shape their tensors by it. Such a number goes
-    along with the channels if the model then computes what the masked one computes. Residual streams, whose number is
-    written everywhere, are left as they are.
+    along with the channels if the model then computes what the masked one computes, and so does a buffer of integers
+    or booleans with an entry for each, which no NaN can be followed through. Residual streams, whose number is written
+    everywhere, are left as they are.
     """
     for group in groups:
         taken = {axis for other in channels.groups for axis in other.members}
         counts = {a: n for a, n in _counts(model, group).items() if a not in taken} if not group.residual else {}
-        tries = (some for size in range(1, len(counts) + 1) for some in itertools.combinations(counts, size))
+        along = {axis: (n, torch.arange(n).view(group.units, -1)) for axis, n in counts.items()}
+        along = {**_lists(model, channels, group), **along}
+        tries = (some for size in range(1, len(along) + 1) for some in itertools.combinations(along, size))
         for some in itertools.islice(tries, _MOST_TRIES):
-            more = {axis: torch.arange(counts[axis]).view(group.units, -1) for axis in some}
-            whole = replace(group, members={**group.members, **more})
+            whole = replace(group, members={**group.members, **{axis: along[axis][1] for axis in some}})
             others = tuple(whole if g.name == group.name else g for g in channels.groups)
-            trial = replace(channels, groups=others, widths={**channels.widths, **{a: counts[a] for a in some}})
+            trial = replace(channels, groups=others, widths={**channels.widths, **{a: along[a][0] for a in some}})
             if difference(model, inputs, trial.keep({group.name: odd_half(group, 0)})) is None:
                 channels = trial
                 break
@@ -64,6 +66,19 @@ def _counts(model: nn.Module, group: ChannelGroup) -> dict[Axis, int]:
         for path in around
         for name, value in vars(modules[path]).items()
         if type(value) is int and value in wide and not is_mixing(modules[path]) and not is_following(modules[path])
+    }
+
+
+def _lists(model: nn.Module, channels: Channels, group: ChannelGroup) -> dict[Axis, tuple[int, Tensor]]:
+    """Axes of buffers without NaN that are as long as a layer of the group is wide, and the entries of each unit."""
+    makers = {channels.widths[(path, "out")]: group.members[(path, "out")] for path in group.producers}
+    return {
+        (f"{path}.{name}" if path else name, str(dim)): (size, makers[size])
+        for path, module in model.named_modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None and not tensor.is_floating_point()
+        for dim, size in enumerate(tensor.shape)
+        if size in makers
     }
 
 

@@ -26,8 +26,9 @@ def streams(model: nn.Module, inputs: tuple[Tensor, ...], groups: Sequence[Chann
     bare: nn.Module | None = None
     found = set()
     for group in groups:
-        spread = [path for path in group.producers if flow.calls[path].positions > 1]
-        full = spread or list(group.producers)
+        apart = [path for path in group.producers if (path, "out") not in flow.along]
+        spread = [path for path in apart if flow.calls[path].positions > 1]
+        full = spread or apart
         if len(full) < 2:
             continue
         bare = bare or _without_shifts(model)
@@ -93,5 +94,9 @@ def _influence(
             model(*inputs)
         return seen
 
+    try:
+        one, other = seen_with(0), seen_with(1)
+    except Exception:  # noise is no place in a user's table; taken for a stream, it is left alone
+        return True
     # a reader that runs before `changed` sees the same both times
-    return any(not torch.equal(a, b) for a, b in zip(seen_with(0), seen_with(1), strict=True))
+    return any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -12,7 +12,15 @@ from edgewright.models.module_state import copied
 
 from ...errors import CheckpointError
 from ...stage import Json
-from .axes import Side, channel_dim, has_statistics_over_channels, is_convolution, narrowed_attributes, sliced_tensors
+from .axes import (
+    Side,
+    channel_dim,
+    has_own_forward,
+    has_statistics_over_channels,
+    is_convolution,
+    narrowed_attributes,
+    sliced_tensors,
+)
 
 Keep: TypeAlias = dict[str, dict[str, Tensor]]
 """What stays: layer path -> ``in`` | ``out`` -> int64 indices, ascending; for a plain parameter or buffer: its name ->
@@ -40,7 +48,7 @@ def prune(model: nn.Module, keep: Keep, attributes: Mapping[str, Mapping[str, An
                 if side in axes:
                     tensor = _tensor_of(modules[owner], tensor_name)
                     _note(cuts, tensor, dim, axes[side], f"{owner}.{tensor_name}")
-        elif path in modules and isinstance(getattr(modules[path], name, None), Tensor):
+        elif _is_tensor(modules, owner):
             for dim_text, kept in axes.items():
                 _note(cuts, _tensor_of(modules[path], name), int(dim_text), kept, owner)
         else:
@@ -49,6 +57,7 @@ def prune(model: nn.Module, keep: Keep, attributes: Mapping[str, Mapping[str, An
             )
     attributes = changed_attributes(model, keep) if attributes is None else attributes
     _slice(model, cuts)
+    _refresh(modules, keep)
     set_attributes(model, attributes)
 
 
@@ -63,6 +72,8 @@ def changed_attributes(model: nn.Module, keep: Keep) -> dict[str, dict[str, Any]
             changed[owner] = dict(narrowed_attributes(modules[owner], found)) if found else {}
             # numbers that a module writes down: heads, widths
             changed[owner].update({name: len(kept) for name, kept in axes.items() if name not in sides})
+        elif isinstance(modules.get(owner.rpartition(".")[0]), nn.Embedding) and "1" in axes:
+            changed[owner.rpartition(".")[0]] = {"embedding_dim": len(axes["1"])}
     return changed
 
 
@@ -76,20 +87,28 @@ def pruned(model: nn.Module, keep: Keep) -> nn.Module:
 def masked(model: nn.Module, keep: Keep) -> nn.Module:
     """A copy of full width that computes what `pruned` computes.
 
-    Removed inputs of mixing layers get zero weights; normalisations over channels count only the kept ones.
+    Removed inputs of mixing layers get zero weights; normalisations over channels count only the kept ones. A layer
+    with a forward of its own may do either, so it is narrowed, reads the kept channels, and gives zeros in the others.
 
     Raises:
         ValueError: `keep` names what the model does not have, such as the parts of an attention layer that is closed.
     """
     dense = copied(model)
-    modules, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
+    modules = dict(dense.named_modules())
+    own = [path for path in keep if path in modules and has_own_forward(modules[path])]
     for owner, axes in keep.items():
         module = modules.get(owner)
-        if module is None and owner not in parameters:
+        if module is None and not _is_tensor(modules, owner):
             raise ValueError(f"the model has no {owner!r}: attention layers have to be opened as the stage opened them")
-        if module is None:
+        if module is None or any(owner.startswith(f"{path}.") for path in own):
             continue
-        if has_statistics_over_channels(module):
+        if owner in own:
+            if "in" in axes or has_statistics_over_channels(module):
+                inside = {
+                    path[len(owner) + 1 :]: cut for path, cut in keep.items() if f"{path}.".startswith(f"{owner}.")
+                }
+                module.register_forward_hook(_by_narrowed(pruned(module, inside), axes), with_kwargs=True)
+        elif has_statistics_over_channels(module):
             module.register_forward_hook(_normalise_kept(axes["out"]))
         elif "in" in axes and (not is_convolution(module) or getattr(module, "groups", 1) == 1):
             weight = _tensor_of(module, "weight")
@@ -135,6 +154,14 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
             setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
 
+def _is_tensor(modules: Mapping[str, nn.Module], owner: str) -> bool:
+    """Whether `owner` names a parameter or a buffer."""
+    path, _, name = owner.rpartition(".")
+    return path in modules and (
+        modules[path]._parameters.get(name) is not None or modules[path]._buffers.get(name) is not None
+    )
+
+
 def _tensor_of(module: nn.Module, name: str) -> Tensor:
     tensor = getattr(module, name)
     assert isinstance(tensor, Tensor)
@@ -166,12 +193,38 @@ def _slice(model: nn.Module, cuts: Mapping[int, Mapping[int, Tensor]]) -> None:
                 table[name] = new
 
 
+def _refresh(modules: Mapping[str, nn.Module], keep: Keep) -> None:
+    """Narrows weights that the next forward computes anew, as old ways of weight norm do; until then they are read."""
+    for owner, axes in keep.items():
+        module = modules.get(owner)
+        if module is not None and isinstance(vars(module).get("weight"), Tensor):
+            for name, dim, side in sliced_tensors(module, derived=True):
+                if name == "weight" and side in axes:
+                    tensor = _tensor_of(module, name).detach()
+                    module.weight = tensor.index_select(dim, axes[side].to(tensor.device))
+
+
 def _cut(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     value = tensor.detach()
     for dim, kept in dims.items():
         value = value.index_select(dim, kept.to(value.device))
     value = value.clone(memory_format=torch.contiguous_format)
     return nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def _by_narrowed(small: nn.Module, axes: Mapping[str, Tensor]) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        kept = axes.get("in" if "in" in axes else "out")
+        x: Tensor = args[0] if args else kwargs["input"]
+        if kept is not None:
+            x = x.index_select(channel_dim(module, x), kept.to(x.device))
+        y: Tensor = small(x, *args[1:], **kwargs) if args else small(**{**kwargs, "input": x})
+        if "out" not in axes:
+            return y
+        dim = channel_dim(module, output)
+        return torch.zeros_like(output).index_copy(dim, axes["out"].to(output.device), y)
+
+    return hook
 
 
 def _normalise_kept(kept: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...errors import StageError
-from .axes import Side, channel_dim, is_depthwise, is_following, is_mixing, width
+from .axes import Side, channel_dim, has_own_forward, is_depthwise, is_following, is_mixing, width
+from .decisions import Decisions
 from .flow import OUTPUT, Axis, Call, Flow
-from .modes import hooked, plain_eval
+from .modes import BufferStates, hooked, plain_eval
+from .own_forward import follow_own
+from .plain_tensors import drop_single_rows, plain_tensors
 
 Marks: TypeAlias = Mapping[Axis, Tensor]
 """Bool [channels] per source: where NaN is put."""
@@ -42,6 +45,9 @@ class Tracer:
         self._arrived: dict[nn.Module, Tensor] = {}
         self._clean: dict[nn.Module, list[Tensor]] = {}
         self._calls: dict[nn.Module, int] = {}
+        self._decisions = Decisions(model)
+        self._states: BufferStates | None = None
+        self._given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def trace(self) -> Flow:
         """Finds the flow.
@@ -50,8 +56,11 @@ class Tracer:
             StageError: the model does not run on the inputs, or leaves layers out in training that it needs otherwise.
         """
         with torch.no_grad(), plain_eval(self.model), hooked(self._watch_calls()):
-            self._forward()
+            self._forward_clean()
         self.flow.training_only = self._training_only()
+        with torch.no_grad(), plain_eval(self.model):
+            follow_own(self.model, self.flow, self._given)
+        self._given = {}
         branches = bool(self.flow.training_only)
         with torch.no_grad(), plain_eval(self.model, branches), hooked(self._watch_channels()), self._replayed():
             reach = self._reach()
@@ -73,7 +82,7 @@ class Tracer:
                 with torch.random.fork_rng(devices=[]), torch.no_grad(), hooked(self._watch_calls()):
                     torch.manual_seed(attempt)
                     with plain_eval(self.model, training_branches=True):
-                        self._forward()
+                        self._forward_clean()
             except StageError:
                 # a model that does not run this way cannot be trained this way either
                 break
@@ -120,10 +129,17 @@ class Tracer:
 
         return forward
 
-    def _forward(self) -> bool:
-        """Runs the model; whether NaN came out."""
+    def _forward_clean(self) -> None:
+        """Runs the model without marks, and notes what it decides by its values."""
+        sources = itertools.chain(self.inputs, (tensor for _, tensor in plain_tensors(self.model, self.flow.opaque)))
+        self._forward(self._decisions.recorded(sources))
+        self.flow.foreign |= self._decisions.foreign
+
+    def _forward(self, watch: AbstractContextManager[Any]) -> bool:
+        """Runs the model inside `watch`; whether NaN came out."""
         try:
-            output = self.model(*self.inputs)
+            with watch:
+                output = self.model(*self.inputs)
         except Exception as error:  # a user's forward may raise anything
             shapes = [tuple(x.shape) for x in self.inputs]
             raise StageError(
@@ -144,13 +160,21 @@ class Tracer:
 
     def _watch_calls(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         for path, module in self._layers():
+            if not is_following(module) or is_depthwise(module):
+                yield module.register_forward_pre_hook(self._decisions.begin_aside)
+                yield module.register_forward_hook(self._decisions.end_aside)
             yield module.register_forward_hook(self._note_call(path), with_kwargs=True)
 
     def _note_call(self, path: str) -> Callable[..., None]:
         rows = len(self.inputs[0]) if self.inputs else 1
 
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if not isinstance(x, Tensor) or not isinstance(output, Tensor):
+                self.flow.opaque.add(path)
+                return
+            if has_own_forward(module):
+                self._given.setdefault(path, (args, kwargs))
             read = width(module, "in" if is_mixing(module) or is_depthwise(module) else "out")
             made = width(module, "out")
             if x.shape[channel_dim(module, x)] != read or output.shape[channel_dim(module, output)] != made:
@@ -175,6 +199,10 @@ class Tracer:
 
     def _receive(self, axis: Axis) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self._decisions.aside():
+                return receive(module, args, kwargs)
+
+        def receive(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             x: Tensor = args[0] if args else kwargs["input"]
             dim = channel_dim(module, x)
             there = torch.isnan(x).transpose(0, dim).flatten(1).any(dim=1) if x.dim() > 1 else torch.isnan(x)
@@ -187,6 +215,10 @@ class Tracer:
 
     def _send(self, path: str) -> Callable[..., Any]:
         def hook(module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            with self._decisions.aside():
+                return send(module, output)
+
+        def send(module: nn.Module, output: Tensor) -> Tensor:
             if is_mixing(module):
                 mark = self._marks.get((path, "out"))
             else:
@@ -203,27 +235,21 @@ class Tracer:
     def _run(self, marks: Marks) -> tuple[dict[Axis, Tensor], bool]:
         """Reached channels bool [channels] per reader axis, and whether NaN came out of the model."""
         self._marks, self._seen, self._calls = marks, {}, {}
-        owners = dict(self._plain_tensors())
+        owners = dict(plain_tensors(self.model, self.flow.opaque))
+        states = BufferStates(self.model) if self._states is None else self._states
+        self._states = states
         saved = {name: owners[name].detach().clone() for name, _ in marks if name in owners}
         try:
             for (name, dim), mark in marks.items():
                 if name in saved:
                     owners[name].index_fill_(int(dim), mark.nonzero().flatten(), float("nan"))
-            came_out = self._forward()
+            came_out = self._forward(self._decisions.kept())
         finally:
             for name, value in saved.items():
                 owners[name].copy_(value)
+            # a buffer that the code updates would keep the marks
+            states.restore()
         return {axis: there for axis, there in self._seen.items() if bool(there.any())}, came_out
-
-    def _plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters and buffers that belong to the user's own modules: scales, position embeddings and the like."""
-        for path, module in self.model.named_modules():
-            known = is_mixing(module) or is_following(module)
-            if type(module).__module__.startswith("torch.nn.") or (known and path not in self.flow.opaque):
-                continue
-            for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
-                if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1:
-                    yield f"{path}.{name}" if path else name, tensor.data
 
     def _reach(self) -> dict[Axis, dict[Axis, Tensor]]:
         """Per source: the reader channels it arrives at, whatever source channel feeds them."""
@@ -235,10 +261,16 @@ class Tracer:
                 reach[axis], came_out = self._run({axis: torch.ones(self.flow.widths[axis], dtype=torch.bool)})
                 if came_out:
                     self.flow.outputs.add(axis)
+                if self._decisions.lost:
+                    operation, place = next(iter(self._decisions.lost.items()))
+                    self.flow.decides[axis] = (
+                        f"its values become places or choices ({operation} in {place or 'the model'!r}), through which "
+                        "no channel can be followed"
+                    )
             elif is_depthwise(module):
                 self.flow.widths[(path, "out")] = width(module, "out")
         layers = dict(reach)
-        for name, tensor in self._plain_tensors():
+        for name, tensor in plain_tensors(self.model, self.flow.opaque):
             whole = (name, str(tensor.dim() - 1))
             there, came_out = self._run({whole: torch.ones(tensor.shape[-1], dtype=torch.bool)})
             if came_out or not there:
@@ -269,6 +301,7 @@ class Tracer:
             found = self._numbers(together, reach)
             for axis in together:
                 self._accept(axis, reach[axis], found)
+        drop_single_rows(self.flow)
         # a plain tensor's dimension that cannot be told apart counts something else, tokens for example
         for axis in [a for a in self.flow.mixed if a[1] not in ("in", "out")]:
             for table in (self.flow.mixed, self.flow.mixed_at, self.flow.feeds, self.flow.widths):

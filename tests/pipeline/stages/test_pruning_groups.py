@@ -113,7 +113,7 @@ def test_shared_weights_are_cut_once_and_stay_shared() -> None:
 
 def test_parametrized_and_uncalled_layers_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 4))
-    nn.utils.parametrizations.weight_norm(model[2])
+    nn.utils.parametrizations.spectral_norm(model[2])
     model[0].register_module("unused", nn.Linear(2, 2))
     channels = find_channels(model.eval(), (IMAGES[:1],))
     assert "parametriz" in channels.refused["2"]
