@@ -229,7 +229,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.raw is not None:
         from .raw_check import check_raw
 
-        compared = check_raw(options.bundle, options.raw, options.tensor)
+        with _opened(options) as bundle:
+            compared = check_raw(bundle, options.raw, options.tensor)
         print(compared.text())
         _write_json(options.json, compared.to_dict())
         return 0 if compared.passed else ParityError.exit_code

@@ -17,13 +17,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from . import thermal
 from .plain_text import printable
+from .processor import emulation, processor_name
 from .session_probe import Probe, probe_session
 
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 """Major release of Jetson Linux (L4T) -> JetPack."""
 
-_VARIABLE_FACTS = frozenset({"cpu_frequency_mhz", "memory_available_bytes", "load_average_1min", "executable"})
+_VARIABLE_FACTS = frozenset(
+    {"cpu_frequency_mhz", "memory_available_bytes", "load_average_1min", "executable", "temperatures_c", "throttled"}
+)
 """Facts that change from minute to minute, or say nothing about the machine: not part of the fingerprint."""
 
 _ENVIRONMENT = (
@@ -33,6 +37,13 @@ _ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "MALLOC_ARENA_MAX",
 )
+
+_RUNTIMES = re.compile(
+    "(ort-nightly|onnxruntime)(-(gpu|directml|openvino|rocm|migraphx|cann|silicon|training|training-gpu))?"
+)
+"""Names of distributions that bring a runtime, for those of which no list of files is known."""
+
+_NEAR_LIMIT_C = 5.0
 
 Fact = tuple[Any, str | None]
 """A value, or None and the reason why it is unknown."""
@@ -82,6 +93,7 @@ def doctor(
     root: str | os.PathLike[str] = "/",
     distributions: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
+    machine: str | None = None,
 ) -> DoctorReport:
     """Looks at this machine.
 
@@ -89,16 +101,17 @@ def doctor(
         root: folder that stands for ``/``; tests bring their own /proc, /sys and /etc.
         distributions: names of the installed onnxruntime distributions; None: look.
         providers: ONNX Runtime's available providers; None: ask it.
+        machine: what the programs are for, e.g. ``aarch64``; None: ask the system.
     """
     probe = probe_session()
-    known = collect_facts(root, distributions, providers, probe)
+    known = collect_facts(root, distributions, providers, probe, machine)
     facts = {name: value for name, (value, _) in known.items()}
     unknown = {name: reason or "unknown" for name, (value, reason) in known.items() if value is None}
     return DoctorReport(
         facts=facts,
         unknown=unknown,
         problems=tuple(_problems(facts, probe)),
-        advice=tuple(_advice(facts)),
+        advice=(*_advice(facts), *_heat(Path(root))),
         fingerprint=fingerprint(facts),
     )
 
@@ -120,6 +133,7 @@ def collect_facts(
     distributions: Sequence[str] | None = None,
     providers: Sequence[str] | None = None,
     probe: Probe | None = None,
+    machine: str | None = None,
 ) -> dict[str, Fact]:
     """Facts by name, each with the reason if it is unknown.
 
@@ -128,29 +142,42 @@ def collect_facts(
         distributions: as in `doctor`.
         providers: as in `doctor`.
         probe: what was found when ONNX Runtime was tried; None: it is known to work.
+        machine: as in `doctor`.
     """
     root = Path(root)
+    machine = machine or platform.machine()
     return {
         "python": (platform.python_version(), None),
         "executable": (sys.executable, None),
         **_software(distributions, providers, probe),
-        "machine": (platform.machine(), None),
+        "machine": (machine, None),
         "kernel": (platform.release(), None),
         "libc": _or_unknown(" ".join(platform.libc_ver()).strip(), "not a glibc system"),
-        **_cpu(root),
+        **_cpu(root, machine),
         **_memory(root),
+        **_thermal(root),
         **_board(root),
         "environment": ({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, None),
     }
 
 
 def runtime_distributions() -> list[str]:
-    """Installed distributions that bring an `onnxruntime` package, e.g. ``["onnxruntime-gpu"]``."""
-    # onnxruntime-extensions, -genai and others live beside the runtime and are no second one.
-    builds = "gpu|directml|openvino|qnn|rocm|migraphx|silicon|training|training-gpu"
-    pattern = re.compile(rf"(ort-nightly|onnxruntime)(-({builds}))?")
-    names = {(found.metadata["Name"] or "").lower() for found in importlib.metadata.distributions()}
-    return sorted(name for name in names if pattern.fullmatch(name))
+    """Installed distributions that bring an `onnxruntime` package, e.g. ``["onnxruntime-gpu"]``.
+
+    Others live beside the runtime and are no second one: onnxruntime-extensions, -genai, and plug-ins with a provider,
+    such as onnxruntime-qnn since it no longer brings a runtime along.
+    """
+    names = set()
+    for found in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", found.metadata["Name"] or "").lower()
+        if not re.search(r"\b(onnxruntime|ort)\b", name):
+            continue
+        files = getattr(found, "files", None)
+        if any(file.as_posix() == "onnxruntime/__init__.py" for file in files or ()) or (
+            files is None and _RUNTIMES.fullmatch(name)
+        ):
+            names.add(name)
+    return sorted(names)
 
 
 def _software(
@@ -178,18 +205,18 @@ def _software(
         facts["onnxruntime"] = (str(onnxruntime.__version__), None)
         facts["onnxruntime_build"] = (build(), None) if build else (None, "this release does not say")
         facts["providers"] = (list(available), None)
-    installed = runtime_distributions() if distributions is None else list(distributions)
+    if distributions is None:
+        installed = runtime_distributions()
+    else:
+        installed = [name for name in distributions if _RUNTIMES.fullmatch(name) or len(distributions) == 1]
     facts["onnxruntime_distributions"] = (installed, None)
     return facts
 
 
-def _cpu(root: Path) -> dict[str, Fact]:
+def _cpu(root: Path, machine: str) -> dict[str, Fact]:
     info, reason = _read(root / "proc/cpuinfo")
-    model = None
     physical: set[tuple[str, str]] = set()
     if info is not None:
-        match = re.search(r"^(?:model name|Hardware|cpu model)\s*:\s*(.+)$", info, re.MULTILINE)
-        model = match[1].strip() if match else None
         for block in info.split("\n\n"):
             fields = dict(re.findall(r"^(physical id|core id)\s*:\s*(\d+)$", block, re.MULTILINE))
             if "core id" in fields:
@@ -201,7 +228,10 @@ def _cpu(root: Path) -> dict[str, Fact]:
     highest, no_highest = _read_number(frequency / "cpuinfo_max_freq", 1e-3)
     load, no_load = _read(root / "proc/loadavg")
     return {
-        "cpu_model": _or_unknown(model, reason or "/proc/cpuinfo names no model, as usual on ARM"),
+        "cpu_model": _or_unknown(
+            processor_name(info or ""), reason or "/proc/cpuinfo names no model, and no part as it does on ARM"
+        ),
+        "cpu_emulated": (emulation(info or "", machine, root) or False, None),
         "cpu_cores_logical": _or_unknown(os.cpu_count(), "the system does not say"),
         "cpu_cores_physical": _or_unknown(len(physical), reason or "/proc/cpuinfo lists no core ids"),
         "cpu_cores_usable": _or_unknown(usable, "the system has no CPU affinity"),
@@ -210,6 +240,18 @@ def _cpu(root: Path) -> dict[str, Fact]:
         "cpu_frequency_max_mhz": (highest, no_highest),
         "load_average_1min": (float(load.split()[0]), None) if load else (None, no_load),
     }
+
+
+def _thermal(root: Path) -> dict[str, Fact]:
+    found = thermal.zones(root)
+    named: dict[str, float] = {}
+    for zone in found:
+        name, number = zone.name, 2
+        while name in named:
+            name, number = f"{zone.name} {number}", number + 1
+        named[name] = round(zone.temperature, 1)
+    none = f"no zone in {root / 'sys/class/thermal'} tells a temperature"
+    return {"temperatures_c": (named, None) if named else (None, none), "throttled": (thermal.throttled(root), None)}
 
 
 def _memory(root: Path) -> dict[str, Fact]:
@@ -272,9 +314,24 @@ def _advice(facts: Mapping[str, Any]) -> list[str]:
             f"the CPU governor is {facts['cpu_governor']!r}: clocks follow the load, latencies will "
             "vary; set 'performance' for a benchmark"
         )
+    if facts["cpu_emulated"]:
+        advice.append(f"{facts['cpu_emulated']}: latencies measured here say nothing about a device, verify does")
     load, cores = facts["load_average_1min"], facts["cpu_cores_usable"]
     if load is not None and cores and load > 0.5 * cores:
         advice.append(f"the load average is {load:g} on {cores} cores: other work disturbs measurements")
+    return advice
+
+
+def _heat(root: Path) -> list[str]:
+    advice = [
+        f"the clocks are held down ({what}): latencies are those of a hot machine" for what in thermal.throttled(root)
+    ]
+    for zone in thermal.zones(root):
+        if zone.limit is not None and zone.temperature > zone.limit - _NEAR_LIMIT_C:
+            advice.append(
+                f"{zone.name} is at {zone.temperature:.0f} °C, and from {zone.limit:.0f} °C on the system slows down: "
+                "let it cool, or measure for as long as the device will run"
+            )
     return advice
 
 

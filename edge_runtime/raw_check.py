@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bench_inputs import read_inputs
-from .bundle import open_bundle
+from .bundle import Bundle, open_bundle
 from .errors import InputError
 from .image_file import describe, read_image
 from .manifest import Manifest, Preprocessing
+from .plain_text import printable_lines
 from .preprocess import STEPS, preprocessing_steps
 from .tensor_causes import LARGEST_OFF, MEAN_OFF, Way, explain
 
@@ -72,7 +73,7 @@ class ImageReport:
                 lines.append(f"  {'':<8} yours  {step.yours}")
         if self.tensor:
             lines.append(f"  yours    {self.tensor}")
-        return "\n".join([*lines, f"  {self.verdict}"])
+        return printable_lines("\n".join([*lines, f"  {self.verdict}"]))
 
 
 @dataclass(frozen=True)
@@ -99,14 +100,14 @@ class RawReport:
 
 
 def check_raw(
-    bundle: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | Bundle,
     images: Sequence[str | os.PathLike[str]],
     tensor: str | os.PathLike[str] | None = None,
 ) -> RawReport:
     """Shows how image files become the network's input, beside a tensor that was made of them elsewhere.
 
     Args:
-        bundle: folder or zip.
+        bundle: folder, zip or open `Bundle`.
         images: image files.
         tensor: .npy or .npz with one row for each of `images`, or without the batch axis for one of them.
 
@@ -114,8 +115,10 @@ def check_raw(
         InputError: the bundle does not take images, a file cannot be read, or the tensor has another number of rows,
             NaN, or no numbers.
     """
-    with open_bundle(bundle) as opened:
-        manifest = opened.manifest
+    if not isinstance(bundle, Bundle):
+        with open_bundle(bundle) as opened:
+            return check_raw(opened, images, tensor)
+    manifest = bundle.manifest
     preprocessing = manifest.preprocessing
     if preprocessing.kind != "image":
         raise InputError(f"the bundle {manifest.name} does not say how images become its input: nothing to compare")

@@ -24,6 +24,9 @@ DRIFT_LIMIT = 0.03
 NOISE_LIMIT = 0.10
 """Coefficient of variation above which a run counts as noisy."""
 AUTOCORRELATION_LIMIT = 0.3
+AMPLITUDE_LIMIT = 0.01
+"""What neighbouring samples share must also reach this share of the median before it counts: `paired_ratio` calls no
+smaller difference faster or slower either."""
 MIN_SAMPLES_FOR_VERDICT = 30
 
 _SIGMAS = 3.0  # a drift or a correlation must also be this many standard errors away from chance
@@ -60,6 +63,8 @@ class Stability:
     """standard deviation over mean; within groups if groups were given."""
     lag1_autocorrelation: float | None
     """of ranks, so that a pair of spikes does not make it."""
+    amplitude: float | None = None
+    """of what neighbouring samples share, as a wave around the median and a share of it; outliers cut."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON report."""
@@ -201,16 +206,19 @@ def stability(samples: NDArray[Any], groups: NDArray[Any] | None = None) -> Stab
     first, last = relative[:third], relative[-third:]
     drift = float(np.median(last) / np.median(first) - 1)
     drift_sigmas = _mann_whitney_z(first, last)
-    spread, correlation = cov(relative), lag1_autocorrelation(relative)
+    spread, correlation, amplitude = cov(relative), lag1_autocorrelation(relative), _shared_amplitude(relative)
     drifting, noisy = [], []
     if abs(drift) > DRIFT_LIMIT and abs(drift_sigmas) > _SIGMAS:
         drifting.append(f"the last third is {drift:+.1%} against the first ({abs(drift_sigmas):.1f} sigma)")
     if spread > NOISE_LIMIT:
         noisy.append(f"the coefficient of variation is {spread:.1%}, above {NOISE_LIMIT:.0%}")
-    if abs(correlation) > max(AUTOCORRELATION_LIMIT, _SIGMAS / math.sqrt(n)):
-        noisy.append(f"neighbouring samples correlate ({correlation:+.2f}): something periodic disturbs the run")
+    if abs(correlation) > max(AUTOCORRELATION_LIMIT, _SIGMAS / math.sqrt(n)) and amplitude > AMPLITUDE_LIMIT:
+        noisy.append(
+            f"neighbouring samples correlate ({correlation:+.2f}), with an amplitude of {amplitude:.1%}: something "
+            "periodic disturbs the run"
+        )
     verdict = "drifting" if drifting else "noisy" if noisy else "stable"
-    return Stability(verdict, tuple(drifting + noisy), n, drift, drift_sigmas, spread, correlation)
+    return Stability(verdict, tuple(drifting + noisy), n, drift, drift_sigmas, spread, correlation, amplitude)
 
 
 def paired_ratio(
@@ -260,6 +268,14 @@ def _ranks(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     ends = np.cumsum(counts)
     means: NDArray[np.float64] = (ends - (counts - 1) / 2).astype(np.float64)
     return means[inverse]
+
+
+def _shared_amplitude(relative: NDArray[np.float64]) -> float:
+    """Amplitude of the sine whose neighbouring samples vary together as much as these do."""
+    low, high = np.quantile(relative, [0.01, 0.99])
+    centred = np.clip(relative, low, high)
+    centred = centred - centred.mean()
+    return math.sqrt(2 * abs(float(centred[:-1] @ centred[1:])) / centred.size)
 
 
 def _mann_whitney_z(first: NDArray[np.float64], last: NDArray[np.float64]) -> float:

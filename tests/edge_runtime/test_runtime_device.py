@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from edgewright.edge_runtime import device as device_module
 from edgewright.edge_runtime import doctor, fingerprint
+from edgewright.edge_runtime.processor import emulation, processor_name
+from edgewright.edge_runtime.session_probe import Probe
 
 JETPACKS = {
     "4": "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64, DATE: Sat Feb 19",
@@ -29,6 +31,13 @@ def _machine(root: Path, **files: str) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
+
+
+@pytest.fixture(autouse=True)
+def _tried_before(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session is tried where a test is about that, not in every test of the other facts."""
+    if "session" not in request.node.name and "ordinary" not in request.node.name:
+        monkeypatch.setattr(device_module, "probe_session", lambda: Probe(True, None))
 
 
 def test_facts_of_an_ordinary_machine(tmp_path: Path) -> None:
@@ -146,3 +155,100 @@ def test_a_runtime_without_sessions_is_a_problem(
     (problem,) = report.problems
     assert word in problem and "install onnxruntime for Python" in problem
     json.loads(report.to_json())
+
+
+def _arm(*cores: tuple[str, str], tail: str = "") -> str:
+    entry = "processor\t: {}\nBogoMIPS\t: 108.00\nCPU implementer\t: {}\nCPU part\t: {}\nCPU revision\t: 3\n"
+    return "\n".join(entry.format(i, *core) for i, core in enumerate(cores)) + tail
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        (_arm(*[("0x41", "0xd08")] * 4, tail="\nHardware\t: BCM2711\n"), "4x Cortex-A72 (BCM2711)"),
+        (_arm(*[("0x41", "0xd05")] * 2, *[("0x41", "0xd0b")] * 2), "2x Cortex-A55 + 2x Cortex-A76"),
+        (_arm(("0x41", "0xd42")), "1x Cortex-A78AE"),
+        (_arm(("0x41", "0xfff")), "1x ARM part 0xfff"),
+        (_arm(("0x99", "0x001")), "1x implementer 0x99 part 0x001"),
+        (_arm(("0x41", "0xc07")).replace("BogoMIPS", "model name : ARMv7 Processor rev 3\nBogoMIPS"), "1x Cortex-A7"),
+        ("processor : 0\nuarch : sifive,u74-mc\n", "sifive,u74-mc"),
+        ("processor : 0\nHardware : Something\n", "Something"),
+    ],
+)
+def test_processors_have_names(cpuinfo: str, name: str, tmp_path: Path) -> None:
+    assert processor_name(cpuinfo) == name
+    assert emulation(cpuinfo, "aarch64", tmp_path) is None
+    facts = device_module.collect_facts(_machine(tmp_path, **{"proc/cpuinfo": cpuinfo}), ["onnxruntime"], [])
+    assert facts["cpu_model"] == (name, None)
+
+
+@pytest.mark.parametrize(
+    ("machine", "files", "word"),
+    [
+        ("aarch64", {"proc/cpuinfo": "processor : 0\nvendor_id : GenuineIntel\nmodel name : Xeon\n"}, "qemu-user"),
+        ("riscv64", {"proc/cpuinfo": "processor : 0\nflags : fpu sse sse2 avx\n"}, "qemu-user"),
+        ("x86_64", {"proc/cpuinfo": "processor : 0\nmodel name : QEMU Virtual CPU version 2.5+\n"}, "QEMU Virtual"),
+        ("x86_64", {"proc/cpuinfo": "processor : 0\nmodel name : VirtualApple @ 2.50GHz\n"}, "VirtualApple"),
+        ("aarch64", {"proc/sys/fs/binfmt_misc/qemu-aarch64": "enabled\ninterpreter /usr/bin/qemu"}, "binfmt"),
+    ],
+)
+def test_an_emulated_processor_is_said_to_be_one(
+    tmp_path: Path, machine: str, files: dict[str, str], word: str
+) -> None:
+    cpu = {"proc/cpuinfo": _arm(("0x41", "0xd08"))}
+    report = doctor(_machine(tmp_path, **{**cpu, **files}), ["onnxruntime"], [], machine)
+    assert word in report.facts["cpu_emulated"]
+    assert any(word in advice and "say nothing about a device" in advice for advice in report.advice) and report.ok
+
+
+def test_a_guest_on_the_processor_itself_is_not_emulated(tmp_path: Path) -> None:
+    cpuinfo = "processor : 0\nmodel name : QEMU Virtual CPU version 2.5+\nflags : sse2 hypervisor\n"
+    clocks = "sys/devices/system/clocksource/clocksource0/available_clocksource"
+    assert emulation(cpuinfo, "x86_64", _machine(tmp_path)) is not None
+    assert emulation(cpuinfo, "x86_64", _machine(tmp_path, **{clocks: "kvm-clock tsc"})) is None
+
+
+def test_heat_is_a_fact_and_advice(tmp_path: Path) -> None:
+    zone = "sys/class/thermal/thermal_zone"
+    files = {
+        f"{zone}0/type": "cpu-thermal\n",
+        f"{zone}0/temp": "83500\n",
+        f"{zone}0/trip_point_0_type": "active",
+        f"{zone}0/trip_point_0_temp": "40000",
+        f"{zone}0/trip_point_1_type": "passive",
+        f"{zone}0/trip_point_1_temp": "85000",
+        f"{zone}1/type": "gpu-thermal",
+        f"{zone}1/temp": "41000",
+        f"{zone}2/type": "off",
+        f"{zone}2/temp": "-274000",
+        f"{zone}10/type": "cpu-thermal",
+        f"{zone}10/temp": "nonsense",
+        "sys/class/thermal/cooling_device0/type": "cpufreq-cpu0",
+        "sys/class/thermal/cooling_device0/cur_state": "3",
+        "sys/class/thermal/cooling_device0/max_state": "10",
+        "sys/class/thermal/cooling_device1/type": "pwm-fan",
+        "sys/class/thermal/cooling_device1/cur_state": "2",
+    }
+    cool = doctor(_machine(tmp_path / "cool"), ["onnxruntime"], [])
+    hot = doctor(_machine(tmp_path / "hot", **files), ["onnxruntime"], [])
+    assert hot.facts["temperatures_c"] == {"cpu-thermal": 83.5, "gpu-thermal": 41.0}
+    assert hot.facts["throttled"] == ["cpufreq-cpu0 at step 3 of 10"]
+    assert len(hot.advice) == 2 and "85 °C" in hot.advice[1] and hot.ok
+    assert "tells a temperature" in cool.unknown["temperatures_c"] and cool.fingerprint == hot.fingerprint
+
+
+def test_plug_ins_are_no_second_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        def __init__(self, name: str, *files: str) -> None:
+            self.metadata = {"Name": name}
+            self.files = [PurePosixPath(file) for file in files]
+
+    runtime = Found("onnxruntime", "onnxruntime/__init__.py")
+    plug_in = Found("onnxruntime_qnn", "onnxruntime_qnn/__init__.py", "onnxruntime_qnn/libQnn.so")
+    whole = Found("onnxruntime-qnn", "onnxruntime/__init__.py")
+    found = [runtime, plug_in]
+    monkeypatch.setattr(device_module.importlib.metadata, "distributions", lambda: found)
+    assert device_module.runtime_distributions() == ["onnxruntime"]
+    found[1] = whole
+    assert device_module.runtime_distributions() == ["onnxruntime", "onnxruntime-qnn"]
+    assert doctor(_machine(tmp_path), distributions=["onnxruntime", "onnxruntime-qnn"]).ok

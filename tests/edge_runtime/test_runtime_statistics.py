@@ -137,6 +137,18 @@ def test_periodic_disturbance_is_noisy() -> None:
     assert result.verdict == "noisy" and "neighbouring" in result.reasons[0]
 
 
+@pytest.mark.parametrize("wave", ["sine", "alternating", "steps"])
+def test_a_disturbance_too_small_to_matter_is_no_noise(wave: str) -> None:
+    at = np.arange(900)
+    shape = {"sine": np.sin(at / 8), "alternating": (-1.0) ** at, "steps": (at // 30) % 2 * 2.0 - 1}[wave]
+    rest = np.random.default_rng(0).normal(size=900) * 2e-4
+    for amplitude, verdict in ((6e-4, "stable"), (0.005, "stable"), (0.03, "noisy")):
+        result = statistics.stability(5 * (1 + amplitude * shape + rest))
+        assert result.verdict == verdict and abs(result.lag1_autocorrelation or 0) > 0.3, (amplitude, result)
+        assert result.amplitude == pytest.approx(amplitude, rel=0.5)
+    assert "amplitude of" in result.reasons[0]
+
+
 def test_exits_are_not_noise() -> None:
     exits = np.random.default_rng(3).integers(0, 3, 900)
     samples = _latencies() * (1 + exits)
