@@ -21,6 +21,7 @@ from edgewright.models.python_source import place_of
 from .errors import ModelError
 from .failing_module import Running, watched, where
 from .model_output import described, wrapping
+from .row_answers import check_rows
 from .task import Task, split_of
 
 _FIXES = (
@@ -32,7 +33,6 @@ _FIXES = (
     ("onstraints violated", "make forward work for any number of rows: x.shape[0] or flatten(1), not a fixed number"),
     ("numpy", "compute with torch inside forward, not with NumPy"),
 )
-_ALONE = 1e-3  # of the largest answer; float32 is off by a hundredth of that
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
 
     Raises:
         ModelError: it fails, with the module that did, or what it returns is no finite float32 [N, classes] tensor, any
-            float32 [N, ...] for a task without classes; or a row is answered otherwise alone.
+            float32 [N, ...] for a task without classes; or a row is not answered always the same.
     """
     lazy = [key for key, value in model.named_parameters() if is_lazy(value)]
     if lazy:
@@ -49,7 +49,11 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
             f"{name}: the parameter {lazy[0]!r} has no shape yet (a Lazy module); run the model once on an example "
             "in the function that builds it"
         )
-    inputs = first_rows(task)
+    check_rows(model, first_rows(task), name, lambda inputs: _answer(model, task, inputs, name))
+
+
+def _answer(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], name: str) -> Tensor:
+    """What `model` answers, if it is an answer for the task."""
     shapes = ", ".join(str(list(x.shape)) for x in inputs)
     running: Running = []
     try:
@@ -93,34 +97,7 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
         raise ModelError(
             f"{name} returns NaN or infinity for the first test rows: check its weights and the scale of the data"
         )
-    if len(output) > 1:
-        _check_alone(model, tuple(x[:1] for x in inputs), output[:1], name)
-
-
-def _check_alone(model: nn.Module, row: tuple[Tensor, ...], beside: Tensor, name: str) -> None:
-    """Holds what a row is answered alone to what it was answered beside another, `beside`, [1, ...]."""
-    running: Running = []
-    try:
-        with watched(model, running):
-            alone = model(*row)
-    except Exception as error:  # as above
-        raise ModelError(
-            f"{name} runs on two rows and not on one{place_of(error)}: {type(error).__name__}: "
-            f"{error}{where(running, error)}. It could be trained, but not exported: make forward work for any number "
-            "of rows"
-        ) from error
-    if alone.shape != beside.shape:
-        raise ModelError(
-            f"{name} answers one row with {list(alone.shape)}, and {list(beside.shape)} is needed: squeeze() without "
-            "an axis takes the axis of the rows too when there is one row, name the axis"
-        )
-    off = float((alone - beside).abs().max()) if alone.numel() else 0.0
-    if off > _ALONE * (1.0 + float(beside.abs().max() if beside.numel() else 0.0)):
-        raise ModelError(
-            f"{name} answers a row otherwise when another is beside it (off by {off:.3g}), in eval mode: something "
-            "mixes the rows of a batch, e.g. a BatchNorm without running statistics or one that is kept in training "
-            "mode. Normalise with running statistics, or with LayerNorm or GroupNorm, which take each row by itself"
-        )
+    return output
 
 
 @torch.no_grad()
