@@ -22,13 +22,15 @@ from .standard_streams import lost_output, standard_streams
 from .termination import Terminated, terminable
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .bundle import Bundle
     from .manifest import Manifest
     from .runner import Prediction
 
 COMMANDS = {
     "verify": "Run every recorded case of a BUNDLE here and compare.",
-    "predict": "Classify an INPUT (.npy, .npz or image) with a BUNDLE.",
+    "predict": "Answer an INPUT (.npy, .npz or image) with a BUNDLE: labels, or values where there are no classes.",
     "bench": "Measure the latency of a BUNDLE here.",
     "latency-table": "Measure what a row costs that leaves a BUNDLE at each of its exits, for the threshold search.",
     "generate": "Continue prompts with a language MODEL that has its cache.",
@@ -40,6 +42,7 @@ _NEEDED = {
     "numpy": "install numpy",
     "onnxruntime": "install onnxruntime, or the build for your accelerator; `doctor` says which",
 }
+_SHOWN_VALUES = 8
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") -> int:
@@ -255,7 +258,7 @@ def _predict(options: argparse.Namespace) -> int:
     _write_json(options.json, _prediction_dict(prediction))
     if not prediction.refused:
         return 0
-    rows = len(prediction.label)
+    rows = len(prediction.exit_index)
     print(f"error: {options.input}: {len(prediction.refused)} of {rows} rows were refused, see above", file=sys.stderr)
     return InputError.exit_code
 
@@ -340,6 +343,8 @@ def _read_input(path: Path, manifest: Manifest) -> Any:
 
 
 def _prediction_lines(prediction: Prediction) -> list[str]:
+    if prediction.outputs:
+        return [f"row {row}: {_values_text(prediction, row)}" for row in range(len(prediction.exit_index))]
     if prediction.label.ndim != 1:
         return [f"labels {prediction.label.tolist()}"]
     return [f"row {row}: {_row_text(prediction, row, kind)}" for row, kind in enumerate(prediction.score_kinds)]
@@ -357,21 +362,44 @@ def _row_text(prediction: Prediction, row: int, kind: str) -> str:
     return f"{name}  score {float(scores[prediction.label[row]]):.4f}{remaining}  exit {index}{exit_name}"
 
 
-def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
+def _values_text(prediction: Prediction, row: int) -> str:
+    """The first numbers of every output, as the graph gave them."""
+    if row in prediction.refused:
+        return f"refused: {prediction.refused[row]}"
+    parts = []
+    for name, value in prediction.outputs.items():
+        numbers = value[row].ravel()
+        shown = " ".join(f"{number:.6g}" for number in numbers[:_SHOWN_VALUES].tolist())
+        more = f" ... {list(value[row].shape)}" if numbers.size > _SHOWN_VALUES else ""
+        # the only output needs no name, which would call numbers of any kind logits
+        parts.append((f"{printable(name)} " if len(prediction.outputs) > 1 else "") + shown + more)
+    return ", ".join(parts)
+
+
+def _json_numbers(values: NDArray[Any]) -> Any:
     import numpy as np
 
-    scores = prediction.scores.astype(object)
-    scores[~np.isfinite(prediction.scores)] = None  # JSON has no NaN
+    numbers = values.astype(object)
+    if values.dtype.kind in "fc":
+        numbers[~np.isfinite(values)] = None  # JSON has no NaN
+    return numbers.tolist()
+
+
+def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
+    refused = {str(row): reason for row, reason in prediction.refused.items()}
+    if prediction.outputs:
+        outputs = {name: _json_numbers(value) for name, value in prediction.outputs.items()}
+        return {"schema_version": 1, "outputs": outputs, "refused": refused}
     exits = prediction.exits
     return {
         "schema_version": 1,
         "label": prediction.label.tolist(),
         "label_names": prediction.label_names,
-        "scores": scores.tolist(),
+        "scores": _json_numbers(prediction.scores),
         "score_kinds": prediction.score_kinds,
         "exit_index": prediction.exit_index.tolist(),
         "exit_names": [exits[i] if 0 <= i < len(exits) else None for i in prediction.exit_index.ravel().tolist()],
-        "refused": {str(row): reason for row, reason in prediction.refused.items()},
+        "refused": refused,
     }
 
 

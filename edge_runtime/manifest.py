@@ -54,6 +54,9 @@ POSITIONS, END_TOKENS = "edgewright.positions", "edgewright.end_tokens"
 POSITIONS_REASON = "edgewright.positions_reason"
 """Metadata key beside `POSITIONS`, text: why it ends there, where that is earlier than the model's own end."""
 
+LABELS = "edgewright.labels"
+"""Metadata key of model.onnx, JSON: names of the classes, none for a task without classes."""
+
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
 
@@ -245,8 +248,8 @@ class ParityReport:
     fraction_outside: float
     """share of elements outside the torch tolerance (trtexec's l0)."""
     rows: int
-    label_agreement: float
-    """share of rows, excused flips counted as disagreeing."""
+    label_agreement: float | None
+    """share of rows, excused flips counted as disagreeing; None: a task without classes has no labels to agree on."""
     exit_agreement: float
     exits_covered: int
     exits_total: int

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from .bundle import Bundle
 from .errors import EdgewrightError, InputError
 from .feeds import FeedChecker, as_array, is_finite, prepare, specs_of, unusable_rows
-from .manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, Manifest
+from .manifest import EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, Manifest
 from .providers import Placement
 
 _MOST_KNOWN = 256
@@ -21,16 +21,19 @@ _MOST_KNOWN = 256
 
 
 class Prediction(NamedTuple):
-    """What a classifier said about N rows.
+    """What a network said about N rows: a classifier in labels and scores, any other in `outputs`.
 
     Attributes:
-        label: int64 [N]; -1 for a row that was refused.
-        scores: float32 [N, C], see `score_kinds` for what they are; NaN for a row that was refused.
+        label: int64 [N]; -1 for a row that was refused. Empty where the task has no classes.
+        scores: float32 [N, C], see `score_kinds` for what they are; NaN for a row that was refused. [N, 0] where the
+            task has no classes.
         exit_index: int64 [N], 0 for a model without exits; -1 for a row that was refused.
         labels: the C names, empty if the manifest has none.
         exits: name of every exit, in the order of `exit_index`; empty if there is no manifest.
         excludes: whether the exits rule classes out, whose scores are then exactly 0.
         refused: row -> why it has no answer; such a row changes nothing in the others.
+        outputs: of a task without classes: output name -> what the graph gave, [N, ...], in its own dtype and unit; for
+            a row that was refused NaN, or 0 where that is no float. Empty for a classifier.
     """
 
     label: NDArray[np.int64]
@@ -40,6 +43,7 @@ class Prediction(NamedTuple):
     exits: tuple[str, ...] = ()
     excludes: bool = False
     refused: Mapping[int, str] = MappingProxyType({})
+    outputs: Mapping[str, NDArray[Any]] = MappingProxyType({})
 
     @property
     def label_names(self) -> list[str]:
@@ -54,6 +58,7 @@ class Prediction(NamedTuple):
         - ``probability_of_remaining``: a softmax over the classes that no exit has excluded.
         - ``exclusion``: the row left early because every other class was excluded. The survivor has 1 as a mark of
           that; it is no probability.
+        - ``value``: the task has no classes: there are no scores, `outputs` are the answer.
         - ``none``: the row was refused.
         """
         last = len(self.exits) - 1
@@ -61,6 +66,8 @@ class Prediction(NamedTuple):
         for row, exit_index in enumerate(self.exit_index.reshape(len(self.exit_index), -1)[:, 0].tolist()):
             if row in self.refused:
                 kinds.append("none")
+            elif self.outputs:
+                kinds.append("value")
             elif not self.excludes or bool((self.scores[row] > 0).all()):
                 kinds.append("probability")
             else:
@@ -110,6 +117,7 @@ class Runner:
         )
         self._preprocessing = manifest.preprocessing if manifest is not None else None
         self._meaning = _meaning(manifest)
+        self._without_classes = self._answer_at is None and _without_classes(manifest, session)
         # with exits and any number of rows, all rows may have left: such a graph also takes none
         self._checked = FeedChecker(self.inputs, no_rows=EXIT_INDEX in self._wanted and not self.takes_single_rows)
 
@@ -159,7 +167,7 @@ class Runner:
         return {name: np.concatenate([part[name] for part in parts]) for name in self.output_names}
 
     def predict(self, x: ArrayLike | Mapping[str, ArrayLike]) -> Prediction:
-        """Classifies one row or many.
+        """Answers one row or many: with labels and scores, or with the graph's outputs where the task has no classes.
 
         NaN or infinity in the input has no answer: one row is refused with an error, and of many rows the unusable
         ones are marked in `Prediction.refused` while the others are answered. (`run` passes such values on.)
@@ -170,8 +178,8 @@ class Runner:
                 the graph takes, with or without the batch axis; or a mapping of input names to the latter.
 
         Raises:
-            InputError: `x` fits none of these, no row of it is finite, or the model is no classifier.
-            EdgewrightError: ONNX Runtime failed inside the graph, or no row has finite scores.
+            InputError: `x` fits none of these, no row of it is finite, or a bare model has none of the known outputs.
+            EdgewrightError: ONNX Runtime failed inside the graph, or no row has finite scores or outputs.
         """
         if type(x) is np.ndarray:
             add_axis = self._known_forms.get((x.shape, x.dtype))
@@ -211,6 +219,8 @@ class Runner:
         if self._answer_at is not None:
             at_label, at_scores, at_exit = self._answer_at
             label, scores, exit_index = outputs[at_label], outputs[at_scores], outputs[at_exit]
+        elif self._without_classes:
+            return self._raw(outputs, refused)
         elif LOGITS in self._wanted:
             scores = softmax(outputs[self._wanted.index(LOGITS)])
             label = np.asarray(scores.argmax(axis=-1), np.int64)
@@ -226,6 +236,22 @@ class Runner:
             rows = list(refused)
             label[rows], scores[rows], exit_index[rows] = -1, np.nan, -1
         return Prediction(label, scores, exit_index, *self._meaning, refused)
+
+    def _raw(self, outputs: list[NDArray[Any]], refused: dict[int, str]) -> Prediction:
+        """What the graph gave, as it is."""
+        for value in outputs:
+            if not is_finite(value):
+                refused = {**_overflown(value, self.path), **refused}
+        rows = list(refused)
+        if rows:
+            outputs = [value.copy() for value in outputs]
+            for value in outputs:
+                value[rows] = np.nan if value.dtype.kind in "fc" else 0
+        exit_index = np.zeros(len(outputs[0]), np.int64)
+        exit_index[rows] = -1
+        label, scores = np.zeros(0, np.int64), np.zeros((len(outputs[0]), 0), np.float32)
+        found = dict(zip(self._wanted, outputs, strict=True))
+        return Prediction(label, scores, exit_index, *self._meaning, refused, found)
 
     def close(self) -> None:
         """Releases the session and the temporary folder of a zip."""
@@ -249,6 +275,13 @@ def _meaning(manifest: Manifest | None) -> tuple[tuple[str, ...], tuple[str, ...
         return (), (), False
     excludes = manifest.policy is not None and manifest.policy.excludes
     return manifest.labels, tuple(exit_.name for exit_ in manifest.exits), excludes
+
+
+def _without_classes(manifest: Manifest | None, session: Any) -> bool:
+    """Whether the task has no labels, so that outputs are no logits; a bare model of ours says so in its metadata."""
+    if manifest is not None:
+        return not manifest.labels
+    return str(session.get_modelmeta().custom_metadata_map.get(LABELS, "")).strip() == "[]"
 
 
 def _label_name(index: int, labels: tuple[str, ...]) -> str:

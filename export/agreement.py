@@ -28,7 +28,7 @@ def possible_shifts(errors: Sequence[float]) -> tuple[float, ...]:
 
 
 def label_of(outputs: Arrays) -> NDArray[np.int64]:
-    """Class of every row, from either kind of output; of every position, where logits are [N, T, V]."""
+    """Class of every row, from either kind of output."""
     label: NDArray[np.int64] = outputs[LABEL] if LABEL in outputs else outputs[LOGITS].argmax(axis=-1)
     return label
 
@@ -36,19 +36,24 @@ def label_of(outputs: Arrays) -> NDArray[np.int64]:
 class Agreement:
     """Compares batches and collects what differs.
 
+    Args:
+        abs_tol: of numbers.
+        rel_tol: of numbers.
+        decides: whether the largest output is a decision; without classes numbers are compared alone.
+
     Attributes:
         max_abs: largest difference of two numbers.
         elements: numbers compared.
         outside: of these, beyond the tolerance.
-        rows: rows whose decisions were compared, those of `beside` left out; so are its flips.
+        rows: rows that were compared, those of `beside` left out; so are its flips.
         label_flips: rows that differ in label.
         exit_flips: rows that differ in exit.
         flips: what was excused.
         failures: what was not.
     """
 
-    def __init__(self, abs_tol: float, rel_tol: float) -> None:
-        self.abs_tol, self.rel_tol = abs_tol, rel_tol
+    def __init__(self, abs_tol: float, rel_tol: float, decides: bool = True) -> None:
+        self.abs_tol, self.rel_tol, self.decides = abs_tol, rel_tol, decides
         self.max_abs = 0.0
         self.elements = self.outside = 0
         self.rows = self.label_flips = self.exit_flips = 0
@@ -87,13 +92,14 @@ class Agreement:
             margin: float32, one per label.
             flip_margin: up to which a flip is excused.
         """
-        label_got, label_want = label_of(got).reshape(-1), label_of(want).reshape(-1)
-        margin = margin.reshape(-1)
-        positions = max(1, label_want.size // max(1, len(indices)))
+        where = f"split {split}" + (f", {case}" if case else "")
+        self.rows += len(indices)
+        if not self.decides:
+            self.numbers(f"{where}, {LOGITS}", got[LOGITS], want[LOGITS])
+            return
+        label_got, label_want = label_of(got), label_of(want)
         exits_got = got.get(EXIT_INDEX, np.zeros_like(label_got))
         exits_want = want.get(EXIT_INDEX, np.zeros_like(label_want))
-        where = f"split {split}" + (f", {case}" if case else "")
-        self.rows += len(label_want)  # of sequences, every position is a decision
         same = np.ones(len(label_want), dtype=bool)
         for kind, a, b in (("label", label_want, label_got), ("exit", exits_want, exits_got)):
             for i in np.flatnonzero(a != b).tolist():
@@ -101,12 +107,10 @@ class Agreement:
                 self.label_flips += kind == "label"
                 self.exit_flips += kind == "exit"
                 if margin[i] <= flip_margin:
-                    self.flips.append(
-                        Flip(split, indices[i // positions], kind, int(a[i]), int(b[i]), float(margin[i]), case)
-                    )
+                    self.flips.append(Flip(split, indices[i], kind, int(a[i]), int(b[i]), float(margin[i]), case))
                 else:
                     self.failures.append(
-                        f"{where}, row {indices[i // positions]}: {kind} {int(a[i])} in PyTorch, {int(b[i])} in ONNX, "
+                        f"{where}, row {indices[i]}: {kind} {int(a[i])} in PyTorch, {int(b[i])} in ONNX, "
                         f"margin {margin[i]:.3g} against a possible numeric shift of {flip_margin:.3g}"
                     )
         if LOGITS in want:
@@ -129,4 +133,4 @@ class Agreement:
 
     def fresh(self) -> Agreement:
         """An empty one with the same tolerances."""
-        return Agreement(self.abs_tol, self.rel_tol)
+        return Agreement(self.abs_tol, self.rel_tol, self.decides)

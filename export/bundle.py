@@ -21,6 +21,7 @@ from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.golden import write_golden
 from edgewright.edge_runtime.manifest import (
     GOLDEN_FILE,
+    LABELS,
     LOGITS,
     MODEL_FILE,
     RUNTIME_FILE,
@@ -61,7 +62,7 @@ class ExportResult:
         manifest: as written.
         split: the split.
         rows: its number of rows that were run.
-        label: int64 [rows], from the exported file.
+        label: int64 [rows], from the exported file; empty for a task without classes.
         exit_index: int64 [rows], from the exported file.
     """
 
@@ -239,7 +240,7 @@ def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
     exits = [spec.at for spec in model.specs] if isinstance(model, MultiExit) else []
     final.metadata_props.update(
         {
-            "edgewright.labels": json.dumps(list(source.labels)),
+            LABELS: json.dumps(list(source.labels)),
             "edgewright.preprocessing": json.dumps(asdict(source.preprocessing), sort_keys=True),
             "edgewright.exits": json.dumps(exits),
         }

@@ -42,7 +42,7 @@ class ParityResult:
         report: for the manifest.
         golden: for golden.npz.
         flip_margin: twice the largest logit error that was measured; in the units of the cases' margins.
-        label: int64 [rows], from the exported file.
+        label: int64 [rows], from the exported file; empty without classes.
         exit_index: int64 [rows], from the exported file.
         inputs: as ONNX Runtime reads them from the exported file.
         outputs: the same.
@@ -101,10 +101,12 @@ def check_parity(
     """
     data = source.splits[split]
     runner = session_on(model_path, threads=1)
-    subject = Subject(Reference(model), flat_path, model_path, source, split, spread_evenly(len(data), rows), runner)
+    subject = Subject(
+        Reference(model, source.labels), flat_path, model_path, source, split, spread_evenly(len(data), rows), runner
+    )
     reference = subject.torch
     forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
-    check = Agreement(abs_tol, rel_tol)
+    check = Agreement(abs_tol, rel_tol, reference.decides)
     shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, _DEFAULT_LEVEL, check))
     label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
@@ -118,7 +120,7 @@ def check_parity(
         max_abs_diff=check.max_abs,
         fraction_outside=check.outside / max(1, check.elements),
         rows=check.rows,
-        label_agreement=1.0 - check.label_flips / max(1, check.rows),
+        label_agreement=1.0 - check.label_flips / max(1, check.rows) if reference.decides else None,
         exit_agreement=1.0 - check.exit_flips / max(1, check.rows),
         exits_covered=covered,
         exits_total=reference.exits + 1,
@@ -159,8 +161,8 @@ def _natural(
         got = subject.answers(subject.inputs(indices), None)
         want, margin = reference.answer(subject.logits(indices), reference.thresholds, shifts)
         check.answers("", subject.split, indices, got, want, margin, max(shifts))
-        labels.append(label_of(got))
-        exits.append(got.get(EXIT_INDEX, np.zeros_like(labels[-1])))
+        labels.append(label_of(got) if reference.decides else np.zeros(0, np.int64))
+        exits.append(got.get(EXIT_INDEX, np.zeros(len(indices), np.int64)))
         if start == 0:
             row_bytes = sum(value[:1].nbytes for value in got.values())
             most = max(1, min(_GOLDEN_ROWS, _GOLDEN_BYTES // max(1, row_bytes)))
@@ -203,7 +205,7 @@ def _case(
         torch=want,
         reference=got,
         thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
-        margin=margin,
+        margin=margin if subject.torch.decides else None,
     )
 
 

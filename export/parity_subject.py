@@ -52,11 +52,17 @@ def spread_evenly(total: int, rows: int | None) -> list[int]:
 
 
 class Reference:
-    """The PyTorch side: logits of all heads, and the answer for given thresholds."""
+    """The PyTorch side: logits of all heads, and the answer for given thresholds.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: what was exported.
+        labels: names of the classes; without any, and without exits, the outputs are numbers that decide nothing.
+    """
+
+    def __init__(self, model: nn.Module, labels: Sequence[str]) -> None:
         self.model = model.eval()
         self.exits = len(model.specs) if isinstance(model, MultiExit) else 0
+        self.decides = bool(labels) or self.exits > 0
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -70,6 +76,8 @@ class Reference:
         self, logits: Sequence[Tensor], thresholds: Sequence[float] | None, shifts: Sequence[float]
     ) -> tuple[Arrays, NDArray[np.float32]]:
         """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
+        if not self.decides:
+            return {LOGITS: logits[0].numpy()}, np.zeros(len(logits[0]), np.float32)
         if not isinstance(self.model, MultiExit):
             # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
             top = logits[0].topk(min(2, logits[0].shape[-1]), dim=-1).values.double()

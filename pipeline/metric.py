@@ -95,9 +95,9 @@ class ClassScore:
         hits = torch.zeros(self._classes, dtype=torch.int64)
         counts = torch.zeros(self._classes, dtype=torch.int64)
         for output, targets in answers:
-            right = targets[labels_of(output) == targets]
-            hits += torch.bincount(right, minlength=self._classes)
-            counts += torch.bincount(targets, minlength=self._classes)
+            known = targets >= 0  # the others are `IGNORED`
+            hits += torch.bincount(targets[known & (labels_of(output) == targets)], minlength=self._classes)
+            counts += torch.bincount(targets[known], minlength=self._classes)
         rows = int(counts.sum())
         per_class = tuple(h / c if c else None for h, c in zip(hits.tolist(), counts.tolist(), strict=True))
         present = tuple(p for p in per_class if p is not None)

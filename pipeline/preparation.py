@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.providers import provider_names
 from edgewright.models import registry
+from edgewright.models.precision import HALF
 from edgewright.models.weights import load_weights
 
 from .cache import Key, base_key, environment
@@ -19,12 +20,13 @@ from .checkpoint import BaseSpec
 from .class_subset import restricted
 from .determinism import seeded
 from .errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
+from .metric import IGNORED
 from .model_check import check_exportable, check_generates, check_model, first_rows
 from .recipe import Recipe, check_order
 from .reproducibility import check_reproducible
 from .stage import Json, Progress
 from .stages import stage_named
-from .task import Task, check_classes, data_digests, split_of
+from .task import Task, check_classes, data_digests, samples_per_class, split_of
 from .tasks import build_task, task_sources
 from .training import trainings_in
 from .training_check import PlannedTraining, check_training
@@ -168,7 +170,7 @@ def check_splits(recipe: Recipe, tasks: Sequence[Task]) -> None:
         stage = stage_named(entry.name)
         for split in stage.needed_splits(entry.config):
             split_of(task, split, needed_by=f"stage {entry.name!r}")
-            if stage.per_class and split in ("train", "calibration"):
+            if stage.needs_classes(entry.config, task) and split in ("train", "calibration"):
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
 
 
@@ -204,22 +206,24 @@ def _trainings(recipe: Recipe, tasks: Sequence[Task]) -> Iterator[PlannedTrainin
             yield PlannedTraining(place, training, samples)
 
 
-def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str, Json]]:
+def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str, Json], tuple[str, ...]]:
     """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
 
     Returns:
-        The model, and what its first call registers (`late_tensors`).
+        The model, what its first call registers (`late_tensors`), and what the user should know of it.
 
     Raises:
         ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
         DataError: a sample that cannot be read; names it.
     """
-    model, name, recipe = build_named(inputs.recipe), inputs.base.name, inputs.recipe
+    name, recipe = inputs.base.name, inputs.recipe
+    notes: list[str] = []
+    model = build_named(recipe, notes=notes)
     check_model(model, inputs.task, name)
     late = check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
     if recipe.export.generator:
         check_generates(model, inputs.task, name)
-        return model, late
+        return model, late, tuple(notes)
     alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
     batch = recipe.export.batch
     check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
@@ -227,29 +231,62 @@ def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str,
         read_all = getattr(split, "read_all", None)
         if read_all is not None:
             read_all(progress, f"reading every sample of {split_name}")
-    return model, late
+    return model, late, tuple(notes)
 
 
 def check_labels(task: Task) -> None:
-    """Refuses a task with nothing to tell apart.
+    """Refuses a task with nothing to tell apart, and targets that are none of its classes.
 
     Raises:
-        DataError: one label; none at all belongs to a task without classes.
+        DataError: one label, where none at all belongs to a task without classes; or names the split.
     """
     if len(task.labels) == 1:
         raise DataError(
             f"the task {task.name!r} has the one label {task.labels[0]!r}: a classifier needs at least two classes"
         )
+    _check_targets(task)
+
+
+def _check_targets(task: Task) -> None:
+    for name, split in task.splits.items():
+        targets, place = split.targets, f"split {name!r} of the task {task.name!r}"
+        if targets.dtype in HALF:
+            raise DataError(f"{place} has targets in {_dtype(targets)}: give them in float32, `.float()`")
+        if not task.labels:
+            continue
+        if targets.is_floating_point() or targets.is_complex() or targets.dim() != 1:
+            raise DataError(
+                f"{place} has targets {_dtype(targets)} {list(targets.shape)}, and the task has labels: a classifier's "
+                "targets are the numbers of the classes, int64 [samples]; a task that predicts something else has no "
+                "labels"
+            )
+        wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= len(task.labels)))]
+        if len(wrong):
+            raise DataError(
+                f"{place} has the target {int(wrong[0])}, and the {len(task.labels)} labels are numbered from 0 to "
+                f"{len(task.labels) - 1}: add the label, or correct the target"
+            )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_inputs(task: Task) -> None:
-    """Refuses a task whose samples have more or fewer inputs than names.
+    """Refuses a task whose samples have more or fewer inputs than names, or inputs in half precision.
 
     Raises:
-        DataError: names the split and both numbers.
+        DataError: names the split and both numbers, or the input.
     """
     for name, split in task.splits.items():
-        given = len(split.batch([0]).inputs) if len(split) else len(task.input_names)
+        inputs = split.batch([0]).inputs if len(split) else ()
+        for input_name, x in zip(task.input_names, inputs, strict=False):
+            if x.dtype in HALF:
+                raise DataError(
+                    f"the input {input_name!r} of split {name!r} of the task {task.name!r} is {_dtype(x)}: give it in "
+                    "float32, `.float()`; models are trained, compared and exported in float32"
+                )
+        given = len(inputs) if len(split) else len(task.input_names)
         if given != len(task.input_names):
             raise DataError(
                 f"the samples of split {name!r} of the task {task.name!r} have {given} input(s) and there are "
@@ -264,7 +301,7 @@ def remarks(inputs: Inputs) -> tuple[str, ...]:
     if not task.labels:
         return ()
     for name, split in task.splits.items():
-        counts = torch.bincount(split.targets, minlength=len(task.labels))
+        counts = samples_per_class(split.targets, len(task.labels))
         empty = [label for label, count in zip(task.labels, counts.tolist(), strict=True) if count == 0]
         if empty:
             listed = ", ".join(map(repr, empty[:5])) + (" ..." if len(empty) > 5 else "")
@@ -342,19 +379,20 @@ def _check_later_phases(recipe: Recipe) -> None:
             )
 
 
-def build_named(recipe: Recipe, seed: int | None = None) -> nn.Module:
+def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None = None) -> nn.Module:
     """The recipe's model, with the user's weights if there are any, on the CPU in eval mode.
 
     Args:
         recipe: names it.
         seed: of the initial weights, default the recipe's.
+        notes: gets what the user should know of the model and its weights, if it is given.
 
     Raises:
         ModelError: it cannot be built, or the weights do not fit.
     """
     with seeded(recipe.seed if seed is None else seed):
         try:
-            model = registry.build(recipe.model.name, dict(recipe.model.args), recipe.folder)
+            model = registry.build(recipe.model.name, dict(recipe.model.args), recipe.folder, notes)
             if recipe.model.weights is not None:
                 load_weights(model, recipe.resolve(recipe.model.weights))
         except ValueError as error:

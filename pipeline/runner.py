@@ -199,9 +199,9 @@ class _Run:
         if entry is None:
             with self.timed(BASE):
                 self.verify()
-                model, late = build_base(self.inputs, self.progress)
-                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE)), (), late)
-        for note in remarks(self.inputs):
+                model, late, notes = build_base(self.inputs, self.progress)
+                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE), notes=notes), (), late)
+        for note in (*remarks(self.inputs), *entry.notes):
             self.progress.say(f"note: {note}")
         return entry
 

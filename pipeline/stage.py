@@ -151,7 +151,8 @@ class Stage(Generic[C]):
         forbids: stages that must not have come before, with the reason shown to the user.
         splits: the data splits `fit` may read; `test` is never among them.
         splits_for: which of them a configuration needs, all if None; checked before any compute.
-        per_class: True if every class needs samples in `train` and `calibration`, where they are needed.
+        per_class: whether the task must have classes, each with samples in `train` and `calibration` where they are
+            needed; a function of configuration and task where it depends on them.
         check: judges a configuration by the base model (eval mode, unchanged) before any compute, e.g. names that
             it does not have; raises an `InputError`.
         classes: the classes (names or indices) that a model made under a configuration still knows, () for all. What
@@ -171,11 +172,15 @@ class Stage(Generic[C]):
     forbids: Mapping[str, str] = field(default_factory=dict)
     splits: tuple[SplitName, ...] = ()
     splits_for: Callable[[C], tuple[SplitName, ...]] | None = None
-    per_class: bool = False
+    per_class: bool | Callable[[C, Task], bool] = False
     check: Callable[[nn.Module, Task, C], None] | None = None
     classes: Callable[[C], Sequence[str | int]] | None = None
     trains: Callable[[C], Mapping[str, TrainingConfig]] | None = None
     classes_alone: Callable[[C], C] | None = None
+
+    def needs_classes(self, config: C, task: Task) -> bool:
+        """Whether `task` must have classes with samples under `config`."""
+        return self.per_class if isinstance(self.per_class, bool) else self.per_class(config, task)
 
     def needed_splits(self, config: C) -> tuple[SplitName, ...]:
         """The splits that `fit` reads under `config`."""

@@ -124,14 +124,30 @@ def split_of(task: Task, name: SplitName, needed_by: str) -> Split:
     return task.splits[name]
 
 
+def samples_per_class(targets: Tensor, classes: int) -> Tensor:
+    """Number of samples of every class, int64 [classes]; targets of any shape, those that are no class count for none.
+
+    Args:
+        targets: whole numbers; `IGNORED` and others outside of the classes may be among them.
+        classes: their number.
+    """
+    flat = targets.flatten()
+    return torch.bincount(flat[(flat >= 0) & (flat < classes)].to(torch.int64), minlength=classes)
+
+
 def check_classes(task: Task, name: SplitName, needed_by: str) -> None:
-    """Refuses a split in which a class has no sample.
+    """Refuses a task without classes, and a split in which a class has no sample.
 
     Raises:
-        DataError: names the class.
+        DataError: says so, or names the class.
     """
     split = split_of(task, name, needed_by)
-    counts = torch.bincount(split.targets, minlength=len(task.labels))
+    if not task.labels:
+        raise DataError(
+            f"the task {task.name!r} has no classes (no labels), and {needed_by} decides between classes or judges by "
+            "them: leave it out for this task"
+        )
+    counts = samples_per_class(split.targets, len(task.labels))
     empty = [task.labels[i] for i in range(len(task.labels)) if counts[i] == 0]
     if empty:
         raise DataError(

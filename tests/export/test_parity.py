@@ -66,7 +66,7 @@ def test_a_file_that_onnx_runtime_cannot_run_is_a_failure_of_parity(task, tmp_pa
         raise RuntimeError("Non-zero status code returned while running Reshape node")
 
     monkeypatch.setattr(runner, "session", SimpleNamespace(run=broken))
-    reference = parity_subject.Reference(with_exits("residual"))
+    reference = parity_subject.Reference(with_exits("residual"), task.labels)
     subject = parity_subject.Subject(reference, runner.path, runner.path, task, "test", [0, 1], runner)
     with pytest.raises(ParityError, match=r"model\.onnx \([12] row.*: Non-zero.*Reshape node") as caught:
         subject.answers(subject.inputs([0, 1]), thresholds)

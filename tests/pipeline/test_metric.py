@@ -105,3 +105,12 @@ def test_a_floor_is_held_in_the_tasks_metric(tmp_path) -> None:  # type: ignore[
 def test_answers_leave_no_graph() -> None:
     found = next(answers(tiny.tiny_residual(), tiny.tiny_task().splits["test"], size=3))
     assert isinstance(found.output, Tensor) and not found.output.requires_grad and len(found.targets) == 3
+
+
+def test_targets_that_are_ignored_count_for_no_class() -> None:
+    score = Accuracy(3).score([Answer(logits(LABELS), torch.where(TRUTH == 0, -100, TRUTH))])
+    assert (score.rows, score.accuracy, score.per_class) == (
+        3,
+        pytest.approx(2 / 3),
+        (None, pytest.approx(2 / 3), None),
+    )

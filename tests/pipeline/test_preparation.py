@@ -12,7 +12,9 @@ from PIL import Image
 from recipes_on_disk import without_later_phases, write_recipe
 from tiny import tiny_task
 from torch import nn
+from unlabelled import Rows
 
+from edgewright.pipeline.checkpoint import load_checkpoint
 from edgewright.pipeline.control import check_control, control_recipe
 from edgewright.pipeline.errors import DataError, EdgewrightError, InputError, ModelError, ProviderError, RecipeError
 from edgewright.pipeline.image_classification import ImageClassification
@@ -240,3 +242,51 @@ def test_targets_of_a_dataset_that_are_no_classes() -> None:
         ImageClassification({"train": [(torch.zeros(2), 0.25)]}, list("abc"))
     whole = ImageClassification({"train": (torch.zeros(3, 2), torch.tensor([[0.0], [2.0], [1.0]]))}, list("abc"))
     assert whole.splits["train"].targets.tolist() == [0, 2, 1]
+
+
+class Given(ImageClassification):
+    """A task whose splits are taken as they are."""
+
+    def __init__(self, inputs: torch.Tensor, targets: torch.Tensor, labels: str = "abc") -> None:
+        super().__init__({"train": (torch.zeros(3, 5), torch.arange(3))}, list("abc"))
+        self.given = {"test": Rows(inputs, targets)}
+        self.names = tuple(labels)
+
+    @property
+    def splits(self) -> Any:
+        return self.given
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.names
+
+
+@pytest.mark.parametrize(
+    ("targets", "labels", "message"),
+    [
+        (torch.tensor([0, 3]), "abc", "has the target 3, and the 3 labels are numbered from 0 to 2"),
+        (torch.tensor([0, -1]), "abc", "has the target -1"),
+        (torch.tensor([0.0, 1.0]), "abc", r"targets float32 \[2\], and the task has labels"),
+        (torch.zeros(2, 4, dtype=torch.int64), "abc", r"targets int64 \[2, 4\], and the task has labels"),
+        (torch.zeros(2, dtype=torch.bfloat16), "", "has targets in bfloat16"),
+    ],
+)
+def test_targets_that_are_none_of_the_labels(targets: torch.Tensor, labels: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_labels(Given(torch.zeros(2, 5), targets, labels))
+    check_labels(Given(torch.zeros(2, 5), torch.tensor([2, -100])))
+
+
+def test_samples_in_half_precision(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the input 'image' of split 'test' .* is float16: give it in float32"):
+        check_inputs(Given(torch.zeros(2, 5).half(), torch.tensor([0, 1])))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_in_half_precision_runs_in_float32_and_that_is_said(tmp_path: Path, dtype: str) -> None:
+    path = write_recipe(tmp_path, stages=[TRAIN])
+    source = (tmp_path / "net.py").read_text().replace("def net", "def plain")
+    (tmp_path / "net.py").write_text(source + f"\ndef net():\n    return plain().to(torch.{dtype})\n")
+    result = run(load_recipe(path), tmp_path / "out")
+    assert any(f"net.py:net comes with {dtype} weights" in note for note in result.steps[0].notes)
+    assert load_checkpoint(result.out / result.steps[0].checkpoint).state_dict()["0.weight"].dtype == torch.float32

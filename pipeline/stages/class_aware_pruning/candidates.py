@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ...task import split_of
-from .criteria import CRITERIA, filter_scores, unit_scores
+from .criteria import filter_scores, unit_scores
 from .groups import Channels
 from .iterations import Progress
 from .scores import FilterStatistics, collect
@@ -24,19 +24,21 @@ def choose(setup: Setup, progress: Progress, channels: Channels, number: int) ->
         channels: of `progress.model`.
         number: of the iteration, from 1.
     """
-    config, context, criterion = setup.config, setup.context, CRITERIA[setup.config.criterion_name]
+    config, context, criterion = setup.config, setup.context, setup.criterion
     layers = list(dict.fromkeys(path for group in channels.groups for path in group.producers))
     statistics: dict[str, FilterStatistics] = {}
     if criterion.needs_statistics or config.needs_loss:
         split = split_of(setup.task, config.score_split, NAME)
-        statistics = collect(progress.model, layers, split, setup.task.labels, config.scoring(), context)
+        statistics = collect(
+            progress.model, layers, split, setup.task.labels, config.scoring(), context, setup.task.loss
+        )
     scores = filter_scores(criterion, progress.model, statistics, channels.groups, context, number)
     units = {g.name: unit_scores(g, scores, statistics, progress.model) for g in channels.groups}
     progress.artifacts = {f"scores.{path}": score.to(torch.float32) for path, score in scores.items()}
-    for path, found in statistics.items():
+    for path, found in statistics.items() if setup.task.labels else ():
         progress.artifacts[f"class_count.{path}"] = found.class_count
         progress.artifacts[f"class_counts.{path}"] = found.per_class
-    if criterion.needs_statistics and number == 1:
+    if criterion.needs_statistics and setup.task.labels and number == 1:
         _note_thresholds(setup, progress, statistics)
     full_scale = criterion.full_scale(len(setup.task.labels))
     return select(

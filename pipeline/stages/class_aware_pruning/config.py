@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -21,6 +22,8 @@ _PROFILES: dict[str, tuple[int, int]] = {
 
 
 _AUTO_TARGET = 0.5
+_WITHOUT_CLASSES = "taylor"
+"""Of the criteria that need no classes the one nearest to the default: both weigh what a filter changes in the loss."""
 
 
 class ClassAwarePruningConfig(StageConfig):
@@ -41,7 +44,7 @@ class ClassAwarePruningConfig(StageConfig):
         "random",
     ] = "auto"
     """Which filters matter; see `criteria`. `auto`: `class_coverage_fpgm` with a target, and `class_count`, as
-    published, without."""
+    published, without; `taylor` for a task without classes."""
     target_mac_reduction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
     and the criterion only which; there is no threshold. `auto`: half of them, or what widths and floors allow, nothing
@@ -75,7 +78,7 @@ class ClassAwarePruningConfig(StageConfig):
     score_split: Literal["train", "calibration"] = "calibration"
     """Where the images for the scores come from; they are never augmented."""
     images_per_class: int = Field(default=10, ge=1)
-    """Images per class for the scores, or as many as there are."""
+    """Images per class for the scores, or as many as there are; ten times as many in all without classes."""
     score_batch_size: int = Field(default=64, ge=1)
     """Images per forward and backward pass of scoring; does not change the scores."""
     agg: Literal["sum_then_max", "max_then_sum"] = "sum_then_max"
@@ -121,11 +124,12 @@ class ClassAwarePruningConfig(StageConfig):
         # a layer of fewer than four coarse steps would have next to no choice left
         return coarse if filters >= 4 * coarse else fine
 
-    @property
-    def criterion_name(self) -> str:
-        """The criterion that `auto` stands for, or the one that was named."""
+    def criterion_name(self, labels: Sequence[str]) -> str:
+        """The criterion that `auto` stands for on a task with these classes, or the one that was named."""
         if self.criterion != "auto":
             return self.criterion
+        if not labels:
+            return _WITHOUT_CLASSES
         return "class_count" if self.target is None else "class_coverage_fpgm"
 
     @property

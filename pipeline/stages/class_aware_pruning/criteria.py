@@ -52,12 +52,14 @@ class Criterion(Protocol):
 
     Attributes:
         name: as recipes write it.
+        needs_classes: whether it compares what a filter does for one class and for another.
         needs_statistics: whether `ScoredLayer.statistics` must be there.
         needs_scaling: False if scores compare across layers as they are; True if they first have to be divided by
             their mean over the layer, so that 1 is the layer's average filter.
     """
 
     name: ClassVar[str]
+    needs_classes: ClassVar[bool]
     needs_statistics: ClassVar[bool]
     needs_scaling: ClassVar[bool]
 
@@ -71,8 +73,9 @@ class Criterion(Protocol):
 
 
 class _Scaled:
-    """A criterion whose scores are relative to the layer's average filter."""
+    """A criterion whose scores are relative to the layer's average filter; any task will do."""
 
+    needs_classes: ClassVar[bool] = False
     needs_scaling: ClassVar[bool] = True
 
     def full_scale(self, classes: int) -> float:
@@ -85,6 +88,7 @@ class ClassCount:
     """How many classes need the filter (METHODS §1.3, arXiv 2312.05875); 0 ... number of classes."""
 
     name: ClassVar[str] = "class_count"
+    needs_classes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
     needs_scaling: ClassVar[bool] = False
 
@@ -168,6 +172,7 @@ class ClassCountFisher(_Scaled):
     """Class count times Fisher: among the best in mean and in worst-class accuracy (METHODS §1.8)."""
 
     name: ClassVar[str] = "class_count_fisher"
+    needs_classes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
     def filter_scores(self, layer: ScoredLayer) -> Tensor:
@@ -186,6 +191,7 @@ class ClassCoverage(_Scaled):
     """
 
     name: ClassVar[str] = "class_coverage"
+    needs_classes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
     most_steps: ClassVar[int] = 512
 
@@ -215,6 +221,7 @@ class ClassCoverageDistance(_Scaled):
     """
 
     name: ClassVar[str] = "class_coverage_fpgm"
+    needs_classes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
 
     def filter_scores(self, layer: ScoredLayer) -> Tensor:

@@ -75,6 +75,11 @@ def result_of(setup: Setup, progress: Progress, quality: Score) -> StageResult:
 
 def _notes(setup: Setup, progress: Progress, cost: Cost) -> list[str]:
     notes, target, reduction = [], setup.config.target, 1.0 - cost.macs / setup.dense.macs
+    if not setup.task.labels and setup.config.criterion == "auto":
+        notes.append(
+            f"the task {setup.task.name!r} has no classes to be aware of: filters were scored by "
+            f"{setup.criterion.name}, what each changes in the task's own loss; `criterion` names another"
+        )
     if setup.classes:
         notes.append(
             f"from here on the task has {len(setup.task.labels)} classes ({', '.join(setup.task.labels)}): this and "
@@ -119,7 +124,7 @@ def _width(module: nn.Module) -> int:
 def _metrics(setup: Setup, progress: Progress, quality: Score, cost: Cost) -> dict[str, Any]:
     target = setup.config.target
     return {
-        "criterion": setup.config.criterion_name,
+        "criterion": setup.criterion.name,
         "mode": setup.config.mode if target is None else f"target ({setup.config.allocation})",
         "stopped": progress.stopped,
         "classes": list(setup.task.labels) if setup.classes else None,

@@ -20,7 +20,7 @@ from .groups import Channels
 from .iterations import Progress
 from .loss import modified_loss
 from .outcome import iteration_row, result_of
-from .setup import NAME, Setup, set_up, unprunable
+from .setup import NAME, Setup, check_kind, scores_each_class, set_up, unprunable
 
 
 def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> StageResult:
@@ -48,6 +48,16 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
     reopen(model, edit.data.get("opened", ()))
     surgery.prune(model, surgery.from_json(edit.data["keep"]), edit.data["attributes"])
     return model
+
+
+def check(model: nn.Module, task: Task, config: ClassAwarePruningConfig) -> None:
+    """Refuses, before any compute, what only classes can answer on a task without classes.
+
+    Raises:
+        RecipeError: see `check_kind`.
+    """
+    del model
+    check_kind(task, config)
 
 
 def _beginning(setup: Setup) -> Progress:
@@ -148,7 +158,8 @@ STAGE = Stage(
     rebuild=rebuild,
     splits=("train", "calibration", "validation"),
     splits_for=_splits,
-    per_class=True,
+    per_class=scores_each_class,
+    check=check,
     classes=lambda config: config.classes,
     classes_alone=_classes_alone,
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,20 @@ RELATIVE_TAU = 0.3
 """With `auto` and no `tau`, for layers that are never silent. With it the mean count of SiLU and GELU networks is that
 of ReLU networks; the 1e-3 of METHODS §1.3 still counts every filter for every class (both measured)."""
 _PROBED_ROWS = 4
+_CLASSES_OF_NONE = 10
+"""So many times `images_per_class` samples are looked at where the task has no classes."""
+
+Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Mean loss of outputs [N, ...] and targets [N, ...], scalar."""
+
 _SILENT_SHARE = 1e-3
 
 
 @dataclass(frozen=True)
 class FilterStatistics:
-    """Of one layer with F filters, over C classes; float32, CPU.
+    """Of one layer with F filters, over C classes; float32, CPU. A task without classes counts as one.
 
-    With A the layer's output, G the gradient of a sample's cross entropy at it:
+    With A the layer's output, G the gradient of a sample's loss at it, cross entropy where there are classes:
 
     Attributes:
         class_count: [F], in how many classes the filter matters at its best position; 0 ... C.
@@ -76,6 +83,24 @@ def logit_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     size = gradient.abs().amax(dim=1)
     direction = torch.where(size[:, None] > 0, gradient / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None], onehot)
     return direction, size
+
+
+def loss_gradients(loss: Loss, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of each sample's loss at its output, as direction and size like `logit_gradients`.
+
+    Args:
+        loss: a mean over the samples, so N times its gradient is that of each.
+        output: [N, ...].
+        targets: [N, ...].
+
+    Returns:
+        directions [N, ...] of largest entry 1, or 0 where there is no gradient, and sizes [N].
+    """
+    leaf = output.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, targets) * len(output), leaf)
+    size = gradient.abs().flatten(1).amax(dim=1) if gradient.dim() > 1 else gradient.abs()
+    scale = size.clamp_min(torch.finfo(size.dtype).tiny).view(-1, *[1] * (gradient.dim() - 1))
+    return gradient / scale, size
 
 
 class _Tally:
@@ -142,18 +167,20 @@ def collect(
     labels: Sequence[str],
     settings: ScoringSettings,
     context: Context,
+    loss: Loss | None = None,
 ) -> dict[str, FilterStatistics]:
     """Statistics of every filter of `layers`, in eval mode and float32, without changing the model.
 
     One class after the other; never holds feature maps of more than one batch.
 
     Args:
-        model: takes the split's inputs positionally and returns logits [N, C].
+        model: takes the split's inputs positionally and returns logits [N, C], any output [N, ...] without classes.
         layers: paths of convolutions and linear layers.
         split: has at least one sample of every class.
-        labels: names of the classes.
+        labels: names of the classes; none: all samples are one class.
         settings: see there.
         context: device, generator of the choice of images, progress.
+        loss: of the task, whose gradients are taken where there are no classes.
 
     Raises:
         StageError: the model is not float32, returns no logits, or a score is not finite.
@@ -171,21 +198,24 @@ def collect(
     device = context.device
     model.to(device)
     recorder = _Recorder(model, layers)
-    everything = range(len(labels))
+    gradients = logit_gradients if labels or loss is None else partial(loss_gradients, loss)
+    at_once = min(settings.batch_size, getattr(split, "largest_batch", settings.batch_size))
+    everything = range(max(1, len(labels)))
     handles = recorder.handles()
     with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        never = _never_silent(recorder, split, len(labels), device)
+        never = _never_silent(recorder, split, len(labels), device) if labels else frozenset[str]()
         tallies = {path: _Tally(settings, path in never) for path in layers}
-        for label in context.progress.track(everything, "scoring classes", len(labels)):
-            chosen = _choose(split, label, settings.images_per_class, context)
+        for label in context.progress.track(everything, "scoring classes" if labels else "scoring", len(everything)):
+            chosen = _choose(split, label if labels else None, settings.images_per_class, context)
             wanted = _correct(model, split, chosen, settings, device) if settings.only_correct else None
-            for start in range(0, len(chosen), settings.batch_size):
-                part = slice(start, start + settings.batch_size)
+            for start in range(0, len(chosen), at_once):
+                part = slice(start, start + at_once)
                 batch = split.batch(chosen[part]).to(device)
                 logits = recorder.run(batch)
                 _check_logits(logits, len(batch.targets), len(labels))
+                direction, size = gradients(logits, batch.targets)
                 counted = None if wanted is None else wanted[part].to(device)
-                for path, product, size in recorder.products(logits, batch.targets):
+                for path, product in recorder.products(logits, direction):
                     tallies[path].add(product, size, counted, path)
             images = len(chosen) if wanted is None else int(wanted.sum())
             for tally in tallies.values():
@@ -223,9 +253,9 @@ class _Recorder:
         """After a run: from now on copies only the outputs that somebody overwrote."""
         self.copied = {path for path, calls in self.handed_on.items() if any(tensor._version for tensor in calls)}
 
-    def products(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Per layer ``A * G`` [N, F, positions of all calls], G up to the samples' sizes [N], which come along."""
-        direction, size = logit_gradients(logits, targets)
+    def products(self, logits: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Per layer ``A * G`` [N, F, positions of all calls], G for the gradient `direction` at the logits."""
+        rows = len(logits)
         flat = [tensor for calls in self.outputs.values() for tensor in calls]
         gradients = iter(torch.autograd.grad(logits, flat, grad_outputs=direction, allow_unused=True))
         for path, calls in self.outputs.items():
@@ -233,13 +263,13 @@ class _Recorder:
             for tensor in calls:
                 gradient = next(gradients)
                 product = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
-                if product.shape[0] % len(targets):
+                if product.shape[0] % rows:
                     raise StageError(
-                        f"layer {path!r} runs on {product.shape[0]} rows for {len(targets)} samples, so its filters "
+                        f"layer {path!r} runs on {product.shape[0]} rows for {rows} samples, so its filters "
                         "cannot be scored per sample: exclude it"
                     )
-                parts.append(_by_filter(product, channel_dim(self.modules[path], product), len(targets)))
-            yield path, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), size
+                parts.append(_by_filter(product, channel_dim(self.modules[path], product), rows))
+            yield path, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -278,16 +308,21 @@ def _never_silent(recorder: _Recorder, split: Split, classes: int, device: torch
         batch = split.batch([row]).to(device)
         logits = recorder.run(batch)
         _check_logits(logits, len(batch.targets), classes)
-        for path, product, _ in recorder.products(logits, batch.targets):
+        direction, _ = logit_gradients(logits, batch.targets)
+        for path, product in recorder.products(logits, direction):
             silent[path] = silent.get(path, 0) + int((product == 0).sum())
             total[path] = total.get(path, 0) + product.numel()
         recorder.stop_needless_copies()
     return frozenset(path for path, count in total.items() if silent[path] < _SILENT_SHARE * count)
 
 
-def _choose(split: Split, label: int, most: int, context: Context) -> Tensor:
-    rows = (split.targets == label).nonzero().flatten()
-    order = torch.randperm(len(rows), generator=context.generator("scoring images", label))
+def _choose(split: Split, label: int | None, most: int, context: Context) -> Tensor:
+    """Rows of the class `label`, at most `most`; ten times as many of all rows without classes."""
+    if label is None:
+        rows, most, name = torch.arange(len(split)), _CLASSES_OF_NONE * most, -1
+    else:
+        rows, name = (split.targets == label).nonzero().flatten(), label
+    order = torch.randperm(len(rows), generator=context.generator("scoring images", name))
     return rows[order[:most]].sort().values
 
 
@@ -303,7 +338,7 @@ def _correct(model: nn.Module, split: Split, chosen: Tensor, settings: ScoringSe
 
 
 def _check_logits(logits: Any, rows: int, classes: int) -> None:
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (rows, classes):
+    if not isinstance(logits, Tensor) or (classes and tuple(logits.shape) != (rows, classes)):
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise StageError(f"the model returns {shape} where logits ({rows}, {classes}) are needed for scores per class")
     if logits.dtype not in (torch.float32, torch.float64):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...class_subset import ClassSubset, class_indices
 from ...cost import Cost, count
-from ...errors import StageError
+from ...errors import RecipeError, StageError
 from ...evaluation import evaluate
 from ...metric import Score
 from ...stage import Context
@@ -18,6 +18,7 @@ from ...task import Task, check_classes, split_of
 from . import surgery
 from .attention import open_attention
 from .config import ClassAwarePruningConfig
+from .criteria import CRITERIA, Criterion
 from .finding import find_channels
 from .groups import Channels
 from .specialising import class_cut
@@ -41,6 +42,7 @@ class Setup:
         dense: what `given` costs.
         target: in MACs.
         baseline: quality of `base` on the chosen classes.
+        criterion: what scores the filters.
     """
 
     task: Task
@@ -55,19 +57,23 @@ class Setup:
     dense: Cost
     target: MacTarget
     baseline: Score
+    criterion: Criterion
 
 
 def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> Setup:
     """Looks at everything before anything is trained.
 
     Raises:
+        RecipeError: see `check_kind`.
         DataError: a class without images for the scores.
         StageError: nothing can be pruned (with a reason per layer), or the target is out of reach.
     """
+    check_kind(task, config)
     chosen = class_indices(task.labels, config.classes, asked_by=f"stage {NAME!r}") if config.classes else ()
     specialise = 0 < len(chosen) < len(task.labels)
     task = ClassSubset(task, chosen) if specialise else task
-    check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
+    if scores_each_class(config, task):
+        check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
     model.to("cpu").eval()
     inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
     opened = open_attention(model, inputs, config.exclude)
@@ -79,7 +85,52 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
     dense = count(model, inputs)
     target = MacTarget(config, channels, dense.macs, count(base, inputs).macs - channels.macs({}))
     target.check()
-    return Setup(task, config, context, inputs, model, opened, classes, base, channels, dense, target, baseline)
+    return Setup(
+        task,
+        config,
+        context,
+        inputs,
+        model,
+        opened,
+        classes,
+        base,
+        channels,
+        dense,
+        target,
+        baseline,
+        criterion_of(config, task),
+    )
+
+
+def criterion_of(config: ClassAwarePruningConfig, task: Task) -> Criterion:
+    """The criterion that the recipe names, or what its `auto` is on this task."""
+    return CRITERIA[config.criterion_name(task.labels)]
+
+
+def scores_each_class(config: ClassAwarePruningConfig, task: Task) -> bool:
+    """Whether every class needs samples: where there are classes, and filters are scored on samples at all."""
+    return bool(task.labels) and (criterion_of(config, task).needs_statistics or config.needs_loss)
+
+
+def check_kind(task: Task, config: ClassAwarePruningConfig) -> None:
+    """Refuses what only classes can answer on a task without classes.
+
+    Raises:
+        RecipeError: names the setting, and what does without.
+    """
+    if task.labels:
+        return
+    without = f"the task {task.name!r} has no classes (no labels)"
+    if CRITERIA[config.criterion_name(())].needs_classes:
+        able = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_classes)
+        raise RecipeError(
+            f"{NAME}.criterion is {config.criterion}, which weighs classes against each other, and {without}: choose "
+            f"one that needs none ({able}), or leave it out, which then "
+            f"is {ClassAwarePruningConfig().criterion_name(())}"
+        )
+    for field in ("classes", "only_correct", "max_worst_class_drop"):
+        if getattr(config, field) != type(config).model_fields[field].default:
+            raise RecipeError(f"{NAME}.{field} speaks of classes, and {without}: leave it out")
 
 
 def unprunable(refused: Mapping[str, str]) -> str:

@@ -289,7 +289,7 @@ def test_saturated_counts_are_pointed_out(tmp_path: Path) -> None:
 def test_recipes_can_name_every_criterion() -> None:
     field = ClassAwarePruningConfig.model_fields["criterion"]
     assert set(typing.get_args(field.annotation)) == {"auto", *CRITERIA}
-    assert config().criterion_name == "class_coverage_fpgm"
-    assert config(target_mac_reduction=None).criterion_name == "class_count"
-    assert config(criterion="l1").criterion_name == "l1"
-    assert STAGE.per_class and "test" not in STAGE.splits
+    assert config().criterion_name("ab") == "class_coverage_fpgm"
+    assert config(target_mac_reduction=None).criterion_name("ab") == "class_count"
+    assert config(criterion="l1").criterion_name("ab") == "l1"
+    assert config().criterion_name(()) == "taylor" and "test" not in STAGE.splits

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stages.class_aware_pruning.axes import filters
-from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer, coupled_weights
+from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer, coupled_weights, unit_scores
 from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
+from edgewright.pipeline.stages.class_aware_pruning.groups import ChannelGroup
 from edgewright.pipeline.stages.class_aware_pruning.loss import modified_loss, orthogonality, penalty
 from edgewright.pipeline.stages.class_aware_pruning.scores import (
     RELATIVE_TAU,
@@ -346,3 +348,13 @@ def test_modified_loss_is_the_tasks_plus_the_penalty() -> None:
     plain = task.loss(model(*batch.inputs), batch.targets)
     value = modified_loss(task, TrainingConfig(), 1e-4, 1e-2, 1)(model, batch)
     assert float(value.detach()) == pytest.approx(float(plain.detach() + penalty(model, 1e-4, 1e-2).detach()), rel=1e-5)
+
+
+def test_one_filter_that_is_needed_keeps_its_whole_unit() -> None:
+    """Units of two filters in each of two coupled layers: the largest of the four scores is the unit's."""
+    model = nn.Sequential(OrderedDict(a=nn.Linear(3, 4), b=nn.Linear(3, 4)))
+    channels = torch.tensor([[0, 1], [2, 3]])
+    group = ChannelGroup("a", ("a", "b"), {("a", "out"): channels, ("b", "out"): channels})
+    scores = {"a": torch.tensor([1.0, 7.0, 3.0, 2.0]), "b": torch.tensor([2.0, 3.0, 0.5, 4.0])}
+    assert unit_scores(group, scores, {}, model).score.tolist() == [7.0, 4.0]
+    assert unit_scores(group, {**scores, "a": torch.zeros(4)}, {}, model).score.tolist() == [3.0, 4.0]
