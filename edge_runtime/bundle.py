@@ -33,6 +33,7 @@ from .manifest import (
     GoldenCase,
     Manifest,
 )
+from .path_text import check_path
 from .replacing import replaced
 from .scratch import Scratch
 from .seal import Seal, seal_of
@@ -159,6 +160,7 @@ def open_bundle(path: str | os.PathLike[str], follow_links: bool = False) -> Bun
             names the file.
     """
     path = Path(path)
+    check_path(path.absolute(), "the bundle")
     try:
         if path.is_dir():
             return _open_folder(path, follow_links)

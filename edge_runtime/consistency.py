@@ -71,6 +71,9 @@ def _check_tensors(manifest: Manifest) -> None:
 
 
 def _check_labels(manifest: Manifest) -> None:
+    twice = next((label for i, label in enumerate(manifest.labels) if label in manifest.labels[:i]), None)
+    if twice is not None:
+        raise _contradiction(f"labels has {twice!r} twice, so that an answer could be either class")
     for spec in manifest.outputs:
         if spec.name not in (LOGITS, SCORES) or not manifest.labels or not spec.shape:
             continue

@@ -7,6 +7,7 @@ files away from under the other. What a process that was killed could not remove
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from types import TracebackType
 
 from .errors import InputError
 
+_ROOM_BYTES = 1 << 12
 _live: dict[str, int] = {}
 """Folders that were made and not removed yet, with the id of the process that made each."""
 
@@ -55,7 +57,29 @@ class Scratch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        full = error is not None and not isinstance(error, InputError) and _is_full(self.path, error)
         self.cleanup()
+        if full:
+            raise InputError(
+                f"the place for temporary files, {self.path.parent}, is full ({error}): free some space there, or set "
+                "TMPDIR to a folder with more"
+            ) from error
+
+
+def _is_full(folder: Path, error: BaseException) -> bool:
+    """Whether `error` comes of a disk without room; foreign code says so in words of its own, or not at all."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # somebody else's file may be on another disk
+        return error.filename is None or str(folder) in str(error.filename)
+    return isinstance(error, Exception) and is_full(folder)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether not even a small file has room there."""
+    try:
+        return shutil.disk_usage(folder).free < _ROOM_BYTES
+    except OSError:
+        return False
 
 
 def live_folders() -> list[str]:

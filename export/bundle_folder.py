@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edgewright.edge_runtime.errors import InputError
 from edgewright.edge_runtime.manifest import MANIFEST_FILE
+from edgewright.edge_runtime.path_text import check_path
 
 DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 """Whose versions a manifest names."""
@@ -20,6 +21,7 @@ def check_target(target: Path) -> None:
     Raises:
         InputError: `target` is taken, or cannot be looked at.
     """
+    check_path(target.absolute(), "the place for the bundle")
     with writing(target):
         taken = target.exists() and not (
             target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST_FILE).exists())

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.models.capturable import batched_experts
 from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.models.module_state import untouched
+from edgewright.models.module_state import scripted_module, untouched
 
 MODULE_KEY = "edgewright.module"
 """The one metadata key a node carries: its torch module path."""
@@ -89,6 +89,9 @@ def capture(
     Raises:
         ExportError: torch cannot export the model; names the step and, where known, the remedy.
     """
+    scripted = scripted_module(model)
+    if scripted is not None:
+        raise ExportError(f"{type(model).__name__} cannot be exported: {scripted}")
     heads = len(model.specs) + 1 if isinstance(model, MultiExit) else 1
     shapes = (
         None

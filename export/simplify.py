@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgewright.edge_runtime.comparison import compare
 from edgewright.edge_runtime.errors import EdgewrightError
-from edgewright.edge_runtime.scratch import Scratch
+from edgewright.edge_runtime.scratch import Scratch, is_full
 from edgewright.edge_runtime.session import session_on
 from edgewright.edge_runtime.watched import run_watched
 
@@ -27,7 +28,7 @@ Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 Method: TypeAlias = Literal["none", "onnxscript", "onnxsim"]
 Command: TypeAlias = Callable[[Path, Path], Sequence[str]]
 """From the files to read and to write to a command line."""
-
+_NO_ROOM = os.strerror(errno.ENOSPC)
 
 FOLDED_BYTES = 1024
 """Weight bytes that may appear when small computations on constants, such as a scale, are folded."""
@@ -71,6 +72,9 @@ def simplify(
         if reason is None:
             reason = _rejected(model, source, target, feeds, abs_tolerance, rel_tolerance)
         if reason is not None:
+            if _NO_ROOM in reason or is_full(folder):
+                # not a verdict on the graph: with room it may be kept, and the bundle would be another one
+                raise OSError(errno.ENOSPC, _NO_ROOM)
             return model, f"{label}: not kept, {reason}"
         simplified = ir.load(target)
         # the tensors of a loaded model may point into the temporary folder

@@ -31,6 +31,19 @@ def copied(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
+def scripted_module(model: nn.Module) -> str | None:
+    """What stands in the way if TorchScript has compiled a part of `model`; functions that it compiled are none."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"the module {path!r} is" if path else "it is"
+            return (
+                f"{where} TorchScript ({type(module).__name__}, of torch.jit.script, trace or load), which can neither "
+                "be watched nor captured: build the model from the Python class instead, and load the weights of the "
+                "scripted one with load_state_dict"
+            )
+    return None
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Puts everything back at the end that running or tracing `model` changes on it, also after an error.

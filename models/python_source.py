@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,10 +14,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from .import_closure import import_closure
 from .user_modules import EditedError, activated, import_file, is_installed, start_of
 
 PREFIX = "python:"
+_LIBRARIES = ("torch", "numpy")
+"""Whose functions are no models; a network of torch is one."""
 _OURS, _ROOMS = Path(__file__).resolve().parents[1], ("models", "pipeline", "export", "edge_runtime")
 
 
@@ -143,6 +149,11 @@ def _load(reference: str, root: Path) -> LoadedObject:
     if not root.is_dir():
         raise ValueError(f"{reference}: the folder {root} does not exist")
     file = _existing_file(reference, target, root) if _is_file(reference) else None
+    if file is None and target.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"{reference}: {target.partition('.')[0]!r} is a module of Python itself, and a recipe names a function of "
+            "yours; if it is a folder or file of yours, write python:path/to/file.py:function, or rename it"
+        )
     start = start_of(file)[0] if file else None
     with activated(root, start) as workspace:
         try:
@@ -153,6 +164,7 @@ def _load(reference: str, root: Path) -> LoadedObject:
             workspace.forget()
             raise ValueError(_why(error, reference, target, root)) from error
         found = _attribute(module, attribute, reference)
+    _check_origin(found, reference)
     where = Path(getattr(module, "__file__", None) or inspect.getfile(found)).resolve()
     folders, limits = list(workspace.folders), list(workspace.folders)
     if not any(where.is_relative_to(folder) for folder in folders):
@@ -161,6 +173,24 @@ def _load(reference: str, root: Path) -> LoadedObject:
         folders.insert(0, start)
         limits.append(start / name.partition(".")[0] if "." in name or where.stem == "__init__" else where)
     return LoadedObject(found, where, import_closure(where, folders, limits))
+
+
+def _check_origin(found: Any, reference: str) -> None:
+    """Refuses what a recipe has no business to call with its arguments: eval, os.system, torch.load, ..."""
+    made = found
+    while isinstance(made, functools.partial):
+        made = made.func
+    made = inspect.unwrap(getattr(made, "__func__", made))
+    named = made if isinstance(made, type) or inspect.isroutine(made) else type(made)
+    origin = getattr(named, "__module__", None) or "builtins"
+    top = origin.partition(".")[0]
+    if top == "torch" and isinstance(made, type) and issubclass(made, nn.Module):
+        return
+    if top in sys.stdlib_module_names or top in _LIBRARIES:
+        raise ValueError(
+            f"{reference}: that is {origin}.{getattr(named, '__qualname__', named)}, no function of yours; a recipe "
+            "names a function or class that makes what is needed: write one that calls it"
+        )
 
 
 def _existing_file(reference: str, target: str, root: Path) -> Path:
@@ -201,6 +231,8 @@ def _why(error: BaseException, reference: str, target: str, root: Path) -> str:
 def _attribute(module: ModuleType, attribute: str, reference: str) -> Any:
     found: Any = module
     for part in attribute.split("."):
+        if part.startswith("__"):
+            raise ValueError(f"{reference}: {part!r} belongs to Python itself; name a function or a class")
         if not hasattr(found, part):
             names = [n for n, v in vars(found).items() if callable(v) and not n.startswith("_")]
             raise ValueError(

@@ -30,6 +30,8 @@ _PROTECTED = frozenset({"__main__", __name__.partition(".")[0]})
 def _installed_roots() -> tuple[Path, ...]:
     names = {sysconfig.get_path(key) for key in ("purelib", "platlib", "stdlib", "platstdlib")}
     names |= {*site.getsitepackages(), site.getusersitepackages()}
+    # and those that a .pth file or PYTHONPATH adds
+    names |= {entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")}
     return tuple(Path(name).resolve() for name in sorted(filter(None, names)))
 
 

@@ -13,6 +13,8 @@ from edgewright.edge_runtime.typed_json import strict_json
 from .errors import InputError
 
 _NEVER = 2.0
+REPORT_SCHEMA_VERSION = 1
+"""Of report.json."""
 
 
 @dataclass(frozen=True)
@@ -158,12 +160,17 @@ def read_report(path: Path) -> dict[str, Any]:
     """The content of report.json; `path` may be the folder of the run.
 
     Raises:
-        InputError: it is not there or no report.
+        InputError: it is not there, no report, or one of another schema.
     """
     place = path / "report.json" if path.is_dir() else path
     content = _read_json(place, str(place))
     if not isinstance(content, dict):
         raise InputError(f"{place} holds no JSON object")
+    if content.get("schema_version") != REPORT_SCHEMA_VERSION:
+        raise InputError(
+            f"{place} has schema_version {content.get('schema_version')!r}, and this edgewright reads "
+            f"{REPORT_SCHEMA_VERSION}: use the version that wrote it, or run the recipe again"
+        )
     return content
 
 

@@ -17,7 +17,7 @@ from .errors import DataError
 from .metric import Metric, metric_named
 from .splits import TensorSplit, as_split, class_indices
 from .splitting import stratified_split
-from .task import SPLITS, Batch, Split, SplitName
+from .task import SPLITS, Batch, Split, SplitName, check_unique
 
 Augmentation: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -38,7 +38,7 @@ class ImageClassification:
         file_digests: files that the data were read from, see `pipeline.task.FromFiles`; a run stops when one is edited.
 
     Raises:
-        DataError: a target outside the labels, an unknown split name or an unknown metric.
+        DataError: a target outside the labels, a label twice, an unknown split name or an unknown metric.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class ImageClassification:
                 raise DataError(f"unknown split {key!r}; there are {', '.join(SPLITS)}")
             self._splits[key] = as_split(value)
         self._labels = tuple(str(label) for label in labels)
+        check_unique(self._labels, name)
         self._preprocessing = preprocessing or Preprocessing()
         self._augment = augment
         self._metric = metric_named(metric, len(self._labels)) if isinstance(metric, str) else metric

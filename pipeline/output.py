@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgewright.edge_runtime.path_text import check_path
+
 from .errors import OutputError
 
 LOCK_FILE = ".lock"
@@ -25,6 +27,7 @@ def output_folder(out: Path) -> Iterator[Path]:
         OutputError: cannot be made or written, or another process uses it; names the process.
     """
     out = Path(out).absolute()
+    check_path(out, "the folder for results")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as probe:

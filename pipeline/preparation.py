@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.manifest import MANIFEST_FILE
+from edgewright.edge_runtime.path_text import check_path
 from edgewright.edge_runtime.providers import provider_names
 from edgewright.models import registry
+from edgewright.models.module_state import scripted_module
 from edgewright.models.precision import HALF
 from edgewright.models.weights import load_weights
 
@@ -26,7 +28,7 @@ from .recipe import Recipe, check_order
 from .reproducibility import check_reproducible
 from .stage import Json, Progress
 from .stages import stage_named
-from .task import Task, check_classes, data_digests, samples_per_class, split_of
+from .task import Task, check_classes, check_unique, data_digests, samples_per_class, split_of
 from .tasks import build_task, task_sources
 from .training import trainings_in
 from .training_check import PlannedTraining, check_training
@@ -79,6 +81,9 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
         DataError: data missing, damaged or overlapping, or a split or class that a stage needs is empty.
     """
     check_order(recipe)
+    check_path(recipe.folder, "the recipe's folder")
+    if recipe.model.weights is not None:
+        check_path(recipe.resolve(recipe.model.weights), "the weights file")
     watch = Watch({}) if watch is None else watch
     device = device_named(recipe.device)
     _check_later_phases(recipe)
@@ -235,11 +240,12 @@ def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str,
 
 
 def check_labels(task: Task) -> None:
-    """Refuses a task with nothing to tell apart, and targets that are none of its classes.
+    """Refuses a task with nothing to tell apart, classes that share a name, and targets that are none of its classes.
 
     Raises:
-        DataError: one label, where none at all belongs to a task without classes; or names the split.
+        DataError: one label, where none at all belongs to a task without classes, a label twice; or names the split.
     """
+    check_unique(task.labels, task.name)
     if len(task.labels) == 1:
         raise DataError(
             f"the task {task.name!r} has the one label {task.labels[0]!r}: a classifier needs at least two classes"
@@ -397,6 +403,9 @@ def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None
                 load_weights(model, recipe.resolve(recipe.model.weights))
         except ValueError as error:
             raise ModelError(str(error)) from error
+    scripted = scripted_module(model)
+    if scripted is not None:
+        raise ModelError(f"{recipe.model.name}: {scripted}")
     return model.to("cpu").eval()
 
 

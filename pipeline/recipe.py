@@ -14,7 +14,7 @@ from edgewright.export.options import ExportOptions
 
 from .atomic import plain, write_text
 from .errors import RecipeError, StageOrderError
-from .recipe_text import apply_overrides, expand_shorthands, read_recipe_data
+from .recipe_text import apply_overrides, check_numbers, expand_shorthands, read_recipe_data
 from .stage import StageConfig
 from .stages import stage_named
 from .training import TrainingConfig
@@ -244,6 +244,7 @@ def parse_recipe(
         StageOrderError: see `load_recipe`.
     """
     whole = apply_overrides(expand_shorthands(dict(data)), overrides)
+    check_numbers(whole, source)
     if not whole.get("name"):
         whole["name"] = name
     try:
@@ -260,6 +261,7 @@ def parse_recipe(
         entry.model_copy(update={"id": step}) for entry, step in zip(recipe.stages, recipe.step_ids, strict=True)
     )
     recipe = recipe.model_copy(update={"root": folder, "stages": stages})
+    check_numbers(recipe.resolved(), source)  # again, because the text "nan" becomes a number where one is wanted
     check_order(recipe)
     return recipe
 

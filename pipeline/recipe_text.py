@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from .errors import RecipeError
 
 _SIZE_LIMIT_BYTES = 1 << 20
+_INTEGER_BITS = 64
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,6 +101,30 @@ def read_recipe_data(path: Path) -> dict[str, Any]:
         what = "is empty" if data is None else f"holds {_kind(data)}"
         raise RecipeError(f"{path} {what}; a recipe is a mapping that has at least `model` and `task`")
     return data
+
+
+def check_numbers(value: Any, source: str, path: str = "") -> None:
+    """Refuses numbers that nothing can be computed with, wherever they stand.
+
+    Args:
+        value: plain data.
+        source: what errors call the recipe.
+        path: of `value` in it.
+
+    Raises:
+        RecipeError: NaN, infinity (1e999 is one), or a whole number of more than 64 bits; names the key.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_numbers(item, source, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for position, item in enumerate(value):
+            check_numbers(item, source, f"{path}.{position}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        kind = "NaN" if math.isnan(value) else "infinite, or beyond what a float64 holds"
+        raise RecipeError(f"{source}: {path!r} is {kind}; give a finite number")
+    elif isinstance(value, int) and value.bit_length() > _INTEGER_BITS:
+        raise RecipeError(f"{source}: {path!r} is a whole number of more than {_INTEGER_BITS} bits; give a smaller one")
 
 
 def expand_shorthands(data: dict[str, Any]) -> dict[str, Any]:

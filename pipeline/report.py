@@ -18,7 +18,7 @@ from .atomic import plain, pretty_json, write_text
 from .checkpoint import LIBRARIES, load_checkpoint
 from .class_counts import class_counts
 from .exit_analysis import ExitAnalysis, analyse_exits
-from .exit_mix import break_even_text, mix_cost
+from .exit_mix import REPORT_SCHEMA_VERSION, break_even_text, mix_cost
 from .stage import Json
 from .steps import StepRow
 from .task import Task, split_of
@@ -26,7 +26,6 @@ from .task import Task, split_of
 if TYPE_CHECKING:
     from .runner import RunResult
 
-SCHEMA_VERSION = 1
 JSON_FILE = "report.json"
 HTML_FILE = "report.html"
 
@@ -66,7 +65,7 @@ def build_report(result: RunResult, task: Task, root: Path) -> dict[str, Json]:
         analysis = analyse_exits(model, split_of(task, "test", needed_by="the report"))
         exits = _exits(analysis, manifest, measured, None if before is None else before["latency_ms"]["p50"])
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": REPORT_SCHEMA_VERSION,
         "name": result.recipe.name or task.name,
         "task": {
             "name": task.name,

@@ -368,6 +368,7 @@ def test_a_manifest_of_another_form_is_refused(bundle: Path, change, message: st
     [
         (lambda data: data["labels"].pop(), r"labels has 3 names and the output 'scores' is 4 wide \(shape \[1, 4\]\)"),
         (lambda data: data["labels"].append("elk"), "labels has 5 names"),
+        (lambda data: data["labels"].__setitem__(3, data["labels"][0]), "labels has '.*' twice"),
         (lambda data: data["inputs"][0].update(dtype="flaot32"), "input 'x' has the dtype 'flaot32'"),
         (lambda data: data["inputs"][0].update(shape=[1, 0]), r"'x' has the shape \[1, 0\]"),
         (lambda data: data.update(inputs=[]), "inputs is empty"),
@@ -668,3 +669,10 @@ def test_an_old_file_is_not_read_again(bundle: Path, monkeypatch: pytest.MonkeyP
 
         monkeypatch.setattr("edgewright.edge_runtime.bundle.file_sha256", refuse)
         load(opened).close()
+
+
+def test_a_path_that_is_no_text_is_refused(bundle: Path, tmp_path: Path) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    shutil.copytree(bundle, place)
+    with pytest.raises(InputError, match=r"not UTF-8 text, .*caf\\udce9: rename it"):
+        open_bundle(place)

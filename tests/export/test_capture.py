@@ -74,3 +74,8 @@ def test_tables_of_the_first_call_are_captured_and_the_module_stays_as_it_was(ne
 def test_a_model_that_does_not_run_on_the_rows_says_so():
     with pytest.raises(ExportError, match=r"Linear does not run on the example rows \(\[1, 5\]\)"):
         capture(nn.Linear(4, 2), (torch.randn(1, 5),), ["x"])
+
+
+def test_scripted_parts_are_refused():
+    with pytest.raises(ExportError, match="the module '0' is TorchScript"):
+        capture(nn.Sequential(torch.jit.script(nn.Linear(4, 2))), (torch.randn(1, 4),), ["x"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from exported import share_linear_bases, with_exits
 
+from edgewright.edge_runtime.errors import InputError
 from edgewright.export.capture import capture
 from edgewright.export.ledger import unique_bytes
 from edgewright.export.simplify import simplify
@@ -87,3 +88,11 @@ def test_a_bad_simplifier_is_survived(flat, name):
     kept, note = simplify(flat, "none", FEEDS, timeout=4.0 if name == "hang" else 120.0, command=command)
     assert kept is flat
     assert reason in note
+
+
+def test_a_full_disk_is_no_verdict_on_the_graph(flat):
+    def command(source, target):
+        return [sys.executable, "-c", "raise OSError(28, 'No space left on device')"]
+
+    with pytest.raises(InputError, match=r"the place for temporary files, .* is full.*TMPDIR"):
+        simplify(flat, "none", FEEDS, command=command)

@@ -10,7 +10,7 @@ import torch
 from first_call import NETWORKS, InAttribute, InDict, InHelper, InList, WeightNorm
 from torch import Tensor, nn
 
-from edgewright.models.module_state import copied, untouched
+from edgewright.models.module_state import copied, scripted_module, untouched
 
 
 def state(model: nn.Module) -> list[tuple[str, str, Any]]:
@@ -85,3 +85,18 @@ def test_a_copy_of_what_keeps_a_result_with_gradients() -> None:
 def tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.parameters()
     yield from (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor))
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x + x
+
+
+def test_scripted_parts_are_named_and_scripted_functions_are_none() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2))
+    assert "the module '1' is TorchScript" in (scripted_module(nn.Sequential(nn.ReLU(), scripted)) or "")
+    assert "the module '0' is TorchScript" in (scripted_module(nn.Sequential(traced)) or "")
+    assert "it is TorchScript" in (scripted_module(scripted) or "")
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.activation = torch.jit.script(doubled)  # type: ignore[assignment]
+    assert scripted_module(model) is None

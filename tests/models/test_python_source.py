@@ -84,8 +84,8 @@ def test_two_roots_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_module_missing_in_one_root_is_not_taken_from_another(tmp_path: Path) -> None:
-    a = write(tmp_path / "a", {"net.py": "import extra\nmake = dict\n", "extra.py": ""})
-    b = write(tmp_path / "b", {"net.py": "import extra\nmake = dict\n"})
+    a = write(tmp_path / "a", {"net.py": "import extra\ndef make(): return 1\n", "extra.py": ""})
+    b = write(tmp_path / "b", {"net.py": "import extra\ndef make(): return 1\n"})
     load_object("python:net.py:make", a)
     with pytest.raises(ValueError, match=r"the import of 'extra' in .*net.py, line 1 found no such module"):
         load_object("python:net.py:make", b)
@@ -150,12 +150,12 @@ def test_sources_know_imports_that_have_not_run_and_computed_ones(tmp_path: Path
 
 
 def test_installed_modules_and_nested_attributes(tmp_path: Path) -> None:
-    loaded = load_object("python:collections:OrderedDict.fromkeys", tmp_path)
-    assert list(loaded.object("ab")) == ["a", "b"]
+    loaded = load_object("python:yaml:SafeLoader.add_implicit_resolver", tmp_path)
+    assert loaded.object.__name__ == "add_implicit_resolver"
     assert loaded.file in loaded.sources and {path.parent for path in loaded.sources} == {loaded.file.parent}
-    import textwrap as single
+    import typing_extensions as single
 
-    assert load_object("python:textwrap:dedent", tmp_path).sources == (Path(single.__file__).resolve(),)
+    assert load_object("python:typing_extensions:IntVar", tmp_path).sources == (Path(single.__file__).resolve(),)
 
 
 BAD = {
@@ -210,3 +210,33 @@ def test_what_the_function_raises_passes(tmp_path: Path) -> None:
     root = write(tmp_path, {"net.py": "def make(): raise LookupError('mine')\n"})
     with pytest.raises(LookupError, match="mine"):
         call("python:net.py:make", {}, root)
+
+
+FORBIDDEN = "import functools, os, torch\nfrom builtins import eval as net\nfrom torch import load\n" + textwrap.dedent(
+    """
+    run = functools.partial(os.system, "true")
+    class Net(torch.nn.Module):
+        @classmethod
+        def small(cls): return cls()
+    make = functools.partial(Net.small)
+    @functools.lru_cache
+    def cached(): return Net()
+    """
+)
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["builtins:eval", "os:system", "subprocess:run", "mine.py:net", "mine.py:os.system", "mine.py:load", "mine.py:run",
+     "mine.py:Net.__init_subclass__", "torch:load", "numpy:load", "torch.hub:load"],
+)  # fmt: skip
+def test_what_is_no_function_of_the_users_is_never_called(tmp_path: Path, reference: str) -> None:
+    write(tmp_path, {"mine.py": FORBIDDEN})
+    with pytest.raises(ValueError, match=r"no function of yours|module of Python itself|belongs to Python itself"):
+        call(f"python:{reference}", {}, tmp_path)
+
+
+@pytest.mark.parametrize("reference", ["mine.py:make", "mine.py:cached", "mine.py:Net.small", "torch.nn:Identity"])
+def test_functions_and_classes_in_any_wrapping_are_called(tmp_path: Path, reference: str) -> None:
+    write(tmp_path, {"mine.py": FORBIDDEN})
+    assert hasattr(call(f"python:{reference}", {}, tmp_path), "forward")

@@ -12,6 +12,7 @@ from edgewright.pipeline.errors import InputError
 from edgewright.pipeline.exit_mix import break_even, break_even_text, expected, mix_cost, mix_of_report
 
 REPORT = {
+    "schema_version": 1,
     "exits": {
         "table": [
             {"name": "a", "share": 0.5, "p50_ms": 1.0, "macs": 10},
@@ -19,7 +20,7 @@ REPORT = {
             {"name": "end", "share": 0.25, "p50_ms": 5.0, "macs": 40},
         ],
         "cost": {"plain_ms": 4.0},
-    }
+    },
 }
 
 

@@ -127,7 +127,11 @@ def test_scientific_numbers_and_dates_mean_what_they_look_like(tmp_path: Path) -
             ["'export.batch' is 'all'", "'auto', 'single', 'dynamic' or 'compact'"],
         ),
         ({**SMALL, "seed": -1}, ["'seed' is -1", "greater than or equal to 0"]),
-        ({**SMALL, "export": {"tolerance": {"abs": float("nan")}}}, ["'export.tolerance.abs' is nan", "finite"]),
+        ({**SMALL, "export": {"tolerance": {"abs": float("nan")}}}, ["'export.tolerance.abs' is NaN", "finite"]),
+        ({**SMALL, "model": {"name": "m", "args": {"a": [{"b": float("inf")}]}}}, ["'model.args.a.0.b' is infinite"]),
+        ({**SMALL, "stages": [{"name": "train", "learning_rate": "nan"}]}, ["'stages.0.learning_rate'", "finite"]),
+        ({**SMALL, "stages": [{"name": "class_aware_pruning", "tau": "inf"}]}, ["'stages.0.tau' is infinite"]),
+        ({**SMALL, "task": {"name": "t", "args": {"seed": 10**400}}}, ["'task.args.seed'", "more than 64 bits"]),
         ({**SMALL, "stages": [{"name": "train", "id": "a b"}]}, ["'stages.0.id'"]),
         (
             {**SMALL, "stages": [{"name": "train", "id": "a"}, {"name": "train", "id": "a"}]},
@@ -328,3 +332,12 @@ def test_published_recipes_name_the_published_networks(name: str, macs: int) -> 
     assert isinstance(config, ClassAwarePruningConfig) and config.target_mac_reduction is None
     assert (config.lambda1, config.lambda_o, config.threshold_frac, config.images_per_class) == (1e-4, 1e-2, 0.3, 10)
     assert recipe.task.args["classes"] == recipe.model.args["classes"]
+
+
+@pytest.mark.parametrize("text", [".nan", "-.inf", "1e999", "[1, {x: .inf}]", "1e400"])
+def test_numbers_that_are_none_are_refused_by_their_key_in_files_and_overrides(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{name: m, args: {{width: {text}}}}}\ntask: t\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: 'model\.args\.width[^']*' is (NaN|infinite)"):
+        load_recipe(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match=r"'task\.args\.rows[^']*' is (NaN|infinite)"):
+        parse({"model": "m", "task": "t"}, f"task.args.rows={text}")

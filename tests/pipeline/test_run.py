@@ -35,7 +35,7 @@ from edgewright.pipeline.errors import (
 from edgewright.pipeline.output import LOCK_FILE, output_folder
 from edgewright.pipeline.recipe import load_recipe
 from edgewright.pipeline.runner import RunResult, run
-from edgewright.pipeline.stage import State
+from edgewright.pipeline.stage import Edit, StageResult, State
 from edgewright.pipeline.stages import stage_named
 
 
@@ -371,6 +371,48 @@ def test_a_stage_that_leaves_nan_is_refused(tmp_path: Path, monkeypatch: pytest.
     out = tmp_path / "out"
     expect(StageError, "train left NaN or infinity in '0.weight'", lambda: run(write_recipe(tmp_path / "u"), out))
     assert [path.name[:7] for path in (out / "checkpoints").iterdir()] == ["00-base"]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_buffers_may_hold_infinity_and_no_nan(value: str) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, float(value)]))
+    result = StageResult(model.train(), Edit("train"))
+    if value == "inf":
+        assert not runner._checked(result, "train").training
+    else:
+        expect(StageError, "train left NaN or infinity in 'mask'", lambda: runner._checked(result, "train"))
+
+
+@pytest.mark.parametrize("what", ["recipe", "out", "weights"])
+def test_a_path_that_is_no_text_is_refused_at_the_start(tmp_path: Path, fits: list[str], what: str) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    if what == "weights":
+        (tmp_path / "user").mkdir()
+        odd = tmp_path / "user" / odd.name
+        save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors")
+        (tmp_path / "w.safetensors").rename(odd)
+    path = write_recipe(odd if what == "recipe" else tmp_path / "user")
+    recipe = load_recipe(path)
+    if what == "weights":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"weights": odd})})
+    expect(InputError, "not UTF-8 text", lambda: run(recipe, odd if what == "out" else tmp_path / "out"))
+    assert fits == [] and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_label_of_two_classes_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "user")
+    data = tmp_path / "user" / "data.py"
+    data.write_text(data.read_text().replace('f"label{i}"', '"cat"'))
+    expect(DataError, "'cat' twice, for the classes 0 and 1", lambda: run(path, tmp_path / "out"))
+
+
+def test_a_scripted_model_is_refused_before_anything_is_computed(tmp_path: Path, fits: list[str]) -> None:
+    path = write_recipe(tmp_path / "user")
+    net = tmp_path / "user" / "net.py"
+    net.write_text(net.read_text().replace("nn.ReLU()", "torch.jit.script(nn.ReLU())"))
+    expect(ModelError, "the module '1' is TorchScript", lambda: run(path, tmp_path / "out"))
+    assert fits == []
 
 
 class TestOutput:
