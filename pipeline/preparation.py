@@ -400,7 +400,9 @@ def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None
         try:
             model = registry.build(recipe.model.name, dict(recipe.model.args), recipe.folder, notes)
             if recipe.model.weights is not None:
-                load_weights(model, recipe.resolve(recipe.model.weights))
+                loaded = load_weights(model, recipe.resolve(recipe.model.weights))
+                if notes is not None:
+                    notes += loaded.notes
         except ValueError as error:
             raise ModelError(str(error)) from error
     scripted = scripted_module(model)

@@ -29,7 +29,7 @@ def test_a_torch_file_loads(tmp_path: Path, wrap: str | None, prefix: str) -> No
     theirs, ours = net(), net()
     state: dict[str, Any] = {prefix + key: value for key, value in theirs.state_dict().items()}
     torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / "w.pt")
-    assert load_weights(ours, tmp_path / "w.pt") == ()
+    assert load_weights(ours, tmp_path / "w.pt").unused == ()
     assert same(theirs, ours)
 
 
@@ -57,7 +57,7 @@ def test_parts_that_the_model_was_built_without_are_left_out(tmp_path: Path) -> 
             self.aux = nn.Linear(2, 2) if aux else None
 
     torch.save(Net(True).state_dict(), tmp_path / "w.pth")
-    assert load_weights(Net(False), tmp_path / "w.pth") == ("aux.weight", "aux.bias")
+    assert load_weights(Net(False), tmp_path / "w.pth").unused == ("aux.weight", "aux.bias")
     # a bias that the layer here lacks is no switched-off part
     torch.save({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)}, tmp_path / "b.pth")
     with pytest.raises(ValueError, match=r"not in the model: 'fc.bias'"):
@@ -83,7 +83,7 @@ def change(**entries: Any) -> dict[str, Any]:
         (change(fc__weight=torch.ones(4, 2)), r"'fc.weight' is \[4, 2\] in the file and \[3, 2\] in the model"),
         (change(fc__bias=torch.tensor([1.0, float("nan"), 0.0])), r"weight 'fc.bias' holds NaN or infinity"),
         (change(conv__bias=torch.full((2,), float("inf"))), r"weight 'conv.bias' holds NaN or infinity"),
-        ({"fc": {"weight": torch.ones(1)}}, r"the entry 'fc' is a dict, not a tensor"),
+        ({"fc": {"weight": torch.ones(1)}, "conv.bias": torch.ones(2)}, r"the entry 'fc' is a dict, not a tensor"),
         ({}, "holds nothing"),
         ([torch.ones(1)], "holds a list, not a state dict"),
         ({f"x{i}": torch.ones(1) for i in range(9)}, r"missing in the file: .* and 5 more; not in .* and 6 more"),
@@ -147,3 +147,91 @@ def test_damaged_and_missing_files(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
     with pytest.raises(ValueError, match=name):
         load_weights(net(), tmp_path / name)
+
+
+def averaged() -> dict[str, Any]:
+    return torch.optim.swa_utils.AveragedModel(net()).state_dict()
+
+
+def renamed(rename: Any) -> dict[str, Any]:
+    return {rename(key): value for key, value in net().state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("state", "note"),
+    [
+        (renamed(lambda key: "net." + key), "without the prefix 'net.'"),
+        (renamed(lambda key: "model.backbone." + key), "without the prefix 'model.backbone.'"),
+        (renamed(lambda key: key.replace("conv.", "conv._orig_mod.")), "without '_orig_mod.'"),
+        (
+            renamed(lambda key: "model." + key.replace("fc.", "_orig_mod.module.fc.")),
+            "without 'module.' and without '_orig",
+        ),
+        (averaged(), "'n_averaged' was left out"),
+        ({"net": renamed(str), "epoch": 3, "optimizer": {"state": {}, "param_groups": [1]}}, "from its entry 'net'"),
+        (
+            {"state_dict": renamed(lambda key: "model." + key), "hyper_parameters": {}, "epoch": 1},
+            "the prefix 'model.'",
+        ),
+    ],
+)
+def test_one_mapping_that_fits_all_keys_is_found_and_said(tmp_path: Path, state: Any, note: str) -> None:
+    torch.save(state, tmp_path / "w.pt")
+    model = net()
+    with torch.no_grad():
+        model.get_parameter("fc.weight").fill_(0.5)
+    loaded = load_weights(model, tmp_path / "w.pt")
+    assert any(note in told and told.startswith("w.pt: ") for told in loaded.notes), loaded.notes
+    assert not torch.equal(model.get_parameter("fc.weight"), torch.full((3, 2), 0.5))
+
+
+def test_weights_of_the_inside_of_a_wrapper_of_the_users_own(tmp_path: Path) -> None:
+    torch.save(net().state_dict(), tmp_path / "w.pt")
+    wrapper = nn.Module()
+    wrapper.module = net()  # a name that wrappers of torch have too
+    outer = nn.Sequential(OrderedDict(inner=wrapper))
+    assert "with the prefix 'inner.' before them" in load_weights(outer, tmp_path / "w.pt").notes[0]
+    assert torch.equal(outer.state_dict()["inner.module.fc.bias"], torch.load(tmp_path / "w.pt")["fc.bias"])
+
+
+def test_names_that_are_the_models_own_are_not_mapped(tmp_path: Path) -> None:
+    model = nn.Sequential(OrderedDict(module=net()))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert load_weights(model, tmp_path / "w.pt").notes == ()
+
+
+def test_weights_beside_the_models_are_named(tmp_path: Path) -> None:
+    state = {**renamed(lambda key: "model." + key), "criterion.weight": torch.ones(3)}
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"Under 'model\.' the file has all .* beside it other weights: 'criterion.wei"
+    ):
+        load_weights(net(), tmp_path / "w.pt")
+    torch.save({"net": renamed(str), "ema": renamed(str)}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"2 state dicts \('net', 'ema'\)"):
+        load_weights(net(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3, 2).to_sparse(), r"'fc.weight' is no dense tensor \(sparse_coo\): save `.to_dense"),
+        (torch.ones(3, 2).to_sparse_csr(), r"'fc.weight' is no dense tensor \(sparse_csr\)"),
+        (torch.quantize_per_tensor(torch.ones(3, 2), 0.1, 0, torch.qint8), r"'fc.weight' is quantized \(qint8\)"),
+        (torch.ones(3, 2, device="meta"), r"'fc.weight' is without data \(device meta\)"),
+        (torch.ones(3, 2, dtype=torch.complex64), r"'fc.weight' is complex \(complex64\)"),
+        (torch.ones(3, 2, dtype=torch.int8), r"'fc.weight' is int8 in the file and float32 .* dequantize"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_tensors_that_hold_no_plain_numbers(tmp_path: Path, value: torch.Tensor, message: str, prefix: str) -> None:
+    torch.save({prefix + key: x for key, x in change(fc__weight=value).items()}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message.replace("fc.weight", f"({prefix})?fc.weight")):
+        load_weights(net(), tmp_path / "w.pt")
+
+
+def test_eight_bit_floats_are_read_as_what_they_are(tmp_path: Path) -> None:
+    torch.save(change(fc__weight=torch.ones(3, 2).to(torch.float8_e4m3fn)), tmp_path / "w.pt")
+    model = net()
+    load_weights(model, tmp_path / "w.pt")
+    assert torch.equal(model.get_parameter("fc.weight"), torch.ones(3, 2))
