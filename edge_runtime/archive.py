@@ -10,7 +10,15 @@ from .replacing import replaced
 
 _NAME = "edge_runtime"
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
+# any Python, however old, must be able to read this much
 _MAIN = f"""import sys
+
+if sys.version_info < (3, 10):
+    sys.stderr.write(
+        "error: edge_runtime needs Python 3.10 or newer, and %s is %d.%d: use another one\\n"
+        % (sys.executable, sys.version_info[0], sys.version_info[1])
+    )
+    sys.exit(2)
 
 from {_NAME}.cli import main
 

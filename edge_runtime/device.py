@@ -285,6 +285,8 @@ def _problems(facts: Mapping[str, Any], probe: Probe) -> list[str]:
     package = "the wheel NVIDIA builds for this JetPack" if facts["jetson_linux"] else "onnxruntime"
     if not installed and not probe.imported:
         problems.append(f"onnxruntime cannot be imported: install {package} for Python {facts['python']}")
+    elif probe.problem is not None and probe.advised:
+        problems.append(probe.problem)
     elif probe.problem is not None:
         again = installed[0] if len(installed) == 1 and not facts["jetson_linux"] else package
         problems.append(

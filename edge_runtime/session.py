@@ -20,6 +20,7 @@ from .errors import BundleError, InputError
 from .feeds import specs_of
 from .forked import abandon_in_forks
 from .manifest import GOLDEN_FILE, MODEL_FILE, RUNTIME_FILE, THRESHOLDS, TOKENIZER_FILE, Manifest
+from .numpy_abi import import_onnxruntime
 from .onnx_file import check_vector, has_branches, with_vector
 from .providers import (
     CPU,
@@ -233,8 +234,7 @@ def _opened(
 
     `one_of_many`: other sessions run before and after it, in turn.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     if not path.is_file():
         raise InputError(f"no model at {path}")
     requested = provider_names(providers)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .child import how_it_ended, process_command
+from .errors import ProviderError
+from .numpy_abi import import_onnxruntime
 from .watched import run_watched
 
 _MODEL = bytes.fromhex(
@@ -36,10 +38,12 @@ class Probe:
     Attributes:
         imported: whether ``import onnxruntime`` works, and gives what a runtime has.
         problem: why there is no session, in a sentence; None: there is one, and it computes.
+        advised: whether `problem` says what helps, too.
     """
 
     imported: bool
     problem: str | None
+    advised: bool = False
 
 
 def probe_session() -> Probe:
@@ -55,7 +59,7 @@ def probe_session() -> Probe:
     stages = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if stages and stages[-1].startswith("{"):
         answer = json.loads(stages[-1])
-        return Probe(answer["imported"], answer["problem"])
+        return Probe(**answer)
     what = {0: "importing onnxruntime", 1: "making a session of a tiny model"}.get(len(stages), "running a tiny model")
     said = " ".join(done.stderr.split())[-_TAIL:]
     return Probe(bool(stages), how_it_ended(done.returncode, f"the process {what}") + (f": {said}" if said else ""))
@@ -64,18 +68,19 @@ def probe_session() -> Probe:
 def main(_started_ns: int) -> None:
     """Entry of the process: prints how far it has come, and last what it found."""
     with _own_words():
-        problem, imported = None, False
+        problem, imported, advised = None, False, False
         try:
-            import onnxruntime
-
+            onnxruntime = import_onnxruntime()
             make = onnxruntime.InferenceSession
             imported = True
             _say("imported")
             problem = _problem(onnxruntime, make)
+        except ProviderError as error:
+            problem, advised = str(error), True
         except Exception as error:  # whatever a broken installation raises is the answer
             what = "no session of a tiny model can be made" if imported else "onnxruntime cannot be imported"
             problem = f"{what} ({type(error).__name__}: {str(error)[:_TAIL]})"
-        _say(json.dumps({"imported": imported, "problem": problem}))
+        _say(json.dumps({"imported": imported, "problem": problem, "advised": advised}))
 
 
 def _problem(onnxruntime: Any, make: Any) -> str | None:
