@@ -23,6 +23,7 @@ from typing import IO
 from .bundle_names import check_name, listing, require_distinct
 from .consistency import check_consistency
 from .errors import BundleError, InputError
+from .external_data import require_listed
 from .golden import read_golden, require_plain
 from .manifest import (
     GOLDEN_FILE,
@@ -266,6 +267,7 @@ def _open_folder(folder: Path, follow_links: bool) -> Bundle:
             raise _altered(folder, name, f"has {size} bytes, the manifest says {entry.bytes}")
         if file_sha256(folder / name) != entry.sha256:
             raise _altered(folder, name, "differs from the manifest's sha256")
+    _require_own_weights(manifest, folder, folder)
     return Bundle(manifest, folder, folder, sha256, seals=seals)
 
 
@@ -316,10 +318,19 @@ def _copied(
             with open_file(name) as reader:
                 _copy(reader, name, entry, folder / name, source)
             seals[name] = seal_of(folder / name)
+        _require_own_weights(manifest, folder, source)
     except BaseException:
         temporary.cleanup()
         raise
     return Bundle(manifest, source, folder, sha256, temporary, seals)
+
+
+def _require_own_weights(manifest: Manifest, folder: Path, source: Path) -> None:
+    """Refuses models with weights in files that the manifest does not list; see `external_data`."""
+    listed = {name: entry.bytes for name, entry in manifest.files.items()}
+    split = manifest.split.files if manifest.split is not None else ()
+    for name in sorted({MODEL_FILE, *split, *(name for name in listed if name.endswith(".onnx"))}):
+        require_listed(folder / name, name, listed, source)
 
 
 def _copy(reader: IO[bytes], name: str, entry: FileEntry, target: Path, source: Path) -> None:

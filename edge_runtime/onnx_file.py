@@ -82,10 +82,10 @@ def has_branches(path: str | os.PathLike[str]) -> bool:
     """Whether a model has an `If`, in its main graph or below; reads no weights. False for what is no ONNX file."""
     try:
         with Path(path).open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for number, wire, start, end, _ in _fields(data, 0, len(data)):
+            for number, wire, start, end, _ in fields_of(data, 0, len(data)):
                 if (number, wire) != (_MODEL_GRAPH, _BYTES):
                     continue
-                for inner, inner_wire, first, last, _ in _fields(data, start, end):
+                for inner, inner_wire, first, last, _ in fields_of(data, start, end):
                     if (inner, inner_wire) == (_GRAPH_NODE, _BYTES) and data.find(_OPERATOR_IF, first, last) >= 0:
                         return True
     except (IndexError, ValueError, OSError):  # an empty file cannot be mapped; ONNX Runtime says what is wrong
@@ -95,13 +95,13 @@ def has_branches(path: str | os.PathLike[str]) -> bool:
 
 def _named(data: mmap.mmap, kind: int, name_field: int, name: bytes) -> Iterator[list[Field]]:
     """The fields of every message of this kind in the main graph that has this name."""
-    for number, wire, start, end, _ in _fields(data, 0, len(data)):
+    for number, wire, start, end, _ in fields_of(data, 0, len(data)):
         if (number, wire) != (_MODEL_GRAPH, _BYTES):
             continue
-        for inner, inner_wire, first, last, _ in _fields(data, start, end):
+        for inner, inner_wire, first, last, _ in fields_of(data, start, end):
             if (inner, inner_wire) != (kind, _BYTES):
                 continue
-            fields = list(_fields(data, first, last))
+            fields = list(fields_of(data, first, last))
             if any(field[0] == name_field and data[field[2] : field[3]] == name for field in fields):
                 yield fields
 
@@ -142,9 +142,16 @@ def _dims(data: mmap.mmap, tensor: list[Field]) -> list[int]:
     return shape
 
 
-def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[Field]:
+def fields_of(data: mmap.mmap, position: int, end: int) -> Iterator[Field]:
+    """The fields of the message between two bytes, in order.
+
+    Raises:
+        IndexError: no protobuf.
+    """
     while position < end:
         key, position = _varint(data, position)
+        if key >> 32:  # some readers take the lower half for the key, and so another field
+            raise IndexError("a key of more than 32 bits")
         number, wire, value = key >> 3, key & 7, 0
         start = position
         if wire == _VARINT:

@@ -1,7 +1,7 @@
 """The levels of a network with exits as chained sessions: the host decides after each whether the next one runs.
 
 It is used like one ONNX Runtime session. Between two files the rows that are decided leave, as far as the files take
-any number of rows; a level that no row needs does not run.
+any number of rows; a level that no row needs does not run, none of them for a batch without rows.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class SplitSession:
         Raises:
             BundleError: a file reads what no earlier one gives, or gives no answer; names it.
         """
-        self._sessions = tuple(sessions)
+        self._sessions, self._first_input = tuple(sessions), inputs[0]
         reads = [tuple(value.name for value in session.get_inputs()) for session in sessions]
         gives = [[value.name for value in session.get_outputs()] for session in sessions]
         axes = {**dict.fromkeys(inputs, 0), **row_axes}
@@ -86,6 +86,8 @@ class SplitSession:
         return [answer[_ANSWER.index(name)] for name in (_ANSWER if output_names is None else output_names)]
 
     def _answer(self, values: Arrays) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        if values[self._first_input].shape[0] == 0:
+            return self._nothing()
         places: NDArray[np.int64] | None = None  # of the rows that are left, in the batch; None: all of them
         whole: tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None = None
         for k, level in enumerate(self._levels):
@@ -113,6 +115,11 @@ class SplitSession:
             for name, axis in level.row_axes:
                 values[name] = values[name].take(stay, axis=axis)
         raise AssertionError("the last level answers")
+
+    def _nothing(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The answer to a batch without rows, which not every operator can compute."""
+        scores = next(value for value in self._sessions[-1].get_outputs() if value.name == SCORES)
+        return np.empty(0, np.int64), np.empty((0, scores.shape[1]), np.float32), np.empty(0, np.int64)
 
     def get_inputs(self) -> list[Any]:
         """Inputs of the first level; the others' are in the manifest."""

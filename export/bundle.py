@@ -40,6 +40,7 @@ from .bundle_folder import DISTRIBUTIONS, check_target, put_in_place, scratch, w
 from .capture import capture, logits_name
 from .control_flow import levels, sink
 from .duplication import check_duplication
+from .empty_batch import takes_no_rows
 from .ledger import build_ledger, optimized
 from .model_file import check_file, save_external, save_model
 from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
@@ -221,7 +222,10 @@ def _final_graph(
     feeds = _row_feeds(batch, source, split)
     if batch == "single":
         return sink(flat, policy, thresholds, options.shared_across_exits)
-    return compact(flat, policy, thresholds, feeds, options.shared_across_exits)
+    final, notes = compact(flat, policy, thresholds, feeds, options.shared_across_exits)
+    if takes_no_rows(final, feeds[0]):
+        return final, notes
+    return compact(flat, policy, thresholds, feeds, options.shared_across_exits, skip_empty=True)
 
 
 def _exits_of(model: MultiExit, flat: ir.Model, batch: Batch) -> tuple[PolicyGraphs, list[float]]:

@@ -19,11 +19,15 @@ from edgewright.models.capturable import batched_experts
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.module_state import scripted_module, untouched
 
+from .exporter_faults import mend
+from .nested_graphs import graphs_in
+
 MODULE_KEY = "edgewright.module"
 """The one metadata key a node carries: its torch module path."""
 
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 _ROOT = "model."
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 
 _KNOWN_FIXES = (
     (
@@ -121,6 +125,7 @@ def capture(
     captured: ir.Model = program.model
     if dynamic_axes is not None:
         name_axes(captured.graph, dynamic_axes)
+    mend(captured)
     name_everything(captured.graph, first_names(model))
     captured.metadata_props.clear()
     captured.doc_string = None
@@ -187,11 +192,14 @@ def module_of(node: ir.Node) -> str:
 
 
 def _scope(node: ir.Node) -> str:
-    """Module path from the exporter's scope list ['', 'model.a', 'model.a.b', '<fx node>']."""
+    """Module path from the exporter's scope list ['', 'model.a', 'model.a.b', '<fx node>'].
+
+    Sizes that the exporter reads off an input have a scope that is no module.
+    """
     text = node.metadata_props.get(_SCOPES_KEY)
     if not text:
         return ""
-    scopes = [s for s in ast.literal_eval(text)[:-1] if s]
+    scopes = [s for s in ast.literal_eval(text)[:-1] if s and s != _NO_MODULE]
     path = scopes[-1] if scopes else ""
     return re.sub(r"@\d+", "", path).removeprefix("model").removeprefix(".")
 
@@ -210,11 +218,15 @@ def name_everything(graph: ir.Graph, names: Mapping[str, str]) -> None:
         own = name.removeprefix(_ROOT)
         value.name = names.get(own, own)
         graph.initializers[value.name] = value
-    for node in graph:
+    for node in graph.all_nodes():
         path = _scope(node)
         node.metadata_props.clear()
         node.metadata_props[MODULE_KEY] = path
         for value in node.outputs:
+            value.metadata_props.clear()
+    for inner in graph.subgraphs():
+        inner.metadata_props.clear()
+        for value in inner.inputs:
             value.metadata_props.clear()
     outputs = set(graph.outputs)
     for name, value in list(graph.initializers.items()):
@@ -235,12 +247,7 @@ def rename(graph: ir.Graph) -> None:
     initializers = {id(v) for v in graph.initializers.values()}
     for node in graph:
         path = _path(node, initializers)
-        node.metadata_props[MODULE_KEY] = path
-        stem = f"{path}/{node.op_type}" if path else node.op_type
-        node.name = _unique(stem, taken)
-        for i, value in enumerate(node.outputs):
-            if id(value) not in outputs:
-                value.name = _unique(node.name if i == 0 else f"{node.name}.{i}", taken, taken_by_node=i == 0)
+        _rename_node(node, path, taken, outputs)
     for name in list(graph.initializers):
         value = graph.initializers[name]
         users = list(value.uses())
@@ -253,6 +260,25 @@ def rename(graph: ir.Graph) -> None:
             stem = f"{path}.weight.transposed" if folded else f"{path}/constant" if path else "constant"
             value.name = _unique(stem, taken)
             graph.initializers[value.name] = value
+
+
+def _rename_node(node: ir.Node, path: str, taken: set[str], outputs: set[int]) -> None:
+    """Names a node of module `path`, what it makes, and everything in the graphs inside it."""
+    node.metadata_props[MODULE_KEY] = path
+    stem = f"{path}/{node.op_type}" if path else node.op_type
+    node.name = _unique(stem, taken)
+    for i, value in enumerate(node.outputs):
+        if id(value) not in outputs:
+            value.name = _unique(node.name if i == 0 else f"{node.name}.{i}", taken, taken_by_node=i == 0)
+    for graph in graphs_in(node):
+        for value in graph.inputs:
+            value.name = _unique(f"{node.name}/{graph.name or 'body'}", taken)
+        for value in list(graph.initializers.values()):
+            graph.initializers.pop(value.name or "")
+            value.name = _unique(f"{node.name}/constant", taken)
+            graph.initializers[value.name] = value
+        for inner in graph:
+            _rename_node(inner, module_of(inner) or path, taken, outputs)
 
 
 def _path(node: ir.Node, initializers: set[int]) -> str:

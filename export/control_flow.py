@@ -15,7 +15,7 @@ Values of outer levels are captured by name, as ONNX allows. Weights go where `w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +25,16 @@ from edgewright.edge_runtime.manifest import EXIT_INDEX, LABEL, SCORES, THRESHOL
 
 from .branch_layout import block_captured_maps
 from .capture import MODULE_KEY, logits_name
+from .nested_graphs import nodes_in, reads
 from .policy_graph import PolicyGraphs, splice
 from .weight_placement import Placement, place_initializers
 
 
 def levels(graph: ir.Graph, heads: int) -> dict[ir.Node, int]:
-    """Smallest head whose logits need the node, for every node that any head needs."""
+    """Smallest head whose logits need the node, for every node that any head needs.
+
+    A node in the body of a `Loop`, say, has the level of the node of `graph` that holds it.
+    """
     outputs = {v.name: v for v in graph.outputs}
     level: dict[ir.Node, int] = {}
     for head in range(heads):
@@ -40,8 +44,13 @@ def levels(graph: ir.Graph, heads: int) -> dict[ir.Node, int]:
             if node is None or node in level:
                 continue
             level[node] = head
-            pending += [v.producer() for v in node.inputs if v is not None]
-    return level
+            pending += [read.value.producer() for read in reads(node)]
+    return with_nested(level)
+
+
+def with_nested(level: Mapping[ir.Node, int]) -> dict[ir.Node, int]:
+    """The same with the nodes of graphs inside nodes, which have the level of the node that holds them."""
+    return {inner: k for node, k in level.items() for inner in (node, *nodes_in(node))}
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class TakenApart:
     """A flat graph whose nodes belong to no graph any more, so that they can move into branches.
 
     Attributes:
-        level: of every node that a head needs.
+        level: of every node that a head needs, and of the nodes of graphs inside them.
         logits: of every head.
         by_level: the nodes of each level, in order.
         initializers: owned by no graph.
@@ -115,7 +124,7 @@ def sink(
     _copy_captured_inputs(apart)
     builder = _Builder(policy, apart)
     main = builder.main(thresholds)
-    notes = place_initializers(main, builder.level_graphs, apart.initializers, apart.level, placement)
+    notes = place_initializers(builder.level_graphs, apart.initializers, apart.level, placement)
     return apart.model_of(main), notes
 
 

@@ -7,12 +7,14 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from .control_flow import TakenApart
+from .control_flow import TakenApart, with_nested
+from .nested_graphs import reads
 from .row_axes import LocalSizes, RowAxes, size_nodes
 from .simplify import Feeds
 
 Readers: TypeAlias = dict[ir.Value, list[tuple[ir.Node, int, int]]]
-"""Value -> (node, index of its input, level of the node) wherever a level reads what an outer one has."""
+"""Value -> (node, index of its input, level of the node) wherever a level reads what an outer one has; the node may lie
+in a graph inside a node of the level."""
 
 
 def crossing_values(apart: TakenApart) -> Readers:
@@ -20,13 +22,11 @@ def crossing_values(apart: TakenApart) -> Readers:
     readers: Readers = {}
     for k, nodes in enumerate(apart.by_level):
         for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value is None:
-                    continue
-                maker = value.producer()
-                outer = apart.level[maker] < k if maker is not None else k > 0 and value in apart.inputs
+            for read in reads(node):
+                maker = read.value.producer()
+                outer = apart.level[maker] < k if maker is not None else k > 0 and read.value in apart.inputs
                 if outer:
-                    readers.setdefault(value, []).append((node, index, k))
+                    readers.setdefault(read.value, []).append((read.node, read.at, k))
     return readers
 
 
@@ -37,7 +37,7 @@ class RowCrossing:
         axis: of every crossing value that has rows, the axis that counts them.
         readers: of the same values.
         by_level: the nodes of every level, those included that compute its own sizes.
-        level: of all of these nodes.
+        level: of all of these nodes, and of those of graphs inside them.
     """
 
     def __init__(
@@ -74,4 +74,4 @@ class RowCrossing:
         for node, index, own in rewired:
             node.replace_input_with(index, own)
         self.by_level = [[*local.added.get(k, []), *nodes] for k, nodes in enumerate(apart.by_level)]
-        self.level = {node: k for k, nodes in enumerate(self.by_level) for node in nodes}
+        self.level = with_nested({node: k for k, nodes in enumerate(self.by_level) for node in nodes})

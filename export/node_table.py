@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,14 @@ from edgewright.edge_runtime.session import session_on
 from .capture import module_of
 from .ledger import graphs
 from .model_file import save_external
+from .nested_graphs import nodes_in, reads
 from .operator_costs import Factor, Macs, factors_of, macs_of, may_multiply_unknown
 from .simplify import Feeds
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_INTO_LATER_LEVEL = re.compile(r"exit\d+\.else")
+"""The step of a path of `graphs` that goes from one level into the next."""
 
 _OF_SHAPES = ("Shape", "Size")
 """Their result is the same for every row."""
@@ -79,19 +84,32 @@ def _constants(model: ir.Model) -> set[ir.Value]:
     """Values that no input reaches."""
     constant: set[ir.Value] = set(model.graph.initializers.values())
     for node in model.graph:
-        if node.op_type in _OF_SHAPES or all(v is None or v in constant for v in node.inputs):
+        if node.op_type in _OF_SHAPES or all(read.value in constant for read in reads(node)):
             constant.update(node.outputs)
     return constant
 
 
 def uncounted(model: ir.Model) -> tuple[str, ...]:
-    """A note if nodes of the flat graph may hold products that no formula is known for: a 0 would be a claim."""
-    nodes = [node for node in model.graph if may_multiply_unknown(node)]
-    if not nodes:
-        return ()
+    """Notes if nodes of the flat graph may hold products that are not counted: a 0 would be a claim.
+
+    Those are operators without a formula, and every product in a loop's body or in a branch of the network's own.
+    """
+    unknown = [node for node in model.graph.all_nodes() if may_multiply_unknown(node)]
+    inside = [inner for node in model.graph for inner in nodes_in(node) if factors_of(inner) is not None]
+    notes = []
+    if unknown:
+        notes.append(f"MACs are a lower bound: {_named(unknown)} may hold products that the node table cannot count")
+    if inside:
+        notes.append(
+            f"MACs are a lower bound: {_named(inside)} run inside a Loop, Scan or If of the network's own, and how "
+            "often is not known: the node table counts none of them"
+        )
+    return tuple(notes)
+
+
+def _named(nodes: Sequence[ir.Node]) -> str:
     named = ", ".join(f"{node.name} ({node.domain or 'ai.onnx'}:{node.op_type})" for node in nodes[:5])
-    more = f" and {len(nodes) - 5} more" if len(nodes) > 5 else ""
-    return (f"MACs are a lower bound: {named}{more} may hold products that the node table cannot count",)
+    return named + (f" and {len(nodes) - 5} more" if len(nodes) > 5 else "")
 
 
 def node_table(model: ir.Model, costs: Mapping[str, Macs], exit_of: Mapping[str, int]) -> tuple[NodeRow, ...]:
@@ -104,7 +122,7 @@ def node_table(model: ir.Model, costs: Mapping[str, Macs], exit_of: Mapping[str,
     """
     rows: list[NodeRow] = []
     for path, graph in graphs(model.graph):
-        depth = path.count(".else")
+        depth = len(_INTO_LATER_LEVEL.findall(path))
         for node in graph:
             cost = costs.get(node.name or "", Macs())
             weights = {v.name: v.const_value.nbytes for v in node.inputs if v is not None and v.const_value is not None}

@@ -153,8 +153,8 @@ _RULES: Mapping[str, _Rule] = {
 }
 """Formula and positions of the inputs it asks for; ``()`` is all of them."""
 
-_WITHOUT_FORMULA = frozenset({"DFT", "STFT", "Det", "Loop", "Scan", "If", "SequenceMap"})
-"""Standard operators that multiply, or hold graphs that may."""
+_WITHOUT_FORMULA = frozenset({"DFT", "STFT", "Det"})
+"""Standard operators that multiply."""
 
 _KNOWN_OPSET = 24
 """Standard operators that came later may multiply: nobody has looked."""
@@ -185,7 +185,7 @@ def macs_of(node: ir.Node, factors: Sequence[Factor | None], output: Shape) -> M
 
 
 def may_multiply_unknown(node: ir.Node) -> bool:
-    """Whether the node may hold products that `macs_of` knows nothing of."""
+    """Whether the node may hold products that `macs_of` knows nothing of; not counting those of graphs inside it."""
     if is_standard(node) and node.op_type in _RULES:
         return False
     return not is_standard(node) or node.op_type in _WITHOUT_FORMULA or node.op_type not in _known_operators()

@@ -169,6 +169,8 @@ def _converted(node: ir.Node) -> ir.Value | None:
     value = node.inputs[0]
     assert value is not None
     for other, _ in value.uses():
-        if other is not node and other.op_type == "Cast" and other.attributes["to"] == node.attributes["to"]:
+        # in the body of a loop it would be out of reach
+        apart = other.graph is None
+        if other is not node and apart and other.op_type == "Cast" and other.attributes["to"] == node.attributes["to"]:
             return other.outputs[0]
     return None

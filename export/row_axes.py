@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from edgewright.edge_runtime.errors import ExportError
 
+from .nested_graphs import reads
 from .node_table import measured_shapes
 from .simplify import Feeds
 
@@ -72,13 +73,13 @@ def size_nodes(nodes: Iterable[ir.Node], inputs: Collection[ir.Value]) -> set[ir
     sizes: set[ir.Node] = set()
     constants: set[ir.Node | None] = {None}
     for node in nodes:
-        reads = [v for v in node.inputs if v is not None]
-        made_by = [v.producer() for v in reads if v not in inputs]
+        values = [read.value for read in reads(node)]
+        made_by = [v.producer() for v in values if v not in inputs]
         if node.op_type in ("Shape", "Size"):
             sizes.add(node)
-        elif len(made_by) == len(reads) and all(p in constants for p in made_by):
+        elif len(made_by) == len(values) and all(p in constants for p in made_by):
             constants.add(node)
-        elif len(made_by) == len(reads) and all(p in constants or p in sizes for p in made_by):
+        elif len(made_by) == len(values) and all(p in constants or p in sizes for p in made_by):
             sizes.add(node)
     return sizes
 
@@ -131,10 +132,17 @@ class LocalSizes:
             if source is not None and self.axes.of(source) is not None:
                 raise ExportError(_refused(value, "counts the elements of a whole tensor"))
             return value
-        inputs = [None if v is None else self.value(v, k) for v in node.inputs]
-        if all(a is b for a, b in zip(inputs, node.inputs, strict=True)):
+        own = {read.value: self.value(read.value, k) for read in reads(node)}
+        if all(a is b for a, b in own.items()):
             return value
-        outputs = self._add(node.op_type, inputs, node, k, list(node.attributes.values()))
+        inputs = [None if v is None else own[v] for v in node.inputs]
+        attributes = [_cloned(attribute) for attribute in node.attributes.values()]
+        outputs = self._add(node.op_type, inputs, node, k, attributes)
+        again = outputs[0].producer()
+        assert again is not None
+        for read in reads(again):
+            if read.value in own:
+                read.node.replace_input_with(read.at, own[read.value])
         return outputs[list(node.outputs).index(value)]
 
     def _shape(self, node: ir.Node, k: int) -> ir.Value:
@@ -172,3 +180,10 @@ class LocalSizes:
             value.type = old.type
         self.added[k].append(node)
         return node.outputs
+
+
+def _cloned(attribute: ir.Attr) -> ir.Attr:
+    """A graph belongs to one node: another gets a copy, which captures the same values."""
+    if attribute.type != ir.AttributeType.GRAPH:
+        return attribute
+    return ir.AttrGraph(attribute.name, attribute.as_graph().clone(allow_outer_scope_values=True))

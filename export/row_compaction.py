@@ -8,7 +8,13 @@ Like `control_flow`, with nested `If`s whose condition is that nobody is left::
        then: the scores and exit indices of this level
        else: level k+1 for m rows, ... ; ScatterND of its scores and exit indices into those of this level
 
-So a level runs with the rows that need it, and not at all where there are none; a batch without rows is the same case.
+So a level runs with the rows that need it, and not at all where there are none. A batch that comes without rows runs
+level 0 without rows, or nothing at all where an operator of level 0 cannot do that::
+
+    If there are rows
+       then: level 0 and everything behind it
+       else: no scores, no exit indices
+
 The gathers stand in front of the `If`: no branch reads an input of the graph directly, which costs a copy on a GPU.
 """
 
@@ -39,6 +45,8 @@ def compact(
     thresholds: Sequence[float],
     feeds: Sequence[Feeds],
     placement: Placement = "bytes",
+    *,
+    skip_empty: bool = False,
 ) -> tuple[ir.Model, tuple[str, ...]]:
     """Turns the flat graph of a network with K exits into levels that run with the rows that need them.
 
@@ -48,6 +56,7 @@ def compact(
         thresholds: K numbers for the `thresholds` initializer.
         feeds: two example inputs with different numbers of rows, to find the row axis of every value.
         placement: see `place_initializers`.
+        skip_empty: run nothing for a batch without rows, see `empty_batch`.
 
     Returns:
         A model with outputs label int64 [N], scores float32 [N, C], exit_index int64 [N], and notes for the manifest.
@@ -59,8 +68,8 @@ def compact(
     exits = len(apart.logits) - 1
     counts = {k: _value(f"exits.{k - 1}/rows_left", _INT64, [1]) for k in range(1, exits + 1)}
     builder = _Builder(policy, apart, RowCrossing(apart, model, feeds, counts), counts)
-    main = builder.main(thresholds)
-    notes = place_initializers(main, builder.level_graphs, apart.initializers, builder.level, placement)
+    main = builder.main(thresholds, skip_empty)
+    notes = place_initializers(builder.level_graphs, apart.initializers, builder.level, placement)
     return apart.model_of(main), notes
 
 
@@ -82,10 +91,12 @@ class _Builder:
         self.batch = str(shapes[0][0])
         self.other_axes = {str(size) for shape in shapes for size in shape[1:]}
 
-    def main(self, thresholds: Sequence[float]) -> ir.Graph:
+    def main(self, thresholds: Sequence[float], skip_empty: bool) -> ir.Graph:
         stored, split = threshold_values(thresholds)
         self.thresholds = list(split.outputs)
         graph = self._level(0, [])
+        if skip_empty:
+            graph = self._unless_empty(graph)
         for value, name in zip(graph.outputs, (SCORES, EXIT_INDEX), strict=True):
             value.name = name
         complete_main(graph, self.apart.inputs, stored, split)
@@ -115,6 +126,34 @@ class _Builder:
         if k > 0:
             block_captured_maps(graph, self.by_level[k])
         return graph
+
+    def _unless_empty(self, level0: ir.Graph) -> ir.Graph:
+        """A graph with the same outputs, that runs `level0` only where there are rows."""
+        level0.name = "level0"
+        nodes: list[ir.Node] = []
+        rows = _add(nodes, "Shape", [self.apart.inputs[0]], "batch/rows", _INT64, [1], {"start": 0, "end": 1})
+        somebody = _add(nodes, "Greater", [rows, _numbers(nodes, "batch/zero", [0])], "batch/somebody", _BOOL, [1])
+        empty: list[ir.Node] = []
+        answer = [
+            _add(
+                empty,
+                "ConstantOfShape",
+                [_numbers(empty, f"batch/{name}_shape", shape)],
+                f"batch/no_{name}",
+                like.dtype,
+                shape,
+                {"value": ir.tensor(np.zeros(1, dtype))},
+            )
+            for name, shape, dtype, like in zip(
+                (SCORES, EXIT_INDEX), ([0, self.classes], [0]), (np.float32, np.int64), level0.outputs, strict=True
+            )
+        ]
+        branches = {"then_branch": level0, "else_branch": ir.Graph([], answer, nodes=empty, name="batch_empty")}
+        properties = {MODULE_KEY: ""}
+        guard = ir.node("If", [somebody], branches, num_outputs=2, name="batch/If", metadata_props=properties)
+        for value, like in zip(guard.outputs, level0.outputs, strict=True):
+            value.type, value.shape = like.type, like.shape
+        return ir.Graph([], list(guard.outputs), nodes=[*nodes, guard], name="main")
 
     def _rows(self, k: int) -> str:
         """Name of the row axis of level k: the batch's own, or what exit k - 1 leaves of it."""

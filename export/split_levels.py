@@ -24,6 +24,7 @@ from .branch_layout import block_captured_maps
 from .capture import MODULE_KEY
 from .control_flow import TakenApart, take_apart
 from .crossing import RowCrossing
+from .nested_graphs import reads
 from .node_table import measured_values
 from .policy_graph import PolicyGraphs, splice
 from .simplify import Feeds
@@ -128,7 +129,7 @@ class _Level:
 
     def count_rows(self, count: ir.Value, axis: Mapping[ir.Value, int]) -> None:
         """Computes the number of rows, which sizes in the level are computed from, from a value that it reads."""
-        read = next(v for node in self.network for v in node.inputs if v is not None and v in axis)
+        read = next(read.value for node in self.network for read in reads(node) if read.value in axis)
         span = {"start": axis[read], "end": axis[read] + 1}
         properties = {MODULE_KEY: ""}
         self.nodes.insert(
@@ -172,13 +173,11 @@ class _Level:
         if self.k > 0:
             block_captured_maps(graph, self.network)
         self._copy_constants(graph)
-        inside = set(graph)
-        outer = dict.fromkeys(v for node in graph for v in node.inputs if v is not None and v.producer() not in inside)
-        for value in outer:
+        for value, readers in _outer_values(graph).items():
             if value is self._stored:
                 continue
             fed = ir.Value(name=value.name, type=value.type, shape=value.shape)
-            for node, index in [(n, i) for n, i in value.uses() if n in inside]:
+            for node, index in readers:
                 node.replace_input_with(index, fed)
             if value in apart.initializers:
                 fed.const_value = value.const_value
@@ -193,7 +192,7 @@ class _Level:
 
     def _copy_constants(self, graph: ir.Graph) -> None:
         """A `Constant` of another level is this one's too: a file would hand on what never changes."""
-        outer = {v for node in graph for v in node.inputs if v is not None} - {v for n in graph for v in n.outputs}
+        outer = _outer_values(graph)
         for value in sorted(outer, key=lambda v: v.name or ""):
             maker = value.producer()
             if maker is None or maker.op_type != "Constant":
@@ -201,9 +200,19 @@ class _Level:
             copy = ir.node("Constant", [], dict(maker.attributes), name=maker.name, metadata_props=maker.metadata_props)
             copy.outputs[0].name, copy.outputs[0].type = value.name, value.type
             copy.outputs[0].shape = value.shape
-            for node, index in [(n, i) for n, i in value.uses() if n.graph is graph]:
+            for node, index in outer[value]:
                 node.replace_input_with(index, copy.outputs[0])
             graph.insert_before(graph[0], copy)
+
+
+def _outer_values(graph: ir.Graph) -> dict[ir.Value, list[tuple[ir.Node, int]]]:
+    """What the graph, with those inside it, reads and does not make -> the places where it reads it."""
+    own = {value for node in graph for value in node.outputs}
+    outer: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for read in (read for node in graph for read in reads(node)):
+        if read.value not in own:
+            outer.setdefault(read.value, []).append((read.node, read.at))
+    return outer
 
 
 def _value(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

@@ -25,7 +25,6 @@ LEVEL_MARK = "@level"
 
 
 def place_initializers(
-    main: ir.Graph,
     level_graphs: Mapping[int, ir.Graph],
     initializers: Sequence[ir.Value],
     level: Mapping[ir.Node, int],
@@ -34,10 +33,9 @@ def place_initializers(
     """Registers every initializer that is still read with the graph that owns it.
 
     Args:
-        main: the outermost graph, level 0.
-        level_graphs: level -> its graph, `main` under 0.
+        level_graphs: level -> its graph.
         initializers: those of the flat graph, owned by none at present.
-        level: level of each node of the flat graph.
+        level: level of each node of the flat graph, and of the nodes of graphs inside them.
         placement: see `Placement`.
 
     Returns:
@@ -50,8 +48,7 @@ def place_initializers(
             continue
         used = sorted({level[node] for node, _ in users})
         convolution = any(node.op_type == "Conv" and index == 1 for node, index in users)
-        owner = main if used[0] == 0 else level_graphs[used[0]]
-        owner.initializers[value.name or ""] = value
+        level_graphs[used[0]].initializers[value.name or ""] = value
         if len(used) == 1:
             continue
         if _is_shape(value):

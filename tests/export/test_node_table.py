@@ -127,7 +127,7 @@ def test_einsum(equation, shapes, constant, want):
     assert macs_of(node, factors, ()) == want
 
 
-@pytest.mark.parametrize(("operator", "domain"), [("Scan", ""), ("LinearAttention", ""), ("FusedMatMul", "vendor")])
+@pytest.mark.parametrize(("operator", "domain"), [("DFT", ""), ("LinearAttention", ""), ("FusedMatMul", "vendor")])
 def test_what_may_multiply_without_a_formula_is_said(operator, domain):
     x = ir.Value(name="x")
     node = ir.node(operator, [x], domain=domain, name="strange")
