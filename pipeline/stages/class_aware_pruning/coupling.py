@@ -78,6 +78,9 @@ def _mixed_reason(path: str) -> str:
 
 def _fixed_axes(model: nn.Module, flow: Flow, outputs: bool) -> Iterator[tuple[Axis, str]]:
     modules = dict(model.named_modules())
+    for axis, reason in flow.stuck.items():
+        if axis in flow.widths:
+            yield axis, f"{axis[0]!r} reads it: {reason}" if axis[1] == "in" else reason
     for axis in flow.outputs if outputs else ():
         yield axis, "it produces the model's output"
     for path in sorted(flow.training_only) if outputs else ():
@@ -90,8 +93,6 @@ def _fixed_axes(model: nn.Module, flow: Flow, outputs: bool) -> Iterator[tuple[A
         reads_none = axis not in flow.outputs and axis not in flow.along and not flow.feeds.get(axis)
         if is_mixing(modules[path]) and reads_none:
             yield axis, flow.decides.get(axis, "no layer that can be narrowed reads it")
-    for axis, reason in flow.stuck.items():
-        yield axis, reason if axis[1] == "out" else f"{axis[0]!r} reads it: {reason}"
     foreign: dict[int, str] = {}
     for path, module in modules.items():
         if not (is_mixing(module) or is_following(module)):

@@ -51,15 +51,22 @@ class Decisions(TorchDispatchMode):
     Attributes:
         foreign: operators of other libraries that were seen, by name.
         lost: where marks arrived at a decision in the last run with marks: operator -> path of the module.
+        stopped: the first of these that was an operator of another library, None if there was none.
+
+    Args:
+        model: whose modules are named.
+        shut: keep marks out of operators of other libraries, and mark all that they give.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shut: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.foreign: set[str] = set()
+        self._shut = shut
         self._model = model
         self._taken: dict[Any, list[Any]] = {}
         self._calls: dict[Any, int] = {}
         self.lost: dict[str, str] = {}
+        self.stopped: str | None = None
         self._reached: dict[int, Any] = {}
         self._running: list[str] = []
         self._recording = False
@@ -80,7 +87,7 @@ class Decisions(TorchDispatchMode):
     @contextmanager
     def kept(self) -> Iterator[None]:
         """A run with marks; afterwards `lost` tells where they arrived at a decision."""
-        self._calls, self.lost, self._running = {}, {}, []
+        self._calls, self.lost, self._running, self.stopped = {}, {}, [], None
         if not self._taken:
             yield
             return
@@ -128,7 +135,7 @@ class Decisions(TorchDispatchMode):
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
-        if func.namespace not in _TORCH and func.namespace not in _KNOWN:
+        if _is_foreign(func):
             self.foreign.add(func.name())
         given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         if not any(v.untyped_storage()._cdata in self._reached for v in given):
@@ -142,7 +149,7 @@ class Decisions(TorchDispatchMode):
         places = _COORDINATES.get(func.name().partition(".")[0])
         if places is not None:
             taken: Any = [args[i].clone() if i < len(args) else None for i in places]
-        elif func is _aten.nan_to_num.default or _decides(func, given, result):
+        elif func is _aten.nan_to_num.default or (self._shut and _is_foreign(func)) or _decides(func, given, result):
             taken = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, result)
         else:
             return result
@@ -157,12 +164,14 @@ class Decisions(TorchDispatchMode):
         taken = self._taken[func][call] if call < len(self._taken[func]) else None
         places = _COORDINATES.get(func.name().partition(".")[0])
         given = [args[i] for i in places if i < len(args)] if places is not None else tree_leaves((args, kwargs))
-        if not any(_is_marked(value) for value in given):
+        if not any(is_marked(value) for value in given):
             return func(*args, **kwargs)
         if func is _aten.nan_to_num.default:
             # the model's own cleaning of NaN would take the marks away
             return args[0].clone()
         self.lost.setdefault(func.overloadpacket.__name__, self._running[-1] if self._running else "")
+        if _is_foreign(func):
+            self.stopped = self.stopped or f"{func.name()} in {(self._running[-1] if self._running else '')!r}"
         if places is not None:
             clean = list(args)
             for i, value in zip(places, taken or [None] * len(places), strict=True):
@@ -171,10 +180,10 @@ class Decisions(TorchDispatchMode):
                     clean[i] = value if fits else torch.nan_to_num(args[i])
             return func(*clean, **kwargs)
         if taken is None or any(a.is_write for a in func._schema.arguments):
-            return func(*tree_map(_cleaned, args), **tree_map(_cleaned, kwargs))
+            return func(*tree_map(cleaned, args), **tree_map(cleaned, kwargs))
         if func.overloadpacket in _SELECTING and isinstance(taken, tuple | list) and len(taken) == 2:
             return _selected(func(*args, **kwargs), taken)
-        return tree_map(_marked_if_float, taken)
+        return tree_map(marked_if_float, taken)
 
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
@@ -185,6 +194,10 @@ class Decisions(TorchDispatchMode):
     def _leave(self, *_: Any) -> None:
         if self._running:
             self._running.pop()
+
+
+def _is_foreign(func: Any) -> bool:
+    return func.namespace not in _TORCH and func.namespace not in _KNOWN
 
 
 def _decides(func: Any, given: list[Tensor], result: Any) -> bool:
@@ -202,15 +215,18 @@ def _selected(found: Any, taken: Any) -> Any:
     return torch.full_like(values, float("nan")), places.clone()
 
 
-def _is_marked(value: Any) -> bool:
+def is_marked(value: Any) -> bool:
+    """Whether `value` is a tensor with NaN."""
     return isinstance(value, Tensor) and value.is_floating_point() and bool(torch.isnan(value).any())
 
 
-def _cleaned(value: Any) -> Any:
+def cleaned(value: Any) -> Any:
+    """`value` without NaN."""
     return torch.nan_to_num(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _marked_if_float(value: Any) -> Any:
+def marked_if_float(value: Any) -> Any:
+    """NaN in the place of floats; other values as they are, in a copy."""
     if not isinstance(value, Tensor):
         return value
     return torch.full_like(value, float("nan")) if value.is_floating_point() else value.clone()

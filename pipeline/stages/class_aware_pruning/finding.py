@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.models.module_state import untouched
+
 from ...errors import StageError
+from .apart import Care, EndedError, looked_into
 from .axes import is_convolution, is_mixing
 from .coupling import Union, joined
 from .equivalence import fails_in_training, failures, probe
@@ -31,9 +34,20 @@ def find_channels(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: 
     Raises:
         StageError: the model does not run on the inputs.
     """
-    flow = trace(model, inputs)
+    with untouched(model):
+        try:
+            return looked_into(model, lambda care: _found(model, inputs, prune_residual, care))
+        except EndedError as ended:
+            reason = f"compiled code of another library {ended.how} while channels were followed, in {ended.place!r}"
+            layers = (path for path, module in model.named_modules() if is_mixing(module))
+            return Channels((), dict.fromkeys(layers, reason), {}, {}, foreign=True)
+
+
+def _found(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: bool, care: Care) -> Channels:
+    flow = trace(model, inputs, care)
     found, refused = _components(model, flow)
-    added = streams(model, inputs, found, flow)
+    several = {group.name for group in found if len(group.producers) > 1}
+    added = streams(model, inputs, found, flow) if care.streams else several
     groups = [replace(group, residual=group.name in added) for group in found]
     if not prune_residual:
         text = "its channels are added to those of other layers (residual stream); see prune_residual"
@@ -41,7 +55,7 @@ def find_channels(model: nn.Module, inputs: tuple[Tensor, ...], prune_residual: 
         groups = [group for group in groups if not group.residual]
     lively = probe(model)
     calls = {path: call for path, call in flow.calls.items() if path not in flow.training_only}
-    channels, wrong = _proven(lively, inputs, Channels(tuple(groups), refused, flow.widths, calls))
+    channels, wrong = _proven(lively, inputs, Channels(tuple(groups), refused, flow.widths, calls, care.apart))
     if flow.training_only:
         wrong.update(_unfit_for_training(lively, inputs, channels, flow, wrong))
     wrong.update((g.name, "its channels go all together or not at all") for g in channels.groups if g.units == 1)
@@ -105,7 +119,18 @@ def find_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
     Raises:
         StageError: the model does not run on the inputs, or its columns cannot be told apart.
     """
-    flow = trace(model, inputs)
+    with untouched(model):
+        try:
+            return looked_into(model, lambda care: _found_outputs(model, inputs, care))
+        except EndedError as ended:
+            raise StageError(
+                f"the model cannot be specialised to some of its classes: compiled code of another library {ended.how} "
+                f"while its columns were followed, in {ended.place!r}"
+            ) from ended
+
+
+def _found_outputs(model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> Channels:
+    flow = trace(model, inputs, care)
     if OUTPUT not in flow.widths:
         raise StageError("the model returns no tensor [N, classes], so it cannot be specialised: return the logits")
     union, frozen = joined(model, flow, outputs=False)
@@ -184,7 +209,9 @@ def _unusable(model: nn.Module, flow: Flow) -> dict[str, str]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.Linear) and not is_convolution(module):
             continue
-        if path in flow.opaque:
+        if flow.care.shuts(path):
+            refused[path] = "it is inside a module whose compiled code ends the process when channels are followed"
+        elif path in flow.opaque:
             refused[path] = "its forward is its own: channels are not where such a layer has them"
         elif path not in flow.calls:
             refused[path] = "the forward pass does not call it (its weight is read directly, or it is not used)"

@@ -7,6 +7,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from .apart import Care
+
 Axis: TypeAlias = tuple[str, str]
 """(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
 OUTPUT: Axis = ("", "columns")
@@ -46,6 +48,7 @@ class Flow:
         along: axes of tensors that a layer has beyond those of its type -> the layer's axis that they go along with.
         decides: sources whose values become places or choices: the operation and the module, in words.
         foreign: operators of other libraries that the model calls.
+        care: what marks are kept out of.
         stuck: axes of layers that cannot be narrowed, with the reason.
         training_only: layers of `calls` that run in training only, such as auxiliary heads.
     """
@@ -61,5 +64,6 @@ class Flow:
     along: dict[Axis, Axis] = field(default_factory=dict)
     decides: dict[Axis, str] = field(default_factory=dict)
     foreign: set[str] = field(default_factory=set)
+    care: Care = field(default_factory=Care)
     stuck: dict[Axis, str] = field(default_factory=dict)
     training_only: frozenset[str] = frozenset()

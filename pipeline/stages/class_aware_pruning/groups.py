@@ -52,12 +52,14 @@ class Channels:
         refused: path of every linear layer and convolution that keeps its output channels -> the reason.
         widths: channels per axis.
         calls: cost of every layer that ran.
+        foreign: the model runs compiled code of other libraries, which may end the process.
     """
 
     groups: tuple[ChannelGroup, ...]
     refused: Mapping[str, str]
     widths: Mapping[Axis, int]
     calls: Mapping[str, Call]
+    foreign: bool = False
 
     def keep(self, kept: Mapping[str, Tensor]) -> Keep:
         """The cut that leaves the units `kept` (group name -> indices of units; other groups stay whole)."""
@@ -93,7 +95,7 @@ class Channels:
         widths = {a: len(keep[a[0]][a[1]]) if a in places else size for a, size in self.widths.items()}
         macs = self.macs_per_layer({g.name: g.units - len(kept[g.name]) for g in self.groups if g.name in kept})
         calls = {path: replace(call, macs=macs[path]) for path, call in self.calls.items()}
-        return Channels(tuple(groups), self.refused, widths, calls)
+        return Channels(tuple(groups), self.refused, widths, calls, self.foreign)
 
     def macs_per_layer(self, removed: Mapping[str, int]) -> dict[str, int]:
         """Multiply-accumulates of one row in every layer, after removing so many units of each group."""

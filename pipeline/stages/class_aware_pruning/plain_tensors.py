@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,17 @@ _TABLES = (nn.ParameterList, nn.ParameterDict, nn.Embedding)
 """Modules of PyTorch that hold tensors for the code around them."""
 
 
-def plain_tensors(model: nn.Module, opaque: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+def plain_tensors(model: nn.Module, flow: Flow) -> Iterator[tuple[str, Tensor]]:
     """The floats of more than one entry, by name.
 
     Args:
         model: any.
-        opaque: paths of layers whose tensors are not where their type has them.
+        flow: says which layers have their tensors elsewhere than their type, and which modules are closed.
     """
     for path, module in model.named_modules():
         known = is_mixing(module) or is_following(module)
         theirs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, _TABLES)
-        if theirs or (known and path not in opaque):
+        if theirs or (known and path not in flow.opaque) or flow.care.shuts(path):
             continue
         for name, tensor in itertools.chain(module._parameters.items(), module._buffers.items()):
             if tensor is not None and tensor.is_floating_point() and tensor.numel() > 1:

@@ -11,6 +11,7 @@ from ...stage import Context, Edit, Stage, StageResult
 from ...task import SplitName, Task
 from ...training import TrainingConfig, train_model
 from . import iterations, surgery
+from .apart import EndedError, in_a_process
 from .attention import reopen
 from .candidates import choose
 from .config import ClassAwarePruningConfig
@@ -74,7 +75,7 @@ def _iterate(setup: Setup, progress: Progress) -> None:
     channels = setup.channels.narrowed(progress.kept)
     selection = choose(setup, progress, channels, number)
     kept_now = {name: _without(channels, name, units) for name, units in selection.removed.items()}
-    wrong = failures(progress.model, setup.inputs, channels.keep, kept_now)
+    wrong = _tried(setup, progress.model, channels, kept_now)
     for name, reason in wrong.items():
         progress.notes.append(f"iteration {number}: {name} was left as it is: {reason}")
         del kept_now[name]
@@ -104,6 +105,16 @@ def _iterate(setup: Setup, progress: Progress) -> None:
         progress.stopped = "target reached"
     elif number >= setup.config.max_iterations:
         progress.stopped = "max_iterations"
+
+
+def _tried(setup: Setup, model: nn.Module, channels: Channels, kept: dict[str, Tensor]) -> dict[str, str]:
+    """Groups that cannot be cut so, with the reason."""
+    if not channels.foreign or not kept:
+        return failures(model, setup.inputs, channels.keep, kept)
+    try:
+        return in_a_process(model, lambda: failures(model, setup.inputs, channels.keep, kept))
+    except EndedError as ended:
+        return dict.fromkeys(kept, f"compiled code of another library {ended.how} with so many channels")
 
 
 def _without(channels: Channels, name: str, units: Tensor) -> Tensor:

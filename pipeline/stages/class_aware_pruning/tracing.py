@@ -17,11 +17,12 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ...errors import StageError
+from .apart import Care, ForeignCodeError
 from .axes import Side, channel_dim, has_own_forward, is_depthwise, is_following, is_mixing, width
-from .decisions import Decisions
+from .decisions import Decisions, cleaned, is_marked, marked_if_float
 from .flow import OUTPUT, Axis, Call, Flow
 from .modes import BufferStates, hooked, plain_eval
 from .own_forward import follow_own
@@ -36,16 +37,17 @@ _TRAINING_RUNS = 3
 class Tracer:
     """Runs a model with marked channels. Use it once, through `trace`."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> None:
         self.model = model
         self.inputs = inputs
-        self.flow = Flow()
+        self.flow = Flow(care=care)
         self._marks: Marks = {}
         self._seen: dict[Axis, Tensor] = {}
         self._arrived: dict[nn.Module, Tensor] = {}
         self._clean: dict[nn.Module, list[Tensor]] = {}
         self._calls: dict[nn.Module, int] = {}
-        self._decisions = Decisions(model)
+        self._decisions = Decisions(model, care.operators)
+        self._stopped: str | None = None
         self._states: BufferStates | None = None
         self._given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
@@ -57,6 +59,8 @@ class Tracer:
         """
         with torch.no_grad(), plain_eval(self.model), hooked(self._watch_calls()):
             self._forward_clean()
+        if self.flow.foreign and not self.flow.care.apart:
+            raise ForeignCodeError
         self.flow.training_only = self._training_only()
         with torch.no_grad(), plain_eval(self.model):
             follow_own(self.model, self.flow, self._given)
@@ -131,7 +135,7 @@ class Tracer:
 
     def _forward_clean(self) -> None:
         """Runs the model without marks, and notes what it decides by its values."""
-        sources = itertools.chain(self.inputs, (tensor for _, tensor in plain_tensors(self.model, self.flow.opaque)))
+        sources = itertools.chain(self.inputs, (tensor for _, tensor in plain_tensors(self.model, self.flow)))
         self._forward(self._decisions.recorded(sources))
         self.flow.foreign |= self._decisions.foreign
 
@@ -155,7 +159,11 @@ class Tracer:
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         for path, module in self.model.named_modules():
-            if path not in self.flow.opaque and (is_mixing(module) or is_following(module)):
+            if (
+                path not in self.flow.opaque
+                and not self.flow.care.shuts(path)
+                and (is_mixing(module) or is_following(module))
+            ):
                 yield path, module
 
     def _watch_calls(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -191,11 +199,31 @@ class Tracer:
         return hook
 
     def _watch_channels(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        for path in self.flow.care.closed:
+            closed = self.model.get_submodule(path)
+            yield closed.register_forward_pre_hook(self._keep_out(path), with_kwargs=True)
+            yield closed.register_forward_hook(self._mark_all(path))
         for path, module in self._layers():
             side: Side = "in" if is_mixing(module) or is_depthwise(module) else "out"
             yield module.register_forward_pre_hook(self._receive((path, side)), with_kwargs=True)
             yield module.register_forward_hook(self._send(path))
             self.flow.widths[(path, side)] = width(module, side)
+
+    def _keep_out(self, path: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            with self._decisions.aside():
+                if any(is_marked(value) for value in tree_leaves((args, kwargs))):
+                    self._stopped = path
+                return tree_map(cleaned, args), tree_map(cleaned, kwargs)
+
+        return hook
+
+    def _mark_all(self, path: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            with self._decisions.aside():
+                return tree_map(marked_if_float, output) if self._stopped == path else output
+
+        return hook
 
     def _receive(self, axis: Axis) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -234,8 +262,8 @@ class Tracer:
 
     def _run(self, marks: Marks) -> tuple[dict[Axis, Tensor], bool]:
         """Reached channels bool [channels] per reader axis, and whether NaN came out of the model."""
-        self._marks, self._seen, self._calls = marks, {}, {}
-        owners = dict(plain_tensors(self.model, self.flow.opaque))
+        self._marks, self._seen, self._calls, self._stopped = marks, {}, {}, None
+        owners = dict(plain_tensors(self.model, self.flow))
         states = BufferStates(self.model) if self._states is None else self._states
         self._states = states
         saved = {name: owners[name].detach().clone() for name, _ in marks if name in owners}
@@ -261,6 +289,11 @@ class Tracer:
                 reach[axis], came_out = self._run({axis: torch.ones(self.flow.widths[axis], dtype=torch.bool)})
                 if came_out:
                     self.flow.outputs.add(axis)
+                if stopped := self._stopped or self._decisions.stopped:
+                    self.flow.stuck[axis] = (
+                        f"it reaches {stopped}, compiled code of another library that ends the process when its "
+                        "channels are followed or fewer; it was left alone"
+                    )
                 if self._decisions.lost:
                     operation, place = next(iter(self._decisions.lost.items()))
                     self.flow.decides[axis] = (
@@ -270,7 +303,7 @@ class Tracer:
             elif is_depthwise(module):
                 self.flow.widths[(path, "out")] = width(module, "out")
         layers = dict(reach)
-        for name, tensor in plain_tensors(self.model, self.flow.opaque):
+        for name, tensor in plain_tensors(self.model, self.flow):
             whole = (name, str(tensor.dim() - 1))
             there, came_out = self._run({whole: torch.ones(tensor.shape[-1], dtype=torch.bool)})
             if came_out or not there:
@@ -405,14 +438,16 @@ def _apart(sources: list[Axis], reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> 
     return [members for members, _ in rounds]
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Flow:
+def trace(model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> Flow:
     """Follows the channels of every layer of `model`; the model is unchanged afterwards.
 
     Args:
         model: called positionally with `inputs`, in eval mode.
         inputs: one row.
+        care: see `apart.looked_into`.
 
     Raises:
         StageError: the model does not run on them.
+        ForeignCodeError: it runs code of other libraries, and is not apart.
     """
-    return Tracer(model, inputs).trace()
+    return Tracer(model, inputs, care).trace()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
+from edgewright.models.module_state import copied
 from edgewright.pipeline.stages.class_aware_pruning import surgery
 from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
 from edgewright.pipeline.stages.class_aware_pruning.groups import Channels
@@ -87,7 +88,7 @@ def proven(model: nn.Module, channels: Channels, name: str) -> nn.Module:
     keep = channels.keep({name: torch.tensor([u for u in range(group.units) if u not in (0, 3, 4)])})
     small, dense = surgery.pruned(model, keep), surgery.masked(model, keep)
     # as a checkpoint does: from JSON, in a copy of the given model
-    again = copy.deepcopy(model)
+    again = copied(model)
     surgery.prune(again, surgery.from_json(surgery.to_json(keep)), surgery.changed_attributes(model, keep))
     with torch.no_grad():
         expected, found = dense(IMAGES), small(IMAGES)
