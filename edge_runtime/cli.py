@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     except EdgewrightError as error:
         if options.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_indented(error)}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if options.debug or error.name not in _NEEDED:
@@ -108,8 +108,13 @@ def _exit_code_of_lost_output() -> int:
     return InputError.exit_code
 
 
+def _indented(text: object) -> str:
+    """Further lines are set in: a line break in a name that comes from a bundle makes no line of its own."""
+    return printable_lines(text).replace("\n", "\n  ")
+
+
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {printable_lines(message)}", file=sys.stderr)
+    print(f"warning: {_indented(message)}", file=sys.stderr)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

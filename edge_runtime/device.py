@@ -202,7 +202,7 @@ def _software(
         facts["providers"] = (None, reason) if providers is None else (list(providers), None)
     else:
         build = getattr(onnxruntime, "get_build_info", None)
-        facts["onnxruntime"] = (str(onnxruntime.__version__), None)
+        facts["onnxruntime"] = _or_unknown(getattr(onnxruntime, "__version__", None), "it does not say its version")
         facts["onnxruntime_build"] = (build(), None) if build else (None, "this release does not say")
         facts["providers"] = (list(available), None)
     if distributions is None:
