@@ -314,6 +314,9 @@ def _start(
 
     dropped: list[str] = []
     while True:
+        if usable == [CPU]:
+            # what fails here is raised as well, and ONNX Runtime's log prints the names of nodes as they are
+            options.log_severity_level = 4
         if usable == [CPU] and has_branches(path):
             # A planned graph holds its memory while its branches run, which then compute where the caches have
             # nothing; docs/early_exit.md has what that costs.

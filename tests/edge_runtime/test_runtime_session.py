@@ -565,3 +565,19 @@ def test_thresholds_that_are_no_input_are_written_into_the_bytes(
     runner = session_on(tmp_path / "model.onnx", thresholds=(NEVER, ALWAYS))
     assert (runner.run_rows({"x": rows})["exit_index"] == 1).all()
     assert runner.session._model_bytes is None
+
+
+def test_the_name_of_a_node_that_fails_does_not_steer_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"]),
+        helper.make_tensor_value_info("shape", TensorProto.INT64, ["k"]),
+    ]
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"], name="\x1b[31mred")
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", values, [y])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "m.onnx")
+    with pytest.raises(EdgewrightError, match=r"Name:'\\x1b\[31mred'"):
+        session_on(tmp_path / "m.onnx").run({"x": np.zeros(3, np.float32), "shape": np.array([2, 2])})
+    assert "\x1b" not in capfd.readouterr().err
