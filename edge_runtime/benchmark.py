@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from . import statistics
 from .bench_inputs import Feed, golden_feeds, read_inputs, user_feeds
 from .bundle import Bundle, open_bundle
-from .child import Artefact, ChildResult, run_child
+from .child import Artefact, ChildResult, check_seed, run_child
 from .device import collect_facts, fingerprint
 from .errors import InputError
 from .manifest import MODEL_FILE, Manifest
@@ -87,6 +87,7 @@ def bench(
         min_samples = max(min_samples, statistics.samples_needed(percentile))
     if not min_seconds < math.inf or min_samples < 1:
         raise InputError(f"min_seconds is finite and min_samples positive, not {min_seconds} and {min_samples}")
+    check_seed(seed)
     if samples_file is not None and not Path(samples_file).resolve().parent.is_dir():
         raise InputError(f"cannot write the samples to {samples_file}: there is no such folder")
     settings: dict[str, Any] = {

@@ -39,6 +39,7 @@ _START = (
     "importlib.import_module(sys.argv[2] + sys.argv[3]).main(started, *sys.argv[4:])"
 )
 _TAIL = 2000
+_MOST_RUNS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,14 @@ def block_settings(
     """The child's settings where it measures in blocks; arguments as in `interleave.interleaved`.
 
     Raises:
-        InputError: a number of blocks or runs that is not positive.
+        InputError: a number of blocks or runs that is not positive, or a seed that is negative.
         ProviderError: an unknown provider.
     """
-    if blocks < 1 or block_runs < 1:
-        raise errors.InputError(f"blocks and block_runs are positive numbers, not {blocks} and {block_runs}")
+    if not 1 <= blocks <= _MOST_RUNS or not 1 <= block_runs <= _MOST_RUNS:
+        raise errors.InputError(
+            f"blocks and block_runs are numbers from 1 to {_MOST_RUNS}, not {blocks} and {block_runs}"
+        )
+    check_seed(seed)
     return {
         "mode": mode,
         "providers": list(provider_names(providers)),
@@ -104,6 +108,16 @@ def block_settings(
         "warmup_seconds": warmup_seconds,
         "seed": seed,
     }
+
+
+def check_seed(seed: int) -> None:
+    """Refuses what numpy's generators do not take.
+
+    Raises:
+        InputError: it is negative.
+    """
+    if seed < 0:
+        raise errors.InputError(f"the seed is a number from 0 on, not {seed}")
 
 
 def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeout_s: float) -> ChildResult:

@@ -154,9 +154,12 @@ def _encoded(prompts: Sequence[str], place: Path) -> tuple[list[list[int]], Call
 
 def _ids(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        ids = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids like 504,3575") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a list of token ids like 504,3575") from None
+    if max(map(abs, ids)) > sys.maxsize:
+        raise argparse.ArgumentTypeError("a token id is larger than any vocabulary")
+    return ids
 
 
 def _peak_memory() -> int | None:

@@ -41,6 +41,8 @@ Layout: TypeAlias = Literal["file", "split"]
 
 LAYOUTS = ("file", "split")
 
+_MOST_THREADS = 1024
+
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
 OPTIMIZATION_LEVELS = {
@@ -344,8 +346,8 @@ def _session_options(threads: int | None, optimization_level: str, strict: bool)
     if optimization_level not in OPTIMIZATION_LEVELS:
         known = ", ".join(OPTIMIZATION_LEVELS)
         raise InputError(f"unknown optimization level {optimization_level!r}: use {known}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is a positive number, not {threads}")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"threads is a number from 1 to {_MOST_THREADS}, not {threads}")
     options = onnxruntime.SessionOptions()
     # errors only: ONNX Runtime warns about every initializer that a caller may replace, and `thresholds` is one
     options.log_severity_level = 3

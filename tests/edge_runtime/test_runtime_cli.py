@@ -454,3 +454,24 @@ def test_no_text_of_a_bundle_steers_the_terminal(
 
 def test_an_error_does_not_steer_the_terminal() -> None:
     assert str(EdgewrightError("a\x1b[2Jb\nc")) == "a\\x1b[2Jb\nc"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["verify", "--threads", "9" * 400],
+        ["verify", "--thresholds", "9" * 400],
+        ["bench", "--seed", "-1"],
+        ["latency-table", "--seed", "-1"],
+        ["latency-table", "--blocks", "9" * 30],
+    ],
+)
+def test_numbers_beyond_reason_are_bad_input(bundle: Path, arguments: list[str]) -> None:
+    assert cli.main([arguments[0], str(bundle), *arguments[1:]]) == 2
+
+
+@pytest.mark.parametrize("ids", ["9" * 400, "9" * 5000, "1,x"])
+def test_token_ids_beyond_reason_are_bad_input(ids: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["generate", "model", "--ids", ids])
+    assert caught.value.code == 2
