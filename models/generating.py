@@ -17,8 +17,8 @@ _KEYS_AND_VALUES = frozenset(
 """Kinds of layers, in the words of a configuration, that keep keys and values of the tokens, or nothing."""
 
 _WHOLE = (
-    "What works without a cache: train, prune and factorize it, and set export.generator to false for a file that reads"
-    " whole windows of tokens"
+    "What is left without a cache: train, prune and factorize it; with export.generator false the file reads whole "
+    "windows of tokens, where torch can export its layers (those that go token by token become a long graph)"
 )
 
 

@@ -33,7 +33,7 @@ def _of(kind: str, config: str | None = None, **settings: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (lambda: _of("Lfm2", layer_types=["conv", "full_attention"] * 2, **_TINY), "hybrid.* conv .*set export"),
+        (lambda: _of("Lfm2", layer_types=["conv", "full_attention"] * 2, **_TINY), "hybrid.* conv .*with export"),
         (lambda: _of("Qwen3_5", "Qwen3_5Text", **_TINY, **_LINEAR), "hybrid.* linear_attention "),
         (lambda: _of("RecurrentGemma", **_TINY, lru_width=32), "hybrid.* linear_attention "),
         (lambda: _of("Mamba", vocab_size=64, hidden_size=16, num_hidden_layers=1), "recurrent state .cache_params"),
