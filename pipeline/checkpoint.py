@@ -322,6 +322,9 @@ def _changed_sources(checkpoint: Checkpoint, root: Path) -> list[str]:
         now = _base_sources(checkpoint.base, root)
     except (ValueError, OSError) as error:
         raise CheckpointError(f"the model {checkpoint.base.name!r} cannot be found from {root}: {error}") from None
+    # files that the model read when it was built, such as a configuration
+    beside = {name: root / name for name in checkpoint.sources if name not in now}
+    now |= {name: sha256_of(path) for name, path in beside.items() if path.is_file()}
     return sorted(
         name for name in now.keys() | checkpoint.sources.keys() if now.get(name) != checkpoint.sources.get(name)
     )

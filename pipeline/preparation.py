@@ -13,8 +13,10 @@ from edgewright.edge_runtime.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.path_text import check_path
 from edgewright.edge_runtime.providers import provider_names
 from edgewright.models import registry
+from edgewright.models.files_read import files_read
 from edgewright.models.module_state import scripted_module
 from edgewright.models.precision import HALF
+from edgewright.models.python_source import PREFIX
 from edgewright.models.weights import load_weights
 
 from .cache import Key, base_key, environment
@@ -88,21 +90,30 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
     device = device_named(recipe.device)
     _check_later_phases(recipe)
     base = BaseSpec(recipe.model.name, recipe.model.args)
+    read_by_model, read_by_task = dict[Path, str](), dict[Path, str]()
     try:
-        base_sources = watch.digests(registry.sources(base.name, recipe.folder), recipe.folder)
+        with files_read(recipe.folder, read_by_model):
+            base_sources = watch.digests(registry.sources(base.name, recipe.folder), recipe.folder)
     except ValueError as error:
         raise ModelError(str(error)) from error
     weights = None if recipe.model.weights is None else _weights_digest(recipe.resolve(recipe.model.weights), watch)
     sources = watch.digests(task_sources(recipe.task.name, recipe.folder), recipe.folder)
     with seeded(recipe.seed):
-        task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
+        with files_read(recipe.folder, read_by_task):
+            task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
         check_labels(task)
         check_inputs(task)
         tasks = tasks_of(recipe, task)
         check_splits(recipe, tasks)
         data = data_digests(task)
     watch.data(task)
-    check_stages(recipe, tasks)
+    check_stages(recipe, tasks, read_by_model)
+    if base.name.startswith(PREFIX):
+        # it is built anew at every step: what it reads is as much a source of it as its code
+        base_sources |= watch.read(read_by_model, recipe.folder)
+    if recipe.task.name.startswith(PREFIX):
+        # what they hold is in the data's digests; an edit stops the run all the same
+        watch.read(read_by_task, recipe.folder)
     around = environment(device)
     key = base_key(
         base,
@@ -179,12 +190,13 @@ def check_splits(recipe: Recipe, tasks: Sequence[Task]) -> None:
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
 
 
-def check_stages(recipe: Recipe, tasks: Sequence[Task]) -> None:
+def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -> None:
     """Shows the base model to every stage that has something to say about it or trains it, before any compute.
 
     Args:
         recipe: names model and stages.
         tasks: see `tasks_of`.
+        read: gets the user's files that the model reads when it is built, the weights file left out; see `files_read`.
 
     Raises:
         ModelError: see `build_named`, `check_model` and `check_training`.
@@ -192,9 +204,12 @@ def check_stages(recipe: Recipe, tasks: Sequence[Task]) -> None:
     """
     checked = [(stage_named(entry.name).check, entry.config) for entry in recipe.stages]
     planned = list(_trainings(recipe, tasks))
-    if not planned and not any(check for check, _ in checked):
+    if not planned and not any(check for check, _ in checked) and not recipe.model.name.startswith(PREFIX):
         return
-    model = build_named(recipe)
+    with files_read(recipe.folder, read):
+        model = build_named(recipe)
+    if recipe.model.weights is not None:
+        read.pop(recipe.resolve(recipe.model.weights).resolve(), None)
     check_model(model, tasks[0], recipe.model.name)
     for check, config in checked:
         if check is not None:

@@ -58,6 +58,10 @@ class Watch:
             found[portable_name(path, root)] = self._add(path, sha256_of)
         return dict(sorted(found.items()))
 
+    def read(self, files: Mapping[Path, str], root: Path) -> dict[str, str]:
+        """As `digests`, of files that were read a while ago, with the sha256 of what they held then."""
+        return dict(sorted((portable_name(path, root), self._add(path, sha256_of, files[path])) for path in files))
+
     def digest(self, path: Path) -> str:
         """sha256 of one file, which is watched from now on."""
         return self._add(path, sha256_of)

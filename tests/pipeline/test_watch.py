@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from edgewright.pipeline import preparation, runner, sources
 from edgewright.pipeline.checkpoint import load_checkpoint
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import EditedSourceError
+from edgewright.pipeline.recipe import load_recipe
 from edgewright.pipeline.runner import run
 from edgewright.pipeline.tasks.causal_lm import causal_lm
 from edgewright.pipeline.tasks.image_folder import image_folder
@@ -288,4 +291,70 @@ def test_an_edited_text_is_named(tmp_path: Path) -> None:
     watch.check()
     text.write_text(" ".join(map(str, range(1, 401))))
     with pytest.raises(EditedSourceError, match=r"text\.txt"):
+        watch.check()
+
+
+READS = MODEL.replace("def net(width=6, classes=3):", "def net(classes=3):\n    width = json.load(open('width.json'))")
+
+
+def _with_a_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = write_recipe(folder, stages=[{"name": "train", "epochs": 2, "batch_size": 16}])
+    (folder / "net.py").write_text("import json\n" + READS)
+    (folder / "width.json").write_text("6")
+    monkeypatch.chdir(folder)
+    return path
+
+
+def test_a_file_that_the_model_reads_is_a_source_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages_only: None
+) -> None:
+    path, out = _with_a_configuration(tmp_path / "user", monkeypatch), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        at_call(patch, FolderContext, "save", 1, lambda: (tmp_path / "user" / "width.json").write_text("7"))
+        with pytest.raises(EditedSourceError, match=r"width\.json was edited"):
+            run(path, out)
+    assert stored(out) == ["00-base-"]
+    assert run(path, out).steps[-1].parameters == 5 * 7 + 7 + 7 * 3 + 3, "the file as it is, and no old base"
+    (folder,) = list((out / "checkpoints").glob("01-*"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(folder, tmp_path / "user")
+    (tmp_path / "user" / "width.json").write_text("7\n")
+    with pytest.warns(UserWarning, match=r"width\.json changed since"):
+        load_checkpoint(folder, tmp_path / "user")
+
+
+def test_arrays_that_a_users_task_reads_are_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages_only: None
+) -> None:
+    folder, out = tmp_path / "user", tmp_path / "out"
+    path = write_recipe(folder)
+    read = f"    import numpy as np\n    data = {{'n': np.load({str(folder / 'x.npy')!r})}} and {{}}"
+    text = TASK.replace("    data = {}", read)
+    (folder / "data.py").write_text(text)
+    np.save(folder / "x.npy", np.zeros(4))
+    at_call(monkeypatch, FolderContext, "save", 1, lambda: np.save(folder / "x.npy", np.ones(4)))
+    with pytest.raises(EditedSourceError, match=r"x\.npy was edited"):
+        run(path, out)
+    assert stored(out) == ["00-base-"]
+
+
+def test_pictures_and_weights_are_no_sources_of_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "user"
+    path = write_recipe(folder, task={"name": "image_folder", "args": {"path": "photos", "size": 8, "memory_mb": 0}})
+    pictures(folder / "photos")
+    net = "import torch\nfrom torch import nn\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(192, 2))\n"
+    (folder / "net.py").write_text(net)
+    state = {"1.weight": torch.randn(2, 192), "1.bias": torch.randn(2)}
+    torch.save(state, folder / "w.pt")
+    given = load_recipe(path, ["model.weights=w.pt"])
+    inputs = preparation.prepare(given)
+    assert set(inputs.base_sources) == {"net.py"}
+    assert inputs.base_key.digest == preparation.prepare(given).base_key.digest
+
+
+def test_a_file_that_was_edited_after_it_was_read_is_named(tmp_path: Path) -> None:
+    watch, path = Watch({}), old(tmp_path / "width.json", "7")
+    watch.read({path: hashlib.sha256(b"6").hexdigest()}, tmp_path)
+    with pytest.raises(EditedSourceError, match=r"width\.json"):
         watch.check()

@@ -85,6 +85,7 @@ def main():
     for name, path, change in (
         ("the_file_itself", "net.py", lambda text: text.replace(b"32, 2", b"32, 2, True")),
         ("a_file_that_it_imports", "parts/block.py", lambda text: text.replace(b"ACTIVATION()", b"nn.Tanh()")),
+        ("a_configuration_that_it_reads", "scale.json", lambda text: text.replace(b"1", b"7")),
         ("the_weights", "weights.safetensors", lambda text: text[:-4] + b"\0\0\0\0"),
     ):
         tried(name, recipe(), {path: change(Path(path).read_bytes())})
