@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import BundleError
 from .feeds import KNOWN_DTYPES
@@ -20,6 +23,7 @@ from .manifest import (
     DeviceLatency,
     Manifest,
     PolicySpec,
+    TensorSpec,
 )
 
 VERDICTS = ("faster", "slower", "inconclusive")
@@ -39,6 +43,33 @@ def check_consistency(manifest: Manifest) -> None:
     _check_split(manifest)
     _check_measured(manifest)
     _check_tolerances(manifest)
+
+
+def unknown_exit(exit_index: NDArray[Any], exits: Sequence[object]) -> str | None:
+    """What is wrong with exits that a graph answers with; None if all of them are among the manifest's.
+
+    Args:
+        exit_index: of any shape.
+        exits: of the manifest.
+    """
+    for value in exit_index.ravel().tolist():
+        if not 0 <= value < len(exits):
+            return f"the graph leaves by exit {value}, and the manifest knows the exits 0 to {len(exits) - 1} alone"
+    return None
+
+
+def unlike(found: Sequence[int | str], spec: TensorSpec) -> str | None:
+    """What is wrong with the shape of an array or of a graph's tensor; None if it can be that of `spec`.
+
+    Args:
+        found: sizes; a name is any size, and no sizes at all an unknown shape.
+        spec: of the manifest.
+    """
+    fixed = zip(found, spec.shape, strict=False)
+    apart = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in fixed)
+    if not apart and (len(found) == len(spec.shape) or not found):
+        return None
+    return f"{spec.name!r} has the shape {list(found)} in the graph, the manifest says {list(spec.shape)}"
 
 
 def threshold_out_of_range(policy: PolicySpec, value: float) -> str | None:

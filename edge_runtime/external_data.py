@@ -8,12 +8,14 @@ attributes, sparse ones, and those of functions.
 from __future__ import annotations
 
 import mmap
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 from .errors import BundleError
 from .onnx_file import Field, fields_of
+from .scratch import Scratch
 
 _LOCATION = b"location"
 _CHUNK = 1 << 20
@@ -48,7 +50,7 @@ def require_listed(path: Path, name: str, listed: Mapping[str, int], source: Pat
         BundleError: a location that is none of the files, or a range beyond one; names the tensor. A file that speaks
             of locations and cannot be read.
     """
-    if not _mentions_location(path):
+    if not keeps_weights_elsewhere(path):
         return
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -62,8 +64,26 @@ def require_listed(path: Path, name: str, listed: Mapping[str, int], source: Pat
         raise BundleError(f"{source}: {name} is damaged or no ONNX file: copy or export it again") from None
 
 
-def _mentions_location(path: Path) -> bool:
-    """Whether the word is anywhere in the file; without it there is no external tensor, and nothing to walk through."""
+def beside_its_weights(data: bytes, path: Path) -> Scratch:
+    """A folder with a model under its own name, and links to the files beside which it lay.
+
+    Args:
+        data: of the model, changed.
+        path: where it is from.
+    """
+    place = Scratch("edgewright-model-")
+    for file in path.parent.iterdir():
+        if file.is_file() and file.name != path.name:
+            try:
+                (place.path / file.name).symlink_to(file.resolve())
+            except OSError:  # Windows lets only some users make links
+                shutil.copyfile(file, place.path / file.name)
+    (place.path / path.name).write_bytes(data)
+    return place
+
+
+def keeps_weights_elsewhere(path: Path) -> bool:
+    """Whether a model may have external tensors: no file has them that does not hold the word ``location``."""
     tail = b""
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

@@ -111,7 +111,10 @@ class Subject:
 
     def last_exit(self) -> int:
         """Deepest exit of the last run's rows; -1 for a model without exits."""
-        return int(self._last[self._exit_at].max()) if self._exit_at is not None else -1
+        if self._exit_at is None:
+            return -1
+        self.runner.require_known(self._last)
+        return int(self._last[self._exit_at].max())
 
 
 def main(started_ns: int, spec_path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .bundle import Bundle
-from .errors import EdgewrightError, InputError
+from .consistency import unknown_exit, unlike
+from .errors import BundleError, EdgewrightError, InputError
 from .feeds import FeedChecker, as_array, is_finite, prepare, specs_of, unusable_rows
 from .manifest import EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, Manifest
 from .providers import Placement
@@ -118,6 +119,8 @@ class Runner:
         self._preprocessing = manifest.preprocessing if manifest is not None else None
         self._meaning = _meaning(manifest)
         self._without_classes = self._answer_at is None and _without_classes(manifest, session)
+        specs = manifest.outputs if manifest is not None else ()
+        self._answers = tuple((self._wanted.index(s.name), s) for s in specs if s.name in (LOGITS, SCORES))
         # with exits and any number of rows, all rows may have left: such a graph also takes none
         self._checked = FeedChecker(self.inputs, no_rows=EXIT_INDEX in self._wanted and not self.takes_single_rows)
 
@@ -215,7 +218,27 @@ class Runner:
             raise EdgewrightError(f"ONNX Runtime failed while running {self.path}: {error}") from error
         return outputs
 
+    def require_known(self, outputs: Sequence[NDArray[Any]]) -> None:
+        """Refuses answers that the manifest does not know: an exit that it has not, scores for more or fewer classes.
+
+        Args:
+            outputs: of any number of rows, in the order of `output_names`; nothing is asked of those of a bare model.
+
+        Raises:
+            BundleError: says what the graph answered.
+        """
+        if self.manifest is None:
+            return
+        reason = None
+        for at, spec in self._answers:
+            reason = reason or unlike((*spec.shape[:1], *outputs[at].shape[1:]), spec)
+        if reason is None and self._answer_at is not None:
+            reason = unknown_exit(outputs[self._answer_at[2]], self.manifest.exits)
+        if reason is not None:
+            raise BundleError(f"{self.path}: {reason}: the bundle does not belong together, export it again")
+
     def _prediction(self, outputs: list[NDArray[Any]], refused: dict[int, str]) -> Prediction:
+        self.require_known(outputs)
         if self._answer_at is not None:
             at_label, at_scores, at_exit = self._answer_at
             label, scores, exit_index = outputs[at_label], outputs[at_scores], outputs[at_exit]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,8 +16,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from .bundle import Bundle, open_bundle
-from .consistency import threshold_out_of_range
+from .consistency import threshold_out_of_range, unlike
 from .errors import BundleError, InputError
+from .external_data import beside_its_weights, keeps_weights_elsewhere
 from .feeds import specs_of
 from .forked import abandon_in_forks
 from .manifest import GOLDEN_FILE, MODEL_FILE, RUNTIME_FILE, THRESHOLDS, TOKENIZER_FILE, Manifest
@@ -34,6 +36,7 @@ from .providers import (
     without_the_broken,
 )
 from .runner import Runner
+from .scratch import Scratch
 from .split_session import SplitSession, joined
 
 Layout: TypeAlias = Literal["file", "split"]
@@ -252,6 +255,7 @@ def _opened(
     values: tuple[float, ...] | None = None
     source: str | bytes = os.fspath(path)
     given: Any = None
+    place: Scratch | None = None
     if thresholds is not None:
         values = _checked_thresholds(thresholds)
         if check_vector(path, THRESHOLDS, values) and usable == [CPU]:
@@ -259,9 +263,16 @@ def _opened(
             options.add_initializer(THRESHOLDS, given)
         else:
             source = with_vector(path, THRESHOLDS, values)
+            if _loses_weights_of_branches(onnxruntime.__version__) and keeps_weights_elsewhere(path):
+                place = beside_its_weights(source, path)
+                source = os.fspath(place.path / path.name)
             # A model given as bytes has no place of its own, from which to find model.onnx.data.
             options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
-    session, dropped = _start(source, options, usable, requested, path, allow_fallback)
+    try:
+        session, dropped = _start(source, options, usable, requested, path, allow_fallback)
+    finally:
+        if place is not None:
+            place.cleanup()
     if isinstance(source, bytes):
         session._model_bytes = None  # kept by ONNX Runtime's wrapper to start again, which nobody asks it for
     session.edgewright_thresholds = given  # ONNX Runtime reads them where they are, and does not keep them
@@ -272,6 +283,12 @@ def _opened(
         raise not_started(requested, present)
     fallback = fallback_reasons(requested, available, present, dropped) if allow_fallback else ()
     return session, placement_of(session, requested, strict, fallback), values
+
+
+def _loses_weights_of_branches(version: str) -> bool:
+    """Whether this ONNX Runtime looks for the external weights of a branch in the working directory where the model
+    was given as bytes: the releases before 1.21 do, and heed `_EXTERNAL_FOLDER` in the main graph alone."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (1, 21)
 
 
 def explicit_thresholds(
@@ -385,3 +402,7 @@ def _check_interface(session: Any, manifest: Manifest, path: Path) -> None:
         wanted = {spec.name: spec.dtype for spec in declared}
         if actual != wanted:
             raise BundleError(f"{path}: the graph's {kind} are {actual}, the manifest says {wanted}: export it again")
+        shapes = {spec.name: spec.shape for spec in specs_of(nodes)}
+        for declaration in declared:
+            if reason := unlike(shapes[declaration.name], declaration):
+                raise BundleError(f"{path}: {kind[:-1]} {reason}: export it again")

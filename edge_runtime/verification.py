@@ -200,7 +200,9 @@ def verify(
         ) as runner:
             placement = runner.placement
             for index in indices:
-                check.case(index, cases[index], runner.run_rows(cases[index].inputs))
+                got = runner.run_rows(cases[index].inputs)
+                runner.require_known(list(got.values()))
+                check.case(index, cases[index], got)
     assert placement is not None  # golden.npz with no case does not load
     if chosen is None:
         check.coverage()
@@ -363,7 +365,7 @@ class _Check:
         rows = np.arange(len(got))
         if apart and got.shape == want.shape:
             # NaN is never explained by a decision, so such a row is compared whatever was excused
-            sound = np.isfinite(got.reshape(len(got), -1)).all(axis=1)
+            sound = np.isfinite(np.stack([got, want], axis=1).reshape(len(got), -1)).all(axis=1)
             rows = np.array([row for row in rows.tolist() if row not in apart or not sound[row]], np.int64)
             got, want = got[rows], want[rows]
             if rows.size == 0:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
+import onnxruntime
 import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from edgewright.edge_runtime import BundleError, load, open_bundle, pack_zip
+from edgewright.edge_runtime import BundleError, load, open_bundle, pack_zip, session_on
 from edgewright.edge_runtime.external_data import require_listed
 
 LISTED = {"model.onnx": 500, "model.onnx.data": 64, "split/level1.onnx": 500, "split/level1.onnx.data": 64}
@@ -192,3 +194,28 @@ def test_a_sealed_bundle_that_reads_outside_is_refused_before_a_session_exists(b
     for use in (open_bundle, load, lambda path: pack_zip(path, tmp_path / "b.zip")):
         with pytest.raises(BundleError, match=r"'../../secret', which is none of the files"):
             use(bundle)
+
+
+def test_old_runtimes_find_the_weights_of_branches_when_thresholds_are_set(bundle, tmp_path, monkeypatch):
+    """They take a model given as bytes to lie in the working directory; so it gets a place beside its weights."""
+    proto = onnx.load(str(bundle / "model.onnx"))
+    del proto.graph.input[1]  # the thresholds cannot be given as an input: the bytes are changed
+    folder = tmp_path / "net"
+    folder.mkdir()
+    onnx_ir.save(onnx_ir.from_proto(proto), folder / "m.onnx", external_data="m.onnx.data", size_threshold_bytes=64)
+    x = {"x": np.zeros((1, 3, 6, 6), np.float32)}
+    want = session_on(folder / "m.onnx", thresholds=[2.0, 2.0]).run(x)
+    assert want["exit_index"].tolist() == [2]
+    sources, make = [], onnxruntime.InferenceSession
+
+    def session(source, *arguments, **options):
+        sources.append(source)
+        return make(source, *arguments, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    for version, found in (("1.20.1", str), ("1.21.0", bytes)):
+        monkeypatch.setattr(onnxruntime, "__version__", version)
+        got = session_on(folder / "m.onnx", thresholds=[2.0, 2.0]).run(x)
+        np.testing.assert_array_equal(got["scores"], want["scores"])
+        assert isinstance(sources[-1], found)
+    assert not Path(sources[0]).parent.exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -581,3 +582,29 @@ def test_the_name_of_a_node_that_fails_does_not_steer_the_terminal(
     with pytest.raises(EdgewrightError, match=r"Name:'\\x1b\[31mred'"):
         session_on(tmp_path / "m.onnx").run({"x": np.zeros(3, np.float32), "shape": np.array([2, 2])})
     assert "\x1b" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("provider", "fallback", "strict"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_only_strictness_forbids_the_cpu_in_the_sessions_own_options(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, provider: str, fallback: bool, strict: bool
+) -> None:
+    seen = []
+
+    def session(source, options, **_):
+        seen.append(options)
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with pytest.raises(EdgewrightError):
+        load(bundle, providers=provider, allow_fallback=fallback)
+    key = "session.disable_cpu_ep_fallback"
+    if strict:
+        assert [options.get_session_config_entry(key) for options in seen] == ["1"]
+    else:
+        for options in seen:
+            with pytest.raises(RuntimeError):  # not set
+                options.get_session_config_entry(key)
+    assert seen

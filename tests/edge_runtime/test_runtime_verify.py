@@ -5,18 +5,24 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from edgewright.edge_runtime import (
     BundleError,
     GoldenCase,
+    Manifest,
     ParityError,
+    load,
     open_bundle,
     verify,
     write_golden,
     write_manifest,
 )
 from edgewright.edge_runtime.comparison import exclusion_differs
+from edgewright.edge_runtime.measuring import Subject
+from edgewright.edge_runtime.verification import _Check
 
 
 def _rewrite(folder: Path, change_case=None, case: int = 0, **tolerances: float) -> None:
@@ -222,3 +228,71 @@ def test_the_tolerances_are_printed_and_said_to_allow_everything(bundle: Path) -
 def test_a_tolerance_below_zero_contradicts_itself(bundle: Path) -> None:
     with pytest.raises(BundleError, match="torch_abs"):
         _rewrite(bundle, lambda case: case, torch_abs=-1.0)
+
+
+@pytest.mark.parametrize("side", ["got", "reference", "torch"])
+def test_nan_on_a_row_whose_flip_is_excused_fails_all_the_same(bundle: Path, side: str) -> None:
+    with open_bundle(bundle) as opened:
+        case, manifest = opened.golden()[0], opened.manifest
+    tolerances = dataclasses.replace(manifest.tolerances, flip_margin=1.0)
+    case = dataclasses.replace(case, margin=np.zeros(12, np.float32))
+    got = {name: np.array(value) for name, value in case.reference.items()}
+    got["exit_index"][2] = 1 - min(1, got["exit_index"][2])
+    sides = {"got": got, "reference": dict(case.reference), "torch": dict(case.torch)}
+    check = _Check(dataclasses.replace(manifest, tolerances=tolerances))
+    check.case(0, case, got)
+    assert not check.findings and {flip.row for flip in check.excused} == {2}
+    sides[side]["scores"] = np.array(sides[side]["scores"])
+    sides[side]["scores"][2] = np.nan
+    check = _Check(dataclasses.replace(manifest, tolerances=tolerances))
+    check.case(0, dataclasses.replace(case, reference=sides["reference"], torch=sides["torch"]), sides["got"])
+    assert [(finding.output, finding.row) for finding in check.findings][:1] == [("scores", 2)]
+
+
+def _graph(folder: Path, change) -> None:
+    """Changes the graph and seals the bundle again: a model and a manifest of two exports."""
+    model = onnx.load(str(folder / "model.onnx"))
+    change(model.graph)
+    onnx.save(model, str(folder / "model.onnx"))
+    with (folder / "manifest.json").open(encoding="utf-8") as stream:
+        manifest = Manifest.from_json(stream.read())
+    write_manifest(folder, manifest)
+
+
+def _answers_by_exit_seven(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "then_branch":
+                constant = next(n for n in attribute.g.node if n.op_type == "Constant")
+                constant.attribute[0].t.CopyFrom(numpy_helper.from_array(np.array([7], np.int64)))
+
+
+def test_an_exit_that_the_manifest_does_not_know_is_refused_by_name(bundle: Path) -> None:
+    _graph(bundle, _answers_by_exit_seven)
+    with pytest.raises(BundleError, match="leaves by exit 7, and the manifest knows the exits 0 to 2"):
+        verify(bundle)
+    with load(bundle, thresholds=[0.0, 0.0]) as runner:
+        with pytest.raises(BundleError, match="exit 7"):
+            runner.predict(np.zeros((1, 3, 6, 6), np.float32))
+        subject = Subject(runner, [{"x": np.zeros((1, 3, 6, 6), np.float32)}])
+        subject.run_once(0)
+        with pytest.raises(BundleError, match="exit 7"):
+            subject.last_exit()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["declared", "computed"])
+def test_a_width_of_the_scores_that_the_graph_does_not_have_is_refused(bundle: Path, known: bool) -> None:
+    def unsaid(graph: onnx.GraphProto) -> None:
+        scores = next(value for value in graph.output if value.name == "scores")
+        if not known:  # as ONNX Runtime sees it, any width
+            scores.type.tensor_type.shape.dim[1].dim_param = "classes"
+
+    _graph(bundle, unsaid)
+    with open_bundle(bundle) as opened:
+        manifest = opened.manifest
+    outputs = tuple(
+        dataclasses.replace(spec, shape=(1, 5)) if spec.name == "scores" else spec for spec in manifest.outputs
+    )
+    write_manifest(bundle, dataclasses.replace(manifest, outputs=outputs, labels=("a", "b", "c", "d", "e")))
+    with pytest.raises(BundleError, match=r"'scores' has the shape \[1, 4\] in the graph, the manifest says \[1, 5\]"):
+        verify(bundle)
