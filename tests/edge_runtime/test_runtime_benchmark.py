@@ -110,7 +110,7 @@ def test_inputs_of_the_user(bundle: Path, flat_bundle: Path, tmp_path: Path, row
         ({"thresholds": [1]}, "has 2 thresholds"),
         ({"providers": ["gpu9"]}, "unknown execution provider"),
         ({"optimization_level": "most"}, "unknown optimization level"),
-        ({"threads": -1}, "positive number"),
+        ({"threads": -1}, "a number from 1 to"),
     ],
 )
 def test_bad_options(bundle: Path, options, message: str) -> None:
@@ -264,7 +264,7 @@ class TestInterleaved:
             ({}, {}, "nothing to measure"),
             ({"a": "bundle"}, {"baseline": "b"}, "none of a"),
             ({"a": "bundle"}, {"statistic": "max"}, "use median or mean"),
-            ({"a": "bundle"}, {"blocks": 0}, "positive numbers"),
+            ({"a": "bundle"}, {"blocks": 0}, "numbers from 1 to"),
             ({"a": "bundle/model.onnx"}, {}, "is a bare model: give its inputs"),
         ],
     )

@@ -285,7 +285,7 @@ def test_an_operating_point_by_name(bundle: Path, rows: np.ndarray) -> None:
         ({"thresholds": [-0.1, 1]}, r"exit 0 \(body0\), -0.1 lies outside"),
         ({"operating_point": "depe"}, "did you mean 'deep'"),
         ({"operating_point": "deep", "thresholds": [1, 1]}, "not both"),
-        ({"threads": 0}, "positive number"),
+        ({"threads": 0}, "a number from 1 to"),
         ({"optimization_level": "most"}, "use disabled, basic, extended, all"),
         ({"providers": "cdua"}, "did you mean 'cuda'"),
         ({"providers": []}, "empty"),
