@@ -18,6 +18,7 @@ from edgewright.edge_runtime.errors import ExportError
 from edgewright.models.capturable import batched_experts
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.module_state import scripted_module, untouched
+from edgewright.models.precision import HALF
 
 from .exporter_faults import mend
 from .nested_graphs import graphs_in
@@ -135,14 +136,26 @@ def capture(
 
 
 def _first_call(wrapper: HeadLogits, inputs: Sequence[Tensor]) -> None:
+    kind = type(wrapper.model).__name__
+    halves = [name for name, value in wrapper.model.state_dict().items() if value.dtype in HALF]
+    if halves:
+        raise ExportError(
+            f"{kind} has weights in half precision ({halves[0]!r}): a bundle is proven in float32, export "
+            "`model.float()`"
+        )
     try:
-        wrapper(*inputs)
+        outputs = wrapper(*inputs)
     except Exception as error:  # a user's forward may raise anything
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise ExportError(
-            f"{type(wrapper.model).__name__} does not run on the example rows ({shapes}), {type(error).__name__}: "
-            f"{error}; give the source whose data the model was made for"
+            f"{kind} does not run on the example rows ({shapes}), {type(error).__name__}: {error}; give the "
+            "source whose data the model was made for"
         ) from error
+    if any(isinstance(x, Tensor) and x.dtype in HALF for x in outputs):
+        raise ExportError(
+            f"{kind} answers in half precision: a bundle is proven in float32, return `.float()` and take autocast and "
+            "`.half()` out of its forward"
+        )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear, SharedBasis
 from edgewright.models.module_state import copied
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..evaluation import evaluate
 from ..graph import discover, replace_module
 from ..metric import within
@@ -37,11 +37,19 @@ def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
     """Refuses patterns that match nothing in the base model, or only layers that cannot be factorized.
 
     Raises:
-        RecipeError: names the pattern, and the nearest paths or the reasons.
+        RecipeError: names the pattern, and the nearest paths or the reasons; or labels are to be drawn where the task
+            has no labels to draw.
         StageError: a package that the recovery needs is not installed.
     """
     if config.recovery is not None:
         check_packages(config.recovery)
+    if config.gradient_labels == "sampled" and config.whitening in ("fisher", "two_sided"):
+        targets = split_of(task, "calibration", needed_by="basis_sharing").batch([0]).targets
+        if targets.is_floating_point():
+            raise RecipeError(
+                f"basis_sharing.gradient_labels is sampled, and the targets of the task {task.name!r} are no classes "
+                "that could be drawn from a softmax: set it to data"
+            )
     ranks = list(config.rank) if isinstance(config.rank, dict) else []
     if config.layers.include or config.layers.exclude or ranks:
         split = split_of(task, "calibration", needed_by="basis_sharing")

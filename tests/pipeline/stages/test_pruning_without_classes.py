@@ -13,6 +13,7 @@ from unlabelled import Embedding, Regression, network
 from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.errors import DataError, RecipeError
+from edgewright.pipeline.stages import stage_named
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, STAGE, ClassAwarePruningConfig, fit
 from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect, loss_gradients
 from edgewright.pipeline.task import check_classes
@@ -81,6 +82,15 @@ def test_what_needs_classes_is_refused(changes: dict[str, Any], message: str) ->
     assert STAGE.check is not None
     with pytest.raises(RecipeError, match=message):
         STAGE.check(network(), Regression(), config(**changes))
+
+
+def test_no_labels_are_drawn_from_numbers() -> None:
+    sharing = stage_named("basis_sharing")
+    assert sharing.check is not None
+    drawn = sharing.config(whitening="two_sided", gradient_labels="sampled")
+    with pytest.raises(RecipeError, match="gradient_labels is sampled"):
+        sharing.check(network(), Regression(), drawn)
+    sharing.check(*words(), drawn)
 
 
 def test_who_needs_classes_is_told_that_there_are_none() -> None:

@@ -19,7 +19,10 @@ from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConf
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
-LANGUAGE = {"name": "causal_lm", "args": {"window": 32, "tokenizer": "bytes", "most": {"train": 24, "calibration": 8, "validation": 8, "test": 8}}}
+LANGUAGE = {
+    "name": "causal_lm",
+    "args": {"window": 32, "tokenizer": "bytes", "most": {"train": 24, "calibration": 8, "validation": 8, "test": 8}},
+}
 SHORT = {"epochs": 1, "learning_rate": 0.01}
 PRUNE = {"name": "class_aware_pruning", "target_mac_reduction": 0.2, "max_drop": 1.0, "retrain": SHORT}
 
