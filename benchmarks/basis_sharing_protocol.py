@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.evaluation import answers
+from edgewright.pipeline.analysis.output_gradients import Gradients
+from edgewright.pipeline.analysis.second_moments import SecondMoment
 from edgewright.pipeline.metric import Answer, Perplexity
 from edgewright.pipeline.stage import Context
-from edgewright.pipeline.stages.grouping import Candidate, candidates
-from edgewright.pipeline.stages.norms import Calibration, Norms, collect, numeric_device
-from edgewright.pipeline.stages.output_gradients import Gradients
-from edgewright.pipeline.stages.second_moments import SecondMoment
+from edgewright.pipeline.stages.basis_sharing.grouping import Candidate, candidates
+from edgewright.pipeline.stages.basis_sharing.norms import Calibration, Norms, collect, numeric_device
 from edgewright.pipeline.task import Task
-from edgewright.pipeline.tasks.causal_lm import causal_lm
+from edgewright.pipeline.tasks.causal_lm import CausalLM
+from edgewright.pipeline.tasks.shipped.causal_lm import causal_lm
+from edgewright.pipeline.training.evaluation import answers
 
 MODEL = "packaged:smollm2-135m"
 SECOND_TEXT = "sklearn_docstrings.txt"

@@ -17,18 +17,18 @@ from basis_sharing_protocol import SavedStatistics, dense_model, perplexity, tex
 from figures import Figure
 from torch import nn
 
-from edgewright.edge_runtime.generation import Generator
-from edgewright.edge_runtime.manifest import MODEL_FILE
-from edgewright.export.generator import export_generator
+from edgewright.edge_runtime.bundle.manifest import MODEL_FILE
+from edgewright.edge_runtime.language.generation import Generator
+from edgewright.export.language.generator import export_generator
 from edgewright.export.options import ExportOptions
-from edgewright.models.pretrained import LogitsOnly
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.context import FolderContext
+from edgewright.models.sources.pretrained import LogitsOnly
 from edgewright.pipeline.stage import State
-from edgewright.pipeline.stages.basis_fitting import Outcome, fit_factors
-from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, LayerPatterns, fit, install
-from edgewright.pipeline.stages.coefficient_updates import updated
-from edgewright.pipeline.stages.factor_recovery import RecoveryConfig, recover
+from edgewright.pipeline.stages.basis_sharing.fitting import Outcome, fit_factors
+from edgewright.pipeline.stages.basis_sharing.recovery import RecoveryConfig, recover
+from edgewright.pipeline.stages.basis_sharing.stage import BasisSharingConfig, LayerPatterns, fit, install
+from edgewright.pipeline.stages.basis_sharing.updates import updated
+from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.tasks.causal_lm import CausalLM
 
 OURS: dict[str, object] = {"groups": "readers", "whitening": "two_sided", "ranks": "loss"}
 METHODS: dict[str, dict[str, object]] = {
@@ -147,7 +147,7 @@ def _exact(value: float) -> Figure:
 
 def _first_half(protocol: Protocol) -> CausalLM:
     """All windows of the half that nothing is judged on."""
-    from edgewright.pipeline.tasks.causal_lm import causal_lm
+    from edgewright.pipeline.tasks.shipped.causal_lm import causal_lm
 
     return causal_lm(path=protocol.text, fractions={"train": 0.5, "test": 0.5}, most={"test": 1})
 

@@ -25,13 +25,13 @@ import torch
 from torch import nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.class_subset import ClassSubset
-from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SplitName, Task, batches
-from edgewright.pipeline.tasks.digits import digits
-from edgewright.pipeline.tasks.glyphs import glyphs
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.tasks.class_subset import ClassSubset
+from edgewright.pipeline.tasks.shipped.digits import digits
+from edgewright.pipeline.tasks.shipped.glyphs import glyphs
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, arguments, report

@@ -32,19 +32,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgewright.edge_runtime.session import session_on
-from edgewright.edge_runtime.split_session import SplitSession
+from edgewright.edge_runtime.inference.session import session_on
+from edgewright.edge_runtime.inference.split_session import SplitSession
 from edgewright.export import ExportOptions, export_bundle
-from edgewright.export.capture import capture
-from edgewright.export.control_flow import sink, take_apart
-from edgewright.export.policy_graph import policy_graphs
-from edgewright.export.row_compaction import compact
-from edgewright.export.simplify import simplify
-from edgewright.export.split_levels import split_levels
+from edgewright.export.exits.control_flow import sink, take_apart
+from edgewright.export.exits.policy_graph import policy_graphs
+from edgewright.export.exits.row_compaction import compact
+from edgewright.export.exits.split_levels import split_levels
+from edgewright.export.graph.capture import capture
+from edgewright.export.graph.simplify import simplify
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stages.exit_placement import choose_places
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cond_export import export_cond

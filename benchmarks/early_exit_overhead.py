@@ -18,8 +18,8 @@ from edgewright.edge_runtime import Contender, interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stages.exit_placement import choose_places
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, arguments, report

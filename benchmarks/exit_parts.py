@@ -29,9 +29,9 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from edgewright.edge_runtime.session import session_on
-from edgewright.export.control_flow import sink
-from edgewright.export.policy_graph import policy_graphs
+from edgewright.edge_runtime.inference.session import session_on
+from edgewright.export.exits.control_flow import sink
+from edgewright.export.exits.policy_graph import policy_graphs
 
 sys.path.insert(0, str(Path(__file__).parent))
 from early_exit import CLASSES, EXITS, MODELS, figure, flat_of, saved, table, timed, with_exits

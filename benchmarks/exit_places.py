@@ -29,18 +29,18 @@ from torch import Tensor, nn
 from edgewright.models.layers.exit_policies import ExitPolicy, policy_named
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline import cost
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.stages.early_exit import collect_logits
-from edgewright.pipeline.stages.exit_auto import boundaries, choose_subset
-from edgewright.pipeline.stages.exit_limits import ExitSearchConfig
-from edgewright.pipeline.stages.exit_placement import choose_places
-from edgewright.pipeline.stages.exit_search import ThresholdSearch, default_limits
-from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, train_heads
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+from edgewright.pipeline.analysis import cost
+from edgewright.pipeline.stages.early_exit.automatic_places import boundaries, choose_subset
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.stages.early_exit.stage import collect_logits
+from edgewright.pipeline.stages.early_exit.thresholds.limits import ExitSearchConfig
+from edgewright.pipeline.stages.early_exit.thresholds.search import ThresholdSearch, default_limits
+from edgewright.pipeline.stages.early_exit.thresholds.trials import ExitEvaluator
+from edgewright.pipeline.stages.early_exit.training import ExitTrainingConfig, train_heads
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Task
 from edgewright.pipeline.tasks import build_task
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, arguments, report

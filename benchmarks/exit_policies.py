@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from edgewright.models.layers.exit_policies import policy_named
-from edgewright.pipeline.stages.exit_limits import Limits, standard_errors
-from edgewright.pipeline.stages.exit_search import ThresholdSearch
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+from edgewright.pipeline.stages.early_exit.thresholds.limits import Limits, standard_errors
+from edgewright.pipeline.stages.early_exit.thresholds.search import ThresholdSearch
+from edgewright.pipeline.stages.early_exit.thresholds.trials import ExitEvaluator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exit_settings import SETTINGS, heads_of

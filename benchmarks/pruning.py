@@ -36,13 +36,13 @@ from torch import nn
 from edgewright.edge_runtime import interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.cost import count
-from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SplitName, Task
 from edgewright.pipeline.tasks import build_task
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.training.evaluation import evaluate
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, report

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.splits import TensorSplit
-from edgewright.pipeline.stages.class_aware_pruning.axes import is_mixing
+from edgewright.pipeline.analysis.channels.axes import is_mixing
 from edgewright.pipeline.stages.class_aware_pruning.scores import FilterStatistics, ScoringSettings, collect
+from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.tasks.splits import TensorSplit
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, arguments, report

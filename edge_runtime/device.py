@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import thermal
-from .plain_text import printable
-from .processor import emulation, processor_name
-from .session_probe import Probe, probe_session
+from .machine import thermal
+from .machine.processor import emulation, processor_name
+from .machine.session_probe import Probe, probe_session
+from .process.plain_text import printable
 
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 """Major release of Jetson Linux (L4T) -> JetPack."""

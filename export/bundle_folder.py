@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.errors import InputError
-from edgewright.edge_runtime.manifest import MANIFEST_FILE
-from edgewright.edge_runtime.path_text import check_path
+from edgewright.edge_runtime.process.path_text import check_path
 
 DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 """Whose versions a manifest names."""

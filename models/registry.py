@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from . import bottleneck, pretrained, residual, vgg, vit
-from .import_closure import import_closure
-from .precision import in_float32
-from .python_source import (
+from .sources import pretrained
+from .sources.import_closure import import_closure
+from .sources.precision import in_float32
+from .sources.python_source import (
     PREFIX,
     call,
     check_arguments,
@@ -23,6 +23,7 @@ from .python_source import (
     place_of,
     refuse_unknown_arguments,
 )
+from .zoo import bottleneck, residual, vgg, vit
 
 _TORCHVISION = "torchvision:"
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor, nn
 
-    from .recipe import Recipe
-    from .runner import RunResult
-    from .steps import StepRow
+    from .recipe.recipe import Recipe
+    from .report.steps import StepRow
+    from .runs.runner import RunResult
 
 RECIPES = Path(__file__).parent / "recipes"
 _INTERRUPTED = 130
@@ -56,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from edgewright.edge_runtime.standard_streams import lost_output, standard_streams
-    from edgewright.edge_runtime.termination import Terminated, terminable
+    from edgewright.edge_runtime.process.standard_streams import lost_output, standard_streams
+    from edgewright.edge_runtime.process.termination import Terminated, terminable
 
     with standard_streams(), terminable():
         code = 0
@@ -86,10 +86,10 @@ def run_command(
     with _errors(debug, interrupted="run the same command again to go on where it was"):
         from rich.console import Console
 
-        from .progress import progress_for
-        from .recipe import load_recipe
-        from .requirements import check_requirements
-        from .runner import run
+        from .recipe.recipe import load_recipe
+        from .runs.progress import progress_for
+        from .runs.requirements import check_requirements
+        from .runs.runner import run
 
         _short_warnings(debug)
         loaded = load_recipe(_recipe_path(recipe), overrides or ())
@@ -141,8 +141,8 @@ def cuts(
     With the shape of the output there and the MACs up to there.
     """
     with _errors(debug):
-        from .cost import count
-        from .cost import cuts as places
+        from .analysis.cost import count
+        from .analysis.cost import cuts as places
 
         network, inputs = _network(model, input_shape, overrides or ())
         whole = count(network, inputs)
@@ -171,7 +171,7 @@ def mix(
     Without --shares the mix of the test split.
     """
     with _errors(debug):
-        from .exit_mix import mix_of_report, mix_text, numbers_of, read_latency_table, read_report
+        from .stages.early_exit.mix import mix_of_report, mix_text, numbers_of, read_latency_table, read_report
 
         report = read_report(run)
         table = None if latency_table is None else read_latency_table(latency_table)
@@ -183,7 +183,7 @@ def mix(
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):
-        from .recipe_schema import schema_text
+        from .recipe.schema import schema_text
 
         typer.echo(schema_text(), nl=False)
 
@@ -250,8 +250,8 @@ def _recipe_path(given: str) -> Path:
 def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model and one batch for it."""
     from .errors import InputError
-    from .preparation import build_named, example_inputs
-    from .recipe import load_recipe, parse_recipe
+    from .recipe.recipe import load_recipe, parse_recipe
+    from .runs.preparation import build_named, example_inputs
 
     path = _recipe_path(given)
     is_recipe = path.suffix in (".yaml", ".yml", ".json")

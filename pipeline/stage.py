@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .task import SplitName, Task
-    from .training import TrainingConfig
+    from .training.training import TrainingConfig
 
 Json: TypeAlias = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of them."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edgewright.pipeline import runner
+from edgewright.pipeline.runs import runner
 
 MODEL = """
 import torch
@@ -20,7 +20,7 @@ def net(width=6, classes=3):
 
 TASK = """
 import torch
-from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 def task(rows=96, labels=3, splits=("train", "validation", "test"), bad=False, empty=False, twice=False):
     generator = torch.Generator().manual_seed(0)

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from edgewright.edge_runtime import open_bundle, verify
-from edgewright.edge_runtime.bundle import file_sha256
+from edgewright.edge_runtime.bundle.bundle import file_sha256
+from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.errors import EdgewrightError
-from edgewright.edge_runtime.manifest import MANIFEST_FILE
 from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.pipeline.checkpoint import CHECKPOINT_FILE, load_checkpoint, read_checkpoint
-from edgewright.pipeline.exit_mix import mix_of_report, read_report
-from edgewright.pipeline.recipe import Requirements
-from edgewright.pipeline.requirements import check_requirements
+from edgewright.pipeline.recipe.recipe import Requirements
+from edgewright.pipeline.runs.requirements import check_requirements
+from edgewright.pipeline.stages.early_exit.mix import mix_of_report, read_report
+from edgewright.pipeline.store.checkpoint import CHECKPOINT_FILE, load_checkpoint, read_checkpoint
 
 ARCHIVE = Path(__file__).parent / "golden" / "schema_1.tar.xz"
 

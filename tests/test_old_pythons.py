@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgewright.edge_runtime.archive import write_runtime_archive
+from edgewright.edge_runtime.bundle.archive import write_runtime_archive
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "src" / "edgewright_launch.py"

@@ -1,6 +1,6 @@
 """Tasks by name: one that ships, ``python:package.module:function`` or ``python:path/to/file.py:function``.
 
-A task ships by being a module of this package that has a function of the module's own name.
+A task ships by being a module of `shipped` that has a function of the module's own name.
 """
 
 from __future__ import annotations
@@ -12,21 +12,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from edgewright.models.python_source import (
-    PREFIX,
-    call,
-    check_arguments,
-    did_you_mean,
-    load_object,
-    place_of,
-)
+from edgewright.models.sources.python_source import PREFIX, call, check_arguments, did_you_mean, load_object, place_of
 
 from ..errors import DataError, EdgewrightError
 from ..metric import ClassScore
-from ..sources import module_digests
+from ..store.sources import module_digests
 from ..task import SPLITS, Task
 
-_PACKAGE = __name__.rpartition(".")[0]
+_PACKAGE = f"{__package__}.shipped"
 TASK_ATTRIBUTES = (
     "name",
     "labels",
@@ -142,5 +135,5 @@ def _check_task(task: Any, name: str) -> None:
         if absent:
             raise DataError(
                 f"{name}: the split {key!r} is a {type(split).__name__} without {absent[0]!r}; wrap it in "
-                "TensorSplit or DatasetSplit of edgewright.pipeline.splits"
+                "TensorSplit or DatasetSplit of edgewright.pipeline.tasks.splits"
             )

@@ -267,7 +267,7 @@ def test_errors_are_one_line_and_a_code(bundle: Path, tmp_path: Path, capsys, mo
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("edgewright.edge_runtime.verification.verify", broken)
+    monkeypatch.setattr("edgewright.edge_runtime.proof.verification.verify", broken)
     assert cli.main(["verify", str(bundle)]) == EdgewrightError.exit_code == 1
     assert "internal error: RuntimeError: a bug; run again with --debug" in capsys.readouterr().err
 
@@ -285,7 +285,7 @@ def test_without_onnxruntime_the_message_says_so(bundle: Path, monkeypatch, caps
     def missing(*_: object, **__: object) -> None:
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
-    monkeypatch.setattr("edgewright.edge_runtime.verification.verify", missing)
+    monkeypatch.setattr("edgewright.edge_runtime.proof.verification.verify", missing)
     assert cli.main(["verify", str(bundle)]) == 5
     assert "onnxruntime is not installed" in capsys.readouterr().err
 

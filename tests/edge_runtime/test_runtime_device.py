@@ -7,8 +7,8 @@ import pytest
 
 from edgewright.edge_runtime import device as device_module
 from edgewright.edge_runtime import doctor, fingerprint
-from edgewright.edge_runtime.processor import emulation, processor_name
-from edgewright.edge_runtime.session_probe import Probe
+from edgewright.edge_runtime.machine.processor import emulation, processor_name
+from edgewright.edge_runtime.machine.session_probe import Probe
 
 JETPACKS = {
     "4": "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64, DATE: Sat Feb 19",

@@ -14,10 +14,10 @@ from unlabelled import Embedding, Regression, network
 from edgewright.edge_runtime import load, verify
 from edgewright.edge_runtime.cli import main
 from edgewright.edge_runtime.errors import ExportError
-from edgewright.edge_runtime.session import session_on
-from edgewright.export.agreement import Agreement
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export.bundle import export_bundle
-from edgewright.export.parity_subject import Reference
+from edgewright.export.proof.agreement import Agreement
+from edgewright.export.proof.subject import Reference
 
 
 class Column(nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
+from ...analysis.channels.groups import Channels
 from ...task import split_of
 from .criteria import filter_scores, unit_scores
-from .groups import Channels
 from .iterations import Progress
 from .scores import FilterStatistics, collect
 from .selection import Selection, select

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...stage import StageConfig
-from ...training import TrainingConfig
+from ...training.training import TrainingConfig
 from .scores import ScoringSettings
 
 CPU_STEP = 8

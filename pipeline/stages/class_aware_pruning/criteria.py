@@ -13,9 +13,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ...analysis.channels.axes import filters, is_depthwise, is_mixing, sliced_tensors
+from ...analysis.channels.groups import ChannelGroup
 from ...stage import Context
-from .axes import filters, is_depthwise, is_mixing, sliced_tensors
-from .groups import ChannelGroup
 from .scores import FilterStatistics
 
 

@@ -44,9 +44,9 @@ def until(condition, seconds):
 SIMPLIFY = """
 import sys, torch, numpy as np
 from pathlib import Path
-from edgewright.export.capture import capture
-from edgewright.export.simplify import simplify
-code = "from edgewright.edge_runtime.watched import watch_parent; watch_parent(); import time; print(1); time.sleep(90)"
+from edgewright.export.graph.capture import capture
+from edgewright.export.graph.simplify import simplify
+code = "from edgewright.edge_runtime.process.watched import watch_parent; watch_parent(); import time; print(1); time.sleep(90)"
 model = capture(torch.nn.Linear(4, 2), (torch.randn(1, 4),), ["x"])
 simplify(model, "onnxsim", {"x": np.ones((1, 4), np.float32)}, command=lambda *_: [sys.executable, "-c", code])
 """

@@ -11,7 +11,7 @@ from torch import nn
 
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
-from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from edgewright.pipeline import run
 from edgewright.pipeline.errors import EdgewrightError
-from edgewright.pipeline.recipe import parse_recipe
+from edgewright.pipeline.recipe.recipe import parse_recipe
 
 warnings.filterwarnings("ignore")
 HERE = Path.cwd()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from edgewright.edge_runtime import doctor
-from edgewright.edge_runtime.statistics import stability
+from edgewright.edge_runtime.measure.statistics import stability
 
 EDGEWRIGHT = Path(sys.executable).parent / "edgewright"
 

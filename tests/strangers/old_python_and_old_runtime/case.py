@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgewright.edge_runtime.archive import write_runtime_archive
+from edgewright.edge_runtime.bundle.archive import write_runtime_archive
 
 OLD = """import runpy, sys
 class Old(tuple): major, minor, micro = VERSION

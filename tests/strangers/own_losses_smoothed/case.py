@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from edgewright.edge_runtime.errors import InputError
 from edgewright.pipeline import ImageClassification
-from edgewright.pipeline.causal_lm import CausalLM
 from edgewright.pipeline.task import Batch
-from edgewright.pipeline.training import TrainingConfig, task_loss
+from edgewright.pipeline.tasks.causal_lm import CausalLM
+from edgewright.pipeline.training.training import TrainingConfig, task_loss
 
 warnings.filterwarnings("ignore")
 SHARE = 0.2

@@ -11,8 +11,8 @@ from torch import nn
 
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.pipeline import ImageClassification
-from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 
 labels = torch.arange(96) % 3
 volumes = torch.randn(96, 2, 6, 8, 8, generator=torch.Generator().manual_seed(0)) + labels.view(-1, 1, 1, 1, 1) / 2

@@ -8,7 +8,7 @@ import yaml
 
 from edgewright.edge_runtime.errors import EdgewrightError
 from edgewright.pipeline import load_recipe, run
-from edgewright.pipeline.preparation import prepare
+from edgewright.pipeline.runs.preparation import prepare
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-from edgewright.edge_runtime.manifest import Preprocessing
+from edgewright.edge_runtime.bundle.manifest import Preprocessing
 from edgewright.pipeline import Batch, Score
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgewright.pipeline import run
 from edgewright.pipeline.errors import EdgewrightError
-from edgewright.pipeline.recipe import load_recipe
+from edgewright.pipeline.recipe.recipe import load_recipe
 
 warnings.filterwarnings("ignore")
 RECIPE = """model: {{name: "python:net.py:{model}", args: {args}}}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgewright.models.weights import load_weights
+from edgewright.models.sources.weights import load_weights
 
 warnings.filterwarnings("ignore")
 

@@ -1,0 +1,197 @@
+"""The report's page, requirements and control on made-up figures: what is shown, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgewright.edge_runtime.bundle.golden import write_npz
+from edgewright.pipeline.errors import QualityFloorError
+from edgewright.pipeline.recipe.recipe import Requirements
+from edgewright.pipeline.report.report import render_html
+from edgewright.pipeline.runs.requirements import check_requirements
+from edgewright.pipeline.stages.class_aware_pruning.report import class_counts
+
+
+def step(name: str, accuracy: float, macs: float, control: bool = False) -> dict[str, Any]:
+    return {
+        "step": name,
+        "accuracy": accuracy,
+        "worst_class_accuracy": accuracy - 0.1,
+        "macs": macs,
+        "parameters": 1000,
+        "unique_weight_bytes": 4000,
+        "file_bytes": None,
+        "p50_ms": None,
+        "p90_ms": None,
+        "control": control,
+    }
+
+
+REPORT: dict[str, Any] = {
+    "name": "<b>mine</b>",
+    "task": {"name": "tiny", "labels": ["a", "b"], "test_rows": 10},
+    "reference": "train",
+    "final": "early_exit",
+    "steps": [
+        step("base", 0.1, 4e6),
+        step("train", 0.98, 4e6),
+        step("early_exit", 0.97, 1e6),
+        step("c", 0.9, 1e6, True),
+    ],
+    "summary": {
+        "accuracy_change": -0.01,
+        "worst_class_accuracy_change": -0.01,
+        "macs_reduction": 4.0,
+        "bytes_reduction": 2.0,
+        "parameters_reduction": 2.0,
+        "latency_ratio": {"ratio": 0.5, "low": 0.4, "high": 0.625, "verdict": "faster", "statistic": "mean"},
+    },
+    "measurements": [],
+    "parity": {
+        "max_abs_diff": 1e-6,
+        "rows": 10,
+        "label_agreement": 1.0,
+        "exit_agreement": 1.0,
+        "exits_covered": 2,
+        "exits_total": 2,
+        "excused": [],
+        "optimization_levels": {"all": 1e-6},
+    },
+    "exits": {
+        "table": [
+            {
+                "name": "x",
+                "share": 1.0,
+                "accuracy": 0.9,
+                "head_accuracy": 0.9,
+                "macs": 5,
+                "p50_ms": None,
+                "wrong_exclusion": 0.0,
+            },
+            {
+                "name": "final",
+                "share": 0.0,
+                "accuracy": None,
+                "head_accuracy": 0.9,
+                "macs": 9,
+                "p50_ms": None,
+                "wrong_exclusion": None,
+            },
+        ],
+        "rows": [10, 0],
+        "accuracy": [0.9, None],
+        "per_class": [[5, 0], [5, 0]],
+        "right_per_class": [[5, 0], [4, 0]],
+        "confusions": [(1, 0, 1, 1)],
+        "lost": 1,
+        "won": 0,
+        "cost": {"expected_ms": 0.5, "plain_ms": 1.0, "break_even_text": "break-even: below 20.0% of the rows"},
+        "survivors": [[0, 10, 0]],
+        "wrong_exclusions": [0.0],
+    },
+    "ledger": {"torch_unique_bytes": 4000, "stored_weight_bytes": 4000, "runtime_weight_bytes": None, "shared": {}},
+    "class_counts": [],
+    "notes": ["a <script>alert(1)</script> note"],
+    "environment": {},
+}
+
+
+def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
+    page = render_html(REPORT)
+    assert "&lt;b&gt;mine&lt;/b&gt;" in page
+    assert "<script>" not in page
+    assert page.count("<svg") == 4
+    assert "c (control)" in page
+    assert "0.5 ms on average, without exits 1 ms" in page and "Break-even: below 20.0%" in page
+    assert "1 rows are wrong that the network's own end has right" in page
+    assert "<td>b</td><td>a</td><td>1</td><td>1</td>" in page, "confusion caused by exclusion"
+    assert "<td>b</td><td>100.00 %, 80.00 % right</td><td>–</td><td>80.00 %</td>" in page
+    assert "mean latency</span><b>÷ 2.00</b>95 % 1.60 to 2.50" in page, "what was measured is what it is called"
+
+
+def test_a_model_without_exits_has_no_exit_section() -> None:
+    report = {**copy.deepcopy(REPORT), "exits": None}
+    page = render_html(report)
+    assert "Early exits" not in page
+    assert page.count("<svg") == 1
+
+
+def artifacts(folder: Path) -> None:
+    """Two layers and three classes, as pruning leaves them."""
+    arrays = {
+        "class_count.a": np.array([3.0, 0.0, 1.5, 3.0000002], np.float32),
+        "class_counts.a": np.array([[1, 0, 0.5, 1], [1, 0, 1, 1], [1, 0, 0, 1]], np.float32),
+        "class_count.b": np.array([1.0, 1.1], np.float32),
+        "class_counts.b": np.ones((3, 2), np.float32),
+        "scores.a": np.zeros(4, np.float32),
+    }
+    write_npz(folder / "artifacts.npz", arrays)
+
+
+def test_class_counts_are_condensed_and_drawn(tmp_path: Path) -> None:
+    artifacts(tmp_path)
+    found = class_counts("prune", tmp_path, ["x", "<y>", "z"])
+    assert found is not None and found["step"] == "prune" and found["edges"][-1] == 3.0
+    assert [(layer["path"], layer["filters"], sum(layer["histogram"])) for layer in found["layers"]] == [
+        ("a", 4, 4),
+        ("b", 2, 2),
+    ]
+    assert found["layers"][0]["histogram"][0] == 1 and found["layers"][0]["histogram"][-1] == 2
+    assert found["layer"]["path"] == "a", "its filters differ most"
+    assert found["layer"]["table"] == [[0, 0.5, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], "columns by rising count"
+    page = render_html({**copy.deepcopy(REPORT), "class_counts": [found]})
+    assert page.count("<svg") == 6 and "Class counts: prune" in page and "differ most, <code>a</code>" in page
+    asked = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="b")
+    assert asked is not None and asked["layer"]["path"] == "b" and asked["layer"]["asked"]
+    page = render_html({**copy.deepcopy(REPORT), "class_counts": [asked]})
+    assert "<figcaption>The layer <code>b</code>" in page
+    other = class_counts("prune", tmp_path, ["x", "<y>", "z"], layer="c")
+    assert other is not None and other["layer"]["path"] == "a" and not other["layer"]["asked"]
+
+
+def test_steps_without_scores_have_no_class_counts(tmp_path: Path) -> None:
+    assert class_counts("train", tmp_path, ["x"]) is None
+    write_npz(tmp_path / "artifacts.npz", {"scores.a": np.zeros(4, np.float32)})
+    assert class_counts("prune", tmp_path, ["x"]) is None
+
+
+def test_very_wide_layers_are_thinned_out(tmp_path: Path) -> None:
+    count = np.linspace(0, 300, 1000, dtype=np.float32)
+    arrays = {"class_count.a": count, "class_counts.a": np.zeros((300, 1000), np.float32)}
+    write_npz(tmp_path / "artifacts.npz", arrays)
+    found = class_counts("prune", tmp_path, [str(i) for i in range(300)])
+    assert found is not None and sum(found["layers"][0]["histogram"]) == 1000
+    assert len(found["layer"]["table"]) == len(found["layer"]["labels"]) == 128
+    assert {len(row) for row in found["layer"]["table"]} == {128}
+    assert (found["layer"]["labels"][0], found["layer"]["labels"][-1]) == ("0", "299")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "reason"),
+    [
+        ({"max_accuracy_drop": 0.005}, "test accuracy fell by 0.0100, allowed 0.005"),
+        ({"macs_reduction": 5}, "macs_reduction is 4.000, required 5"),
+        ({"bytes_reduction": 3}, "bytes_reduction is 2.000, required 3"),
+        ({"shared_basis": True}, "no basis is shared"),
+        ({"every_exit": True}, "no test row leaves at exit 'final'"),
+    ],
+)
+def test_a_missed_requirement_is_named_with_its_figure(wanted: dict[str, Any], reason: str) -> None:
+    with pytest.raises(QualityFloorError, match=reason) as caught:
+        check_requirements(REPORT, Requirements(**wanted))
+    assert caught.value.exit_code == 4
+
+
+def test_met_requirements_say_nothing() -> None:
+    check_requirements(REPORT, Requirements(max_accuracy_drop=0.02, macs_reduction=4, bytes_reduction=2))
+    check_requirements(REPORT, Requirements())
+
+
+def test_exits_are_required_of_a_model_without_any() -> None:
+    with pytest.raises(QualityFloorError, match="the model has no exits"):
+        check_requirements({**REPORT, "exits": None}, Requirements(every_exit=True))
