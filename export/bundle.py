@@ -183,7 +183,7 @@ def batch_of(model: nn.Module, options: ExportOptions) -> Batch:
         if options.batch == "dynamic":
             raise ExportError(
                 "export.batch `dynamic` runs every row to the end, and a model with exits is to save that: set it to "
-                "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
+                "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the exits out"
             )
         return "single" if options.batch == "auto" else options.batch
     return "single" if options.batch == "single" else "dynamic"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .metric import Metric, Score
     from .recipe.recipe import Recipe, load_recipe, parse_recipe
-    from .runs.runner import RunResult, run
+    from .report.result import RunResult
+    from .runs.runner import run
     from .stage import Context, Edit, Stage, StageConfig, StageResult
     from .store.checkpoint import load_checkpoint, read_checkpoint
     from .store.context import FolderContext
@@ -29,7 +30,7 @@ _WHERE = {
     "ImageClassification": "tasks.image_classification",
     "Metric": "metric",
     "Recipe": "recipe.recipe",
-    "RunResult": "runs.runner",
+    "RunResult": "report.result",
     "Score": "metric",
     "Split": "task",
     "Stage": "stage",

@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .stage_commands import COMMANDS
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from torch import Tensor, nn
 
     from .recipe.recipe import Recipe
+    from .report.result import RunResult
     from .report.steps import StepRow
-    from .runs.runner import RunResult
 
 RECIPES = Path(__file__).parent / "recipes"
 _INTERRUPTED = 130
@@ -156,30 +158,6 @@ def cuts(
 
 
 @app.command()
-def mix(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its report.json.")],
-    shares: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Share of the rows at each exit, the end last.")
-    ] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Microseconds per exit on another device, JSON.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """What a row costs on average for another mix of exits, and when exits pay.
-
-    Without --shares the mix of the test split.
-    """
-    with _errors(debug):
-        from .stages.early_exit.mix import mix_of_report, mix_text, numbers_of, read_latency_table, read_report
-
-        report = read_report(run)
-        table = None if latency_table is None else read_latency_table(latency_table)
-        cost = mix_of_report(report, None if shares is None else numbers_of(shares), table)
-        typer.echo(mix_text(cost, [row["name"] for row in report["exits"]["table"]]))
-
-
-@app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):
@@ -200,7 +178,22 @@ def _add_device_commands() -> None:
         app.command(name, help=what, add_help_option=False, context_settings=_PASSED_ON)(command)
 
 
+def _add_stage_commands() -> None:
+    """Offers the commands that stages bring; each is imported when it is called."""
+
+    def command(context: typer.Context) -> None:
+        name = context.info_name or ""
+        with _errors("--debug" in context.args):
+            run = importlib.import_module(COMMANDS[name][0]).main
+            arguments = [argument for argument in context.args if argument != "--debug"]
+            raise typer.Exit(run(arguments, f"edgewright {name}"))
+
+    for name, (_, what) in COMMANDS.items():
+        app.command(name, help=what, add_help_option=False, context_settings=_PASSED_ON)(command)
+
+
 _add_device_commands()
+_add_stage_commands()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 
 def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out export, measurement and report: seconds each, and tested where they are made."""
-    monkeypatch.setattr(runner, "export_bundles", lambda run, steps, entries: {steps[-1].step: run.out / "bundle"})
+    monkeypatch.setattr(runner, "export_bundles", lambda plan, steps, *_: {steps[-1].step: plan.out / "bundle"})
     monkeypatch.setattr(runner, "measure_bundles", lambda *_: [])
     monkeypatch.setattr(runner, "compare_bundles", lambda *_: None)
     monkeypatch.setattr(runner, "write_report", lambda *_: None)

@@ -25,7 +25,7 @@ from edgewright.export.accounts.ledger import shared_bases
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.stage import Edit, Stage, StageConfig, StageResult, State
-from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.stage_registry import stage_named
 from edgewright.pipeline.store.atomic import pretty_json
 from edgewright.pipeline.store.checkpoint import BaseSpec, save_checkpoint
 from edgewright.pipeline.store.context import FolderContext

@@ -38,7 +38,7 @@ _KNOWN_FIXES = (
     ("complex-valued", "compute with sine and cosine: ONNX has no complex numbers, and this model's code uses them"),
     (
         "data-dependent",
-        "remove Python `if`/`while` on tensor values from forward: exits are added by the early_exit stage, "
+        "remove Python `if`/`while` on tensor values from forward: exits are added by a stage of their own, "
         "and everything else can be written with torch.where",
     ),
     ("Could not guard on data", "remove Python `if`/`while` on tensor values from forward, e.g. with torch.where"),

@@ -14,11 +14,11 @@ from edgewright.export.options import ExportOptions
 
 from ..errors import RecipeError, StageOrderError
 from ..stage import StageConfig
-from ..stages import stage_named
+from ..stage_registry import requirements, stage_named
 from ..store.atomic import plain, write_text
 from ..training.training import TrainingConfig
 from .text import apply_overrides, check_numbers, expand_shorthands, read_recipe_data
-from .validation import SectionError, explain
+from .validation import SectionError, explain, nearest
 
 RESERVED_IDS = ("base", "dense", "control")
 """Names of rows of the report that are no stages."""
@@ -119,7 +119,10 @@ class ControlSpec(_Section):
 
 
 class Requirements(_Section):
-    """What the result must fulfil on the test split; a miss is exit code 4, with everything written."""
+    """What the result must fulfil on the test split; a miss is exit code 4, with everything written.
+
+    Stages add fields of their own (`Stage.requirements`): true asks for what they say.
+    """
 
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
     """Largest fall of test accuracy against the reference (0.01 is one point)."""
@@ -127,10 +130,29 @@ class Requirements(_Section):
     """Least MACs of the reference over mean MACs of the result."""
     bytes_reduction: float | None = Field(default=None, gt=0.0)
     """Least unique weight bytes of the reference over those of the result."""
-    shared_basis: bool = False
-    """At least one basis is shared by two layers or more in the exported file."""
-    every_exit: bool = False
-    """Every exit is taken by at least one test row."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _stages_know_the_rest(self) -> Requirements:
+        extra = dict(self.model_extra or {})
+        if not extra:
+            return self
+        known = {name: about for name, (_, about) in requirements().items()}
+        for name, value in extra.items():
+            if name not in known:
+                names = [*type(self).model_fields, *known]
+                close = nearest(name, names)
+                hint = f"did you mean {close!r}?" if close else f"here may stand: {', '.join(names)}"
+                raise ValueError(f"unknown key {name!r}; {hint}")
+            if not isinstance(value, bool):
+                raise ValueError(f"{name!r} is {value!r} and should be true or false")
+        return self
+
+    @property
+    def of_stages(self) -> tuple[str, ...]:
+        """What is required that a stage knows how to judge, see `Stage.requirements`."""
+        return tuple(name for name, wanted in (self.model_extra or {}).items() if wanted)
 
 
 class ReportOptions(_Section):

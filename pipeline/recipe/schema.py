@@ -6,20 +6,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from ..stages import STAGE_NAMES, stage_named
+from ..stage import Stage
+from ..stage_registry import SHIPPED, stage_named, usable_stages
 from .recipe import Recipe, StageEntry
 
 SCHEMA_FILE = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe file, with the fields of every stage."""
-    configs = {name: stage_named(name).config for name in STAGE_NAMES}
+def json_schema(stages: Sequence[Stage[Any]]) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe file, with the fields of `stages`."""
+    configs = {stage.name: stage.config for stage in stages}
     models = [(Recipe, "validation"), *((config, "validation") for config in configs.values())]
     places, whole = models_json_schema(models, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
     definitions: dict[str, Any] = whole["$defs"]
@@ -29,8 +31,14 @@ def json_schema() -> dict[str, Any]:
     for name, config in configs.items():
         key = _name(places[config, "validation"])
         definitions[f"stage {name}"] = _inline(name, entry["properties"]["id"], definitions[key])
-    stages = [{"$ref": f"#/$defs/stage {name}"} for name in STAGE_NAMES]
-    recipe["properties"]["stages"]["items"] = {"anyOf": [*stages, {"enum": list(STAGE_NAMES)}]}
+    entries = [{"$ref": f"#/$defs/stage {name}"} for name in configs]
+    recipe["properties"]["stages"]["items"] = {"anyOf": [*entries, {"enum": list(configs)}]}
+    require = definitions["Requirements"]
+    require["additionalProperties"] = False
+    for stage in stages:
+        for field, requirement in stage.requirements.items():
+            about = {"default": False, "description": requirement.about, "title": field, "type": "boolean"}
+            require["properties"][field] = about
     for key in ("model", "task"):
         reference = recipe["properties"][key]
         recipe["properties"][key] = {"anyOf": [reference, {"type": "string"}]}
@@ -42,9 +50,10 @@ def json_schema() -> dict[str, Any]:
     }
 
 
-def schema_text() -> str:
-    """The content of `SCHEMA_FILE`."""
-    return json.dumps(json_schema(), indent=2, sort_keys=True) + "\n"
+def schema_text(shipped: bool = False) -> str:
+    """The schema as JSON; with `shipped` for the stages that ship alone, as `SCHEMA_FILE` has it."""
+    stages = [stage_named(name) for name in SHIPPED] if shipped else list(usable_stages())
+    return json.dumps(json_schema(stages), indent=2, sort_keys=True) + "\n"
 
 
 def _inline(name: str, identity: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -79,4 +88,4 @@ def _reachable(definitions: dict[str, Any], start: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     SCHEMA_FILE.parent.mkdir(exist_ok=True)
-    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")
+    SCHEMA_FILE.write_text(schema_text(shipped=True), encoding="utf-8")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,88 +78,84 @@ def latencies(samples_ms: Mapping[str, NDArray[np.float64]]) -> str:
     return _svg(figure)
 
 
-def exit_histogram(names: Sequence[str], rows: Sequence[int], accuracy: Sequence[float | None]) -> str:
-    """Share of the rows that leave at each exit, with their accuracy above the bar."""
+def draw(block: Mapping[str, Any]) -> str:
+    """A plot of a section; `block` is one of the plots of `pipeline.section` as plain data."""
+    return KINDS[block["kind"]](block)
+
+
+def _bars(block: Mapping[str, Any]) -> str:
     figure, (axis,) = _figure(4.6, 3.2)
-    total = max(1, sum(rows))
-    shares = [100 * r / total for r in rows]
-    bars = axis.bar(range(len(rows)), shares, color=_COLORS[0], width=0.65)
-    for bar, value in zip(bars, accuracy, strict=True):
-        text = "never" if value is None else f"{100 * value:.1f} % right"
+    places = range(len(block["names"]))
+    bars = axis.bar(places, block["values"], color=_COLORS[0], width=0.65)
+    for bar, text in zip(bars, block["texts"], strict=True):
         axis.annotate(text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(rows)), [_short(n, 26) for n in names], fontsize=8, rotation=15, ha="right")
-    axis.set_ylabel("rows leaving there (%)")
+    axis.set_xticks(places, [_short(n, 26) for n in block["names"]], fontsize=8, rotation=15, ha="right")
+    axis.set_ylabel(block["unit"])
     axis.margins(y=0.15)
     return _svg(figure)
 
 
-def depth_per_class(names: Sequence[str], labels: Sequence[str], per_class: Sequence[Sequence[int]]) -> str:
-    """Share of each class's rows that leave at each exit."""
-    table = np.asarray(per_class, dtype=np.float64)
-    table = 100 * table / np.maximum(1, table.sum(axis=1, keepdims=True))
-    figure, (axis,) = _figure(4.9, max(2.6, 0.26 * len(labels) + 1.0))
-    left = np.zeros(len(labels))
-    for k, name in enumerate(names):
-        axis.barh(range(len(labels)), table[:, k], left=left, color=_COLORS[k % len(_COLORS)], label=_short(name))
+def _stacked_bars(block: Mapping[str, Any]) -> str:
+    names, table = block["names"], np.asarray(block["values"], dtype=np.float64)
+    figure, (axis,) = _figure(4.9, max(2.6, 0.26 * len(names) + 1.0))
+    left = np.zeros(len(names))
+    for k, part in enumerate(block["parts"]):
+        axis.barh(range(len(names)), table[:, k], left=left, color=_COLORS[k % len(_COLORS)], label=_short(part))
         left += table[:, k]
-    axis.set_yticks(range(len(labels)), [_short(label) for label in labels], fontsize=8)
+    axis.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlim(0, 100)
-    axis.set_xlabel("rows of the class (%), by exit")
-    axis.legend(fontsize=7, frameon=False, ncols=min(4, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axis.set_xlim(0, max(float(left.max(initial=0.0)), 1e-9))
+    axis.set_xlabel(block["unit"])
+    axis.legend(
+        fontsize=7, frameon=False, ncols=min(4, len(block["parts"])), loc="lower center", bbox_to_anchor=(0.5, 1.0)
+    )
     return _svg(figure)
 
 
-def surviving_classes(names: Sequence[str], survivors: Sequence[Sequence[int]]) -> str:
-    """How many classes are left after each exit, for the rows that reach it."""
-    table = np.asarray(survivors, dtype=np.float64)[:, 1:]
-    table = 100 * table / np.maximum(1, table.sum(axis=1, keepdims=True))
+def _grouped_bars(block: Mapping[str, Any]) -> str:
+    table = np.asarray(block["values"], dtype=np.float64)
     figure, (axis,) = _figure(9.5, 3.0)
-    counts = np.arange(1, table.shape[1] + 1)
+    numbers = np.arange(1, table.shape[1] + 1)
     width = 0.8 / len(table)
-    for k, row in enumerate(table):
-        axis.bar(counts + (k - (len(table) - 1) / 2) * width, row, width, color=_COLORS[k % len(_COLORS)],
-                 label=f"after {_short(names[k])}")  # fmt: skip
-    last = int(np.max(np.nonzero(table.max(axis=0) > 0.05)[0], initial=0)) + 1
+    for k, (name, row) in enumerate(zip(block["series"], table, strict=True)):
+        shift = (k - (len(table) - 1) / 2) * width
+        axis.bar(numbers + shift, row, width, color=_COLORS[k % len(_COLORS)], label=_short(name, 28))
+    # what hardly ever happens would press the rest together
+    last = int(np.max(np.nonzero(table.max(axis=0) > 0.0005 * max(table.max(), 1e-9))[0], initial=0)) + 1
     axis.set_xlim(0.4, max(3, last) + 0.6)
-    axis.set_xticks(counts[: max(3, last)])
-    axis.set_xlabel("classes still possible")
-    axis.set_ylabel("rows that reach the exit (%)")
+    axis.set_xticks(numbers[: max(3, last)])
+    axis.set_xlabel(block["axis"])
+    axis.set_ylabel(block["unit"])
     axis.legend(fontsize=8, frameon=False)
     return _svg(figure)
 
 
-def class_counts(counts: Mapping[str, Any]) -> str:
-    """Histogram of class counts of every layer, a row each: share of its filters by number of classes."""
-    layers, edges = counts["layers"], np.asarray(counts["edges"])
-    table = np.asarray([layer["histogram"] for layer in layers], dtype=np.float64)
-    table = 100 * table / np.maximum(1, table.sum(axis=1, keepdims=True))
-    figure, (axis,) = _figure(9.5, max(2.2, 0.21 * len(layers) + 1.2))
+def _heatmap(block: Mapping[str, Any]) -> str:
+    table, names = np.asarray(block["values"], dtype=np.float64), block["names"]
+    figure, (axis,) = _figure(9.5, min(9.0, max(2.4, 0.18 * len(names) + 1.2)))
     axis.grid(False)
-    mesh = axis.pcolormesh(edges, np.arange(len(layers) + 1), table, cmap="Blues", vmin=0, vmax=100, rasterized=False)
-    axis.set_yticks(
-        np.arange(len(layers)) + 0.5, [f"{_short(x['path'], 34)} ({x['filters']})" for x in layers], fontsize=7
-    )
+    edges = np.asarray(block["edges"]) if block["edges"] else np.arange(table.shape[1] + 1)
+    mesh = axis.pcolormesh(
+        edges, np.arange(len(names) + 1), table, cmap="Blues" if block["edges"] else "viridis", vmin=0,
+        vmax=block["highest"],
+    )  # fmt: skip
+    places = np.arange(0, len(names), -(-len(names) // 64))
+    axis.set_yticks(places + 0.5, [_short(names[i], 34) for i in places], fontsize=6 if len(places) > 24 else 8)
     axis.invert_yaxis()
-    axis.set_xlabel("classes that need a filter")
-    figure.colorbar(mesh, ax=axis, label="filters of the layer (%)")
+    axis.set_xlabel(block["axis"])
+    figure.colorbar(mesh, ax=axis, label=block["unit"])
     return _svg(figure)
 
 
-def class_table(layer: Mapping[str, Any]) -> str:
-    """Share of each class's images that need each filter of one layer; filters by rising class count."""
-    table, labels = np.asarray(layer["table"]), layer["labels"]
-    figure, (axis,) = _figure(9.5, min(9.0, max(2.6, 0.14 * len(labels) + 1.2)))
-    axis.grid(False)
-    mesh = axis.pcolormesh(table, cmap="viridis", vmin=0, vmax=1)
-    every = -(-len(labels) // 64)
-    places = np.arange(0, len(labels), every)
-    axis.set_yticks(places + 0.5, [_short(labels[i]) for i in places], fontsize=6 if len(places) > 24 else 8)
-    axis.invert_yaxis()
-    axis.set_xlabel("filters, by number of classes that need them")
-    axis.set_ylabel("class")
-    figure.colorbar(mesh, ax=axis, label="images that need it (share)")
-    return _svg(figure)
+KINDS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "bars": _bars,
+    "stacked_bars": _stacked_bars,
+    "grouped_bars": _grouped_bars,
+    "heatmap": _heatmap,
+}
+"""How each kind of plot of a section is drawn."""
+WIDE = ("grouped_bars", "heatmap")
+"""Kinds that take the page's whole width."""
 
 
 def _short(name: str, most: int = 22) -> str:

@@ -12,9 +12,10 @@ from edgewright.edge_runtime.versions import versions
 from edgewright.export.options import ExportOptions
 
 from ..report.steps import StepRow
+from ..sources import module_digests, sha256_of
+from ..stage_registry import stage_named
 from ..store.atomic import plain, pretty_json, write_text
-from ..store.cache import Key
-from ..store.sources import module_digests, sha256_of
+from ..store.cache import BASE, Key
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "safetensors")
 
@@ -68,10 +69,10 @@ def with_bundle(row: StepRow, bundle: Path) -> StepRow:
     exits = Manifest.from_json((bundle / MANIFEST_FILE).read_text(encoding="utf-8")).exits
     end = exits[-1]
     row = dataclasses.replace(row, file_bytes=model_bytes(bundle))
-    # what reads one tensor multiplies a shared basis once in the graph, and each for itself in PyTorch
-    merged = row.metrics.get("macs_after", 0) - row.metrics.get("macs_after_merged", 0)
-    if merged and (end.macs, end.attention_macs) == (row.macs - merged, row.attention_macs):
-        note = f"the exported graph costs {end.macs} MACs: it multiplies a basis once for all that read one tensor"
+    expects = None if row.stage == BASE else stage_named(row.stage).expected_macs
+    expected = None if expects is None else expects(row.metrics, row.macs)
+    if expected is not None and (end.macs, end.attention_macs) == (expected.macs, row.attention_macs):
+        note = f"the exported graph costs {end.macs} MACs: {expected.because}"
         row = dataclasses.replace(row, notes=(*row.notes, note))
     elif (end.macs, end.attention_macs) != (row.macs, row.attention_macs):
         note = (

@@ -11,7 +11,7 @@ from edgewright.models import registry
 from ..analysis import cost
 from ..errors import ModelError, RecipeError
 from ..recipe.recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
-from ..stages import stage_named
+from ..stage_registry import TRAINING, stage_named
 from .determinism import seeded
 from .preparation import Inputs
 
@@ -72,7 +72,7 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
     value = min((low, high), key=lambda v: abs(_macs(inputs, spec, v) - macs))
     recipe = inputs.recipe
     model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: _argument(spec, value)})
-    training = StageEntry(name="train", id=CONTROL, config=spec.training)
+    training = StageEntry(name=TRAINING, id=CONTROL, config=spec.training)
     changes = {
         "model": model,
         "stages": (*_same_classes(recipe), training),

@@ -23,7 +23,7 @@ from ..errors import DataError, InputError, ModelError, OutputError, ProviderErr
 from ..metric import IGNORED
 from ..recipe.recipe import Recipe, check_order
 from ..stage import Json, Progress
-from ..stages import stage_named
+from ..stage_registry import requirements, stage_named
 from ..store.cache import Key, base_key, environment
 from ..store.checkpoint import BaseSpec
 from ..task import Task, check_classes, check_unique, data_digests, samples_per_class, split_of
@@ -35,9 +35,6 @@ from .model_check import check_exportable, check_generates, check_model, first_r
 from .reproducibility import check_reproducible
 from .training_check import PlannedTraining, check_training
 from .watch import Watch
-
-_TOLERANCES = ("max_drop", "tolerance", "max_backbone_drop")
-"""Fields of stages that hold a loss of validation accuracy."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +241,7 @@ def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str,
     if recipe.export.generator:
         check_generates(model, inputs.task, name)
         return model, late, tuple(notes)
-    alone = not any(entry.name == "early_exit" for entry in recipe.stages) or recipe.benchmark.enabled
+    alone = recipe.benchmark.enabled or not any(stage_named(entry.name).branches for entry in recipe.stages)
     batch = recipe.export.batch
     check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
     for split_name, split in inputs.task.splits.items():
@@ -340,7 +337,7 @@ def remarks(inputs: Inputs) -> tuple[str, ...]:
         fine = [
             f"{entry.id or entry.name}.{field} ({getattr(entry.config, field):g})"
             for entry in inputs.recipe.stages
-            for field in _TOLERANCES
+            for field in stage_named(entry.name).tolerances
             if 0.0 < (getattr(entry.config, field, None) or 0.0) < 1.0 / rows
         ]
         if fine:
@@ -358,15 +355,11 @@ def _check_later_phases(recipe: Recipe) -> None:
         RecipeError: options of the export, or requirements, that do not fit the stages.
         ProviderError: an execution provider that is not here.
     """
-    if recipe.export.batch == "dynamic" and any(entry.name == "early_exit" for entry in recipe.stages):
-        raise RecipeError(
-            "export.batch is `dynamic`: every row would run to the end, which exits are to save; set it to "
-            "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
-        )
-    names = [entry.name for entry in recipe.stages]
+    for entry in recipe.stages:
+        judge = stage_named(entry.name).check_export
+        if judge is not None:
+            judge(entry.config, recipe.export)
     if recipe.export.generator:
-        if "early_exit" in names:
-            raise RecipeError("export.generator: a generator has no exits: leave the stage early_exit out")
         if recipe.benchmark.enabled:
             raise RecipeError(
                 "export.generator: its speed depends on prompt and cache, `edgewright generate` measures it: set "
@@ -376,11 +369,10 @@ def _check_later_phases(recipe: Recipe) -> None:
         raise RecipeError(
             f"export.weights is {recipe.export.weights}, which only a generator can have: set export.generator to true"
         )
-    for asked, field, stage in (
-        (recipe.require.shared_basis, "shared_basis", "basis_sharing"),
-        (recipe.require.every_exit, "every_exit", "early_exit"),
-    ):
-        if asked and stage not in names:
+    names = [entry.name for entry in recipe.stages]
+    for field in recipe.require.of_stages:
+        stage, _ = requirements()[field]
+        if stage not in names:
             raise RecipeError(
                 f"require.{field} cannot be met without the stage {stage!r}: add it, or drop the requirement"
             )

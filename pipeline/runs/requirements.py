@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from ..errors import QualityFloorError
 from ..recipe.recipe import Requirements
 from ..stage import Json
+from ..stage_registry import requirements
 
 
 def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None:
@@ -29,14 +30,10 @@ def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None
         if least is not None and (summary[name] is None or summary[name] < least):
             reached = "not defined" if summary[name] is None else f"{summary[name]:.3f}"
             missed.append(f"{name} is {reached}, required {least:g}")
-    if wanted.shared_basis and not report["ledger"]["shared"]:
-        missed.append("no basis is shared by at least two layers in the exported file")
-    if wanted.every_exit:
-        if report["exits"] is None:
-            missed.append("the model has no exits")
-        else:
-            idle = [row["name"] for row in report["exits"]["table"] if row["share"] == 0]
-            missed += [f"no test row leaves at exit {name!r}" for name in idle]
+    if wanted.of_stages:
+        known = requirements()
+        for name in wanted.of_stages:
+            missed += known[name][1].missed(report)
     if missed:
         raise QualityFloorError(
             f"the run is finished, and misses what the recipe requires: {'; '.join(missed)}. "

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,66 +14,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.versions import versions
-from edgewright.export.options import ExportOptions
-from edgewright.models.sources.pretrained import LogitsOnly
 from edgewright.models.sources.user_modules import EditedError, imports_held
 
 from ..errors import EditedSourceError, StageError
 from ..recipe.recipe import ControlSpec, Recipe, StageEntry, load_recipe, save_resolved
 from ..report.report import write_report
+from ..report.result import BUNDLE_FOLDER, RESOLVED_FILE, RunResult
 from ..report.steps import StepRow, measure
+from ..sources import module_digests
 from ..stage import Edit, Json, Progress, StageResult
-from ..stages import stage_module, stage_named
+from ..stage_registry import stage_module, stage_named
 from ..store.atomic import pretty_json, remove_leftovers, write_text
 from ..store.cache import BASE, Cache, Entry, Key, stage_key
 from ..store.checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkpoint
 from ..store.context import FolderContext, Quiet
 from ..store.output import output_folder
-from ..store.sources import module_digests
-from ..task import Task, split_of
 from . import bundles
 from .control import CONTROL, check_control, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
+from .exporting import ExportPlan, export_bundles, export_step
 from .measurement import compare_bundles, measure_bundles
 from .preparation import Inputs, build_base, check_bundle_place, prepare, remarks
 from .watch import Watch
 
-RESOLVED_FILE = "recipe.resolved.yaml"
-BUNDLE_FOLDER = "bundle"
 RUN_SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run made.
-
-    Attributes:
-        out: the run's folder.
-        recipe: as it ran.
-        steps: the base model and every stage, in order.
-        reference: id of the step that stands for the uncompressed model: the base, or the last of the
-            trainings that the recipe begins with.
-        bundle: the last step's bundle.
-        bundles: bundle of every step that was exported, by step id.
-        measurements: rows of `edge_runtime.bench`, each with a ``step``.
-        report: report.json; None before it is written.
-        controls: ids of steps that are no part of the chain, but stand beside it for comparison.
-        comparison: latency of the last step against the reference, measured interleaved; None if not
-            measured.
-    """
-
-    out: Path
-    recipe: Recipe
-    steps: tuple[StepRow, ...]
-    reference: str
-    bundle: Path
-    bundles: Mapping[str, Path]
-    measurements: tuple[Mapping[str, Json], ...] = ()
-    report: Path | None = None
-    controls: tuple[str, ...] = ()
-    comparison: Mapping[str, Json] | None = None
 
 
 def run(
@@ -147,7 +110,7 @@ class _Run:
         steps = [
             self._row(position, step, entry) for position, (step, entry) in enumerate(zip(ids, entries, strict=True))
         ]
-        made = export_bundles(self, steps, entries)
+        made = export_bundles(self._plan(), steps, entries, self.inputs.tasks)
         bundle = made[steps[-1].step]
         steps = [bundles.with_bundle(row, made[row.step]) if row.step in made else row for row in steps]
         controls: tuple[str, ...] = ()
@@ -160,7 +123,7 @@ class _Run:
         result = RunResult(
             self.out, self.recipe, tuple(steps), reference, bundle, made, tuple(measured), None, controls, comparison
         )
-        result = dataclasses.replace(result, report=write_report(result, self.inputs.tasks[-1], self.root))
+        result = dataclasses.replace(result, report=write_report(result, self.inputs.tasks, self.root))
         self._record("finished")
         return result
 
@@ -175,11 +138,23 @@ class _Run:
         self.seconds.update(beside.seconds)
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
-            made[CONTROL] = export_step(
-                beside, row, entry, target, recipe.export.model_copy(update={"zip": False}), beside.inputs.tasks[-1]
-            )
+            options = recipe.export.model_copy(update={"zip": False})
+            made[CONTROL] = export_step(beside._plan(), row, entry, target, options, beside.inputs.tasks[-1])
             row = bundles.with_bundle(row, made[CONTROL])
         return row
+
+    def _plan(self) -> ExportPlan:
+        return ExportPlan(
+            self.out,
+            self.recipe.name,
+            self.recipe.export,
+            self.fresh,
+            self.recipe.benchmark.enabled,
+            self.progress,
+            self.timed,
+            self.load,
+            self.verify,
+        )
 
     def _measure(self, made: Mapping[str, Path]) -> list[dict[str, Json]]:
         options = self.recipe.benchmark
@@ -298,7 +273,7 @@ class _Run:
     def _reference(self) -> str:
         reference = "dense"
         for step, entry in zip(self.recipe.step_ids, self.recipe.stages, strict=True):
-            if entry.name != "train":
+            if not stage_named(entry.name).dense:
                 break
             reference = step
         return reference
@@ -327,60 +302,6 @@ class _Run:
         write_text(self.out / RUN_FILE, pretty_json(data))
 
 
-def export_bundles(run: _Run, steps: list[StepRow], entries: list[Entry]) -> dict[str, Path]:
-    """Exports the last step to ``bundle/``, and if the run measures latency every other one to ``bundles/``."""
-    made: dict[str, Path] = {}
-    for position, (row, entry) in enumerate(zip(steps, entries, strict=True)):
-        last = position == len(steps) - 1
-        if not last and not run.recipe.benchmark.enabled:
-            continue
-        target = run.out / (BUNDLE_FOLDER if last else f"bundles/{position:02d}-{row.step}")
-        options = run.recipe.export if last else run.recipe.export.model_copy(update={"zip": False})
-        made[row.step] = export_step(run, row, entry, target, options, run.inputs.tasks[position])
-    return made
-
-
-def export_step(run: _Run, row: StepRow, entry: Entry, target: Path, options: ExportOptions, task: Task) -> Path:
-    """Exports one checkpoint to `target`, unless that very bundle is there already."""
-    from edgewright.export import export_bundle
-
-    key = bundles.bundle_key(entry.key, options, run.recipe.name)
-    if not run.fresh and bundles.is_current(target, key):
-        run.progress.say(f"{row.step}: already exported, {target}")
-        return target
-    for left in target.parent.glob(f".{target.name}-*"):
-        # of an export that was killed; the lock says that nobody else is at work here
-        shutil.rmtree(left)
-    run.progress.say(f"{row.step}: export to {target}")
-    edits = [{"stage": edit.stage, "data": edit.data} for edit in read_checkpoint(entry.folder).edits]
-    model = run.load(entry)
-    with run.timed(f"{row.step}.export"):
-        if options.generator:
-            from edgewright.export.language.generator import export_generator
-
-            assert isinstance(model, LogitsOnly)  # as `check_generates` has seen
-            texts = split_of(task, "test", needed_by="the proof of a generator").batch(range(3)).inputs[0]
-            tokenizer = getattr(task, "tokenizer", None)
-            export_generator(
-                model, texts, target, options, name=run.recipe.name or task.name, edits=edits, tokenizer=tokenizer
-            )
-            run.verify()
-            bundles.record(target, key, options)
-            return target
-        export_bundle(
-            model,
-            task,
-            target,
-            options,
-            operating_points=_operating_points(entry),
-            edits=edits,
-            name=run.recipe.name or None,
-        )
-    run.verify()
-    bundles.record(target, key, options)
-    return target
-
-
 def _checked(result: StageResult, stage: str) -> nn.Module:
     """The stage's model on the CPU in eval mode; refuses NaN before it is stored."""
     model = result.model.to("cpu").eval()
@@ -390,18 +311,6 @@ def _checked(result: StageResult, stage: str) -> nn.Module:
     if bad:
         raise StageError(f"{stage} left NaN or infinity in {bad[0]!r}: lower its learning rate or its compression")
     return model
-
-
-def _operating_points(entry: Entry) -> list[OperatingPoint]:
-    """Settings of the thresholds that the stage validated, if it did."""
-    return [
-        OperatingPoint(
-            point["name"],
-            tuple(point["thresholds"]),
-            {name: value for name, value in point["metrics"].items() if value is not None},
-        )
-        for point in entry.metrics.get("operating_points", ())
-    ]
 
 
 def _with_latency(row: StepRow, measured: Sequence[Mapping[str, Json]]) -> StepRow:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import EditedSourceError
-from ..store.sources import content_digest, own_sources, portable_name, sha256_of
+from ..sources import content_digest, own_sources, portable_name, sha256_of
 from ..task import FromFiles, Task
 
 _SETTLED_NS = 2_000_000_000

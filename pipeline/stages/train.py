@@ -85,4 +85,5 @@ STAGE = Stage(
     fit=fit,
     rebuild=rebuild,
     splits=("train",),
+    dense=True,
 )

@@ -29,11 +29,11 @@ from edgewright.edge_runtime.bundle.golden import read_npz, write_npz
 from edgewright.edge_runtime.versions import versions
 
 from ..errors import StageError
+from ..sources import module_digests, sha256_of
 from ..stage import Edit, Json, StageConfig
-from ..stages import stage_module
+from ..stage_registry import stage_module
 from .atomic import canonical_json, new_folder, plain, pretty_json, remove_leftovers
 from .checkpoint import BaseSpec, write_checkpoint
-from .sources import module_digests, sha256_of
 
 KEY_FILE, RESULT_FILE, ARTIFACTS_FILE = "key.json", "result.json", "artifacts.npz"
 BASE = "base"

@@ -27,11 +27,11 @@ from edgewright.edge_runtime.versions import versions
 from edgewright.models import registry
 
 from ..errors import CheckpointError, RecipeError
+from ..sources import file_digests, sha256_of
 from ..stage import Edit, Json
-from ..stages import stage_named
+from ..stage_registry import stage_named
 from .atomic import new_folder, plain, pretty_json
 from .late_tensors import register_late
-from .sources import file_digests, sha256_of
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("edgewright", "torch", "torchvision", "numpy", "safetensors")

@@ -1,6 +1,6 @@
 """The `basis_sharing` stage: layers become a basis, shared where that pays, times private coefficients.
 
-METHODS §3, arXiv 2410.03765. Which layers may share is read off the structure of the model (`pipeline/graph.py`):
+METHODS §3, arXiv 2410.03765. Which layers may share is read off the structure of the model (`analysis/layers.py`):
 readers of one tensor, layers of one role in neighbouring blocks, or both. No architecture is named anywhere.
 
 If `max_drop` is set and the validation accuracy after the fine-tuning lies further below the accuracy before
@@ -9,6 +9,7 @@ the stage, the stage rolls back: it returns the model as it came, with an empty 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from edgewright.models.sources.module_state import copied
 from ...analysis.layers import discover, replace_module
 from ...errors import CheckpointError, RecipeError
 from ...metric import within
-from ...stage import Context, Edit, Json, Stage, StageResult, State
+from ...stage import Context, Edit, ExpectedMacs, Json, Requirement, Stage, StageResult, State
 from ...task import SplitName, Task, split_of
 from ...training.evaluation import evaluate
 from ...training.training import train_model
@@ -189,6 +190,17 @@ def _splits(config: BasisSharingConfig) -> tuple[SplitName, ...]:
     )
 
 
+def _merged_macs(metrics: Mapping[str, Json], macs: float) -> ExpectedMacs | None:
+    """What reads one tensor multiplies a shared basis once in the graph, and each for itself in PyTorch."""
+    merged = metrics.get("macs_after", 0) - metrics.get("macs_after_merged", 0)
+    return ExpectedMacs(macs - merged, "it multiplies a basis once for all that read one tensor") if merged else None
+
+
+def _nothing_shared(report: Mapping[str, Json]) -> list[str]:
+    """What ``require.shared_basis`` misses."""
+    return [] if report["ledger"]["shared"] else ["no basis is shared by at least two layers in the exported file"]
+
+
 STAGE = Stage(
     name="basis_sharing",
     config=BasisSharingConfig,
@@ -200,4 +212,11 @@ STAGE = Stage(
     splits=("calibration", "train", "validation"),
     splits_for=_splits,
     check=check,
+    tolerances=("max_drop",),
+    expected_macs=_merged_macs,
+    requirements={
+        "shared_basis": Requirement(
+            "At least one basis is shared by two layers or more in the exported file.", _nothing_shared
+        )
+    },
 )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...section import FinishedStage, Heatmap, Section
 from ...stage import Json
-from ...store.cache import read_artifacts
 
 COUNT, COUNTS = "class_count.", "class_counts."
 """Prefixes of a pruning step's artifacts: per layer the class count [F], and the share of each class's images that need
@@ -19,21 +18,50 @@ _BINS = 10
 _MOST_FILTERS, _MOST_CLASSES = 128, 128
 
 
-def class_counts(step: str, checkpoint: Path, labels: Sequence[str], layer: str | None = None) -> Json | None:
+def report(finished: FinishedStage) -> Section | None:
+    """Draws the last class counts; None where filters were judged without classes."""
+    counts = class_counts(finished.artifacts(), finished.labels, finished.layer)
+    if counts is None:
+        return None
+    layers, chosen = counts["layers"], counts["layer"]
+    histograms = np.asarray([layer["histogram"] for layer in layers], dtype=np.float64)
+    histograms = 100 * histograms / np.maximum(1, histograms.sum(axis=1, keepdims=True))
+    all_layers = Heatmap(
+        tuple(f"{layer['path']} ({layer['filters']})" for layer in layers),
+        tuple(tuple(row) for row in histograms.tolist()),
+        "classes that need a filter",
+        "filters of the layer (%)",
+        100.0,
+        f"How many of the {counts['classes']} classes need a filter, at the last scoring: share of each layer's "
+        "filters. What stands left can go.",
+        tuple(counts["edges"]),
+    )
+    which = "The layer" if chosen["asked"] else "The layer whose filters differ most,"
+    one_layer = Heatmap(
+        tuple(chosen["labels"]),
+        tuple(tuple(row) for row in chosen["table"]),
+        "filters, by number of classes that need them",
+        "images that need it (share)",
+        1.0,
+        f"{which} `{chosen['path']}`: share of each class's images that need the filter.",
+    )
+    paths = tuple(layer["path"] for layer in layers)
+    return Section(f"Class counts: {finished.step}", (all_layers, one_layer), counts, layers=paths)
+
+
+def class_counts(arrays: Mapping[str, NDArray[Any]], labels: Sequence[str], layer: str | None = None) -> Json | None:
     """What the report shows of the last scores of a step; None if it has none.
 
     Args:
-        step: its id.
-        checkpoint: its folder.
+        arrays: the artifacts of the step.
         labels: of the classes that were scored.
         layer: to show class by class; None, or one that has no scores: the one whose filters differ most.
 
     Returns:
-        ``{"step", "classes", "edges", "layers": [{"path", "filters", "histogram"}], "layer": {"path", "asked",
+        ``{"classes", "edges", "layers": [{"path", "filters", "histogram"}], "layer": {"path", "asked",
         "labels", "table"}}``; `asked` says whether it is the layer that was asked for; `table` has a row per class and
         a column per filter, by rising class count, both thinned out where there are very many.
     """
-    arrays = read_artifacts(checkpoint)
     counts = {name.removeprefix(COUNT): array for name, array in arrays.items() if name.startswith(COUNT)}
     if not counts:
         return None
@@ -43,7 +71,6 @@ def class_counts(step: str, checkpoint: Path, labels: Sequence[str], layer: str 
     ]
     chosen = layer if layer in counts else max(counts, key=lambda path: float(counts[path].std()))
     return {
-        "step": step,
         "classes": len(labels),
         "edges": edges.tolist(),
         "layers": layers,

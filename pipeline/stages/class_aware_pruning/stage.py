@@ -22,6 +22,7 @@ from .floors import broken_floor
 from .iterations import Progress
 from .loss import modified_loss
 from .outcome import iteration_row, result_of
+from .report import report
 from .setup import NAME, Setup, check_kind, scores_each_class, set_up, unprunable
 
 
@@ -174,4 +175,6 @@ STAGE = Stage(
     check=check,
     classes=lambda config: config.classes,
     classes_alone=_classes_alone,
+    tolerances=("max_drop",),
+    report=report,
 )

@@ -11,9 +11,10 @@ from edgewright.edge_runtime.bundle.typed_json import strict_json
 from edgewright.edge_runtime.process.plain_text import printable
 
 from ...errors import InputError
+from ...section import REPORT_SCHEMA_VERSION
 
 _NEVER = 2.0
-REPORT_SCHEMA_VERSION = 1
+_READABLE = (1, REPORT_SCHEMA_VERSION)
 """Of report.json."""
 
 
@@ -93,9 +94,7 @@ def mix_of_report(report: Mapping[str, Any], mix: Sequence[float] | None, table:
     Raises:
         InputError: no exits, or numbers that do not fit them.
     """
-    exits = report.get("exits")
-    if not exits:
-        raise InputError("the report is of a model without exits: there is no mix to cost")
+    exits = exits_of_report(report)
     rows = exits["table"]
     shares = [row["share"] for row in rows] if mix is None else list(mix)
     if len(shares) != len(rows) or min(shares) < 0.0 or sum(shares) <= 0.0:
@@ -110,6 +109,19 @@ def mix_of_report(report: Mapping[str, Any], mix: Sequence[float] | None, table:
     # a report of an older version does not say it
     plain = exits.get("cost", {}).get("plain_ms")
     return mix_cost([share / total for share in shares], latency, plain, [row["macs"] for row in rows])
+
+
+def exits_of_report(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The figures of the exits in the content of report.json, of this version or of the first.
+
+    Raises:
+        InputError: it is of a model without exits.
+    """
+    sections = [s["data"] for s in report.get("sections", ()) if s.get("stage") == "early_exit"]
+    exits: Mapping[str, Any] | None = sections[-1] if sections else report.get("exits")
+    if not exits:
+        raise InputError("the report is of a model without exits: there is no mix to cost")
+    return exits
 
 
 def mix_text(cost: MixCost, names: Sequence[str]) -> str:
@@ -166,10 +178,10 @@ def read_report(path: Path) -> dict[str, Any]:
     content = _read_json(place, str(place))
     if not isinstance(content, dict):
         raise InputError(f"{place} holds no JSON object")
-    if content.get("schema_version") != REPORT_SCHEMA_VERSION:
+    if content.get("schema_version") not in _READABLE:
         raise InputError(
             f"{place} has schema_version {content.get('schema_version')!r}, and this edgewright reads "
-            f"{REPORT_SCHEMA_VERSION}: use the version that wrote it, or run the recipe again"
+            f"{' and '.join(map(str, _READABLE))}: use the version that wrote it, or run the recipe again"
         )
     return content
 

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.bundle.manifest import OperatingPoint
+from edgewright.export.options import ExportOptions
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 from ...analysis import cost
 from ...errors import RecipeError, StageError
 from ...metric import Answer, Score, within
-from ...stage import Context, Edit, Json, Stage, StageResult
+from ...stage import Context, Edit, Json, Requirement, Stage, StageResult
 from ...task import Split, Task, batches, check_classes, split_of
 from .analysis import analyse_logits
 from .automatic_places import boundaries, choose_subset
 from .config import DEFAULT_SHARES, EarlyExitConfig
 from .placement import Place, choose_places, exit_macs
+from .report import report
 from .thresholds.limits import ExitSearchConfig, standard_errors
 from .thresholds.search import OperatingPointResult, default_limits, search_thresholds
 from .training import train_heads, train_jointly
@@ -303,7 +306,6 @@ def _metrics(
 ) -> dict[str, Json]:
     plain = _end(task, logits, targets)
     return {
-        "operating_points": [point.to_json() for point in points],
         "min_share_met": {point.name: point.min_share_met for point in points},
         "exits": [spec.at for spec in model.specs],
         "exit_macs": list(macs),
@@ -353,6 +355,42 @@ def _summary(
     return tuple(notes)
 
 
+def check_export(config: EarlyExitConfig, options: ExportOptions) -> None:
+    """Refuses options under which rows cannot leave.
+
+    Raises:
+        RecipeError: a batch that runs every row to the end, or a generator.
+    """
+    del config
+    if options.batch == "dynamic":
+        raise RecipeError(
+            "export.batch is `dynamic`: every row would run to the end, which exits are to save; set it to "
+            "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
+        )
+    if options.generator:
+        raise RecipeError("export.generator: a generator has no exits: leave the stage early_exit out")
+
+
+def operating_points(edit: Edit) -> list[OperatingPoint]:
+    """The settings that were validated, the default first."""
+    return [
+        OperatingPoint(
+            point["name"],
+            tuple(point["thresholds"]),
+            {name: value for name, value in point["metrics"].items() if value is not None},
+        )
+        for point in edit.data.get("operating_points", ())
+    ]
+
+
+def _idle_exits(report: Mapping[str, Json]) -> list[str]:
+    """What ``require.every_exit`` misses."""
+    tables = [section["data"]["table"] for section in report["sections"] if section["stage"] == "early_exit"]
+    if not tables:
+        return ["the model has no exits"]
+    return [f"no test row leaves at exit {row['name']!r}" for row in tables[-1] if row["share"] == 0]
+
+
 STAGE = Stage(
     name="early_exit",
     config=EarlyExitConfig,
@@ -370,4 +408,10 @@ STAGE = Stage(
     per_class=True,
     check=check,
     trains=lambda config: {} if config.freeze_backbone else {"training": config.training},
+    check_export=check_export,
+    tolerances=("tolerance", "max_backbone_drop"),
+    branches=True,
+    operating_points=operating_points,
+    requirements={"every_exit": Requirement("Every exit is taken by at least one test row.", _idle_exits)},
+    report=report,
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from edgewright.models.sources.pretrained import packaged_file
 
 from ...errors import DataError
-from ...store.sources import content_digest
+from ...sources import content_digest
 from ...task import SplitName
 from ..causal_lm import CausalLM, windows_of
 

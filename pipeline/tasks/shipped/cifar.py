@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgewright.edge_runtime.bundle.manifest import Preprocessing
 
 from ...errors import DataError
-from ...store.sources import content_digest, sha256_of
+from ...sources import content_digest, sha256_of
 from ...task import SplitName
 from ..image_classification import ImageClassification
 from ..splitting import stratified_split

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DataError
-from ...store.sources import sha256_of
+from ...sources import sha256_of
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.bundle.manifest import Preprocessing
 
 from ...errors import DataError
-from ...store.sources import content_digest
+from ...sources import content_digest
 from ...task import SPLITS, SplitName
 from ..image_classification import ImageClassification
 from .augmentation import random_affine

@@ -18,8 +18,8 @@ from edgewright.edge_runtime.inference.image_file import SUFFIXES, Depth, load_i
 from edgewright.models.sources.python_source import did_you_mean
 
 from ...errors import DataError, EditedSourceError
+from ...sources import content_digest
 from ...stage import Progress
-from ...store.sources import content_digest
 from ...task import SPLITS, Batch, SplitName
 from ..image_classification import ImageClassification
 from ..splitting import stratified_split

@@ -30,10 +30,11 @@ from edgewright.pipeline.errors import (
     StageError,
 )
 from edgewright.pipeline.recipe.recipe import load_recipe
+from edgewright.pipeline.report.result import RunResult
 from edgewright.pipeline.runs import runner
-from edgewright.pipeline.runs.runner import RunResult, run
+from edgewright.pipeline.runs.runner import run
 from edgewright.pipeline.stage import Edit, StageResult, State
-from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.stage_registry import stage_named
 from edgewright.pipeline.store.checkpoint import load_checkpoint
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.store.output import LOCK_FILE, output_folder

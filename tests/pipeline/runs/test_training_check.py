@@ -13,7 +13,7 @@ from unlabelled import Regression, network
 from edgewright.pipeline.errors import InputError, ModelError, RecipeError
 from edgewright.pipeline.runs.model_check import check_exportable, check_model
 from edgewright.pipeline.runs.training_check import PlannedTraining, check_training
-from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.stage_registry import stage_named
 from edgewright.pipeline.stages.early_exit.stage import EarlyExitConfig
 from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.training.training import TrainingConfig, trainings_in

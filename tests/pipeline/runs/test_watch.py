@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 
 from edgewright.models.sources.python_source import load_object
 from edgewright.models.sources.user_modules import EditedError, imports_held
+from edgewright.pipeline import sources
 from edgewright.pipeline.errors import EditedSourceError
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs import preparation, runner
 from edgewright.pipeline.runs.runner import run
 from edgewright.pipeline.runs.watch import Watch
-from edgewright.pipeline.store import sources
 from edgewright.pipeline.store.checkpoint import load_checkpoint
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.tasks.shipped.causal_lm import causal_lm

@@ -11,14 +11,14 @@ import torch
 from stage_tester import TESTS
 from tiny import tiny_residual
 
+from edgewright.pipeline import sources
 from edgewright.pipeline.errors import StageError
+from edgewright.pipeline.sources import file_digests, module_digests
 from edgewright.pipeline.stage import Edit
 from edgewright.pipeline.stages.train import TrainConfig
-from edgewright.pipeline.store import sources
 from edgewright.pipeline.store.atomic import canonical_json, new_folder, plain, pretty_json, write_text
 from edgewright.pipeline.store.cache import BASE, Cache, Entry, Key, base_key, environment, stage_key
 from edgewright.pipeline.store.checkpoint import BaseSpec
-from edgewright.pipeline.store.sources import file_digests, module_digests
 
 TINY = BaseSpec("python:tiny.py:tiny_residual")
 AROUND: dict[str, Any] = {"versions": {"torch": "2.0"}, "threads": 1, "device": "cpu"}

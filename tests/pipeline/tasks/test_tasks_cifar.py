@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from recipes_on_disk import without_later_phases
 
+from edgewright.pipeline.cli import RECIPES
 from edgewright.pipeline.errors import DataError
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs import runner
 from edgewright.pipeline.stages.class_aware_pruning.report import class_counts
+from edgewright.pipeline.store.cache import read_artifacts
 from edgewright.pipeline.task import batches, check_classes, data_digests
 from edgewright.pipeline.tasks import build_task
 from edgewright.pipeline.tasks.shipped.augmentation import flip_and_crop
@@ -157,10 +159,11 @@ def test_published_recipe_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.Mo
         "stages.1.max_iterations=1",
         "stages.1.threshold_frac=1.01",
     ]
-    recipe = load_recipe(Path(runner.__file__).parent / "recipes/cifar10_resnet56.yaml", changes)
+    recipe = load_recipe(RECIPES / "cifar10_resnet56.yaml", changes)
     result = runner.run(recipe, tmp_path / "out")
     metrics = result.steps[-1].metrics
     assert metrics["criterion"] == "class_count" and metrics["stopped"] == "max_iterations"
     assert metrics["macs"] < metrics["macs_before"]
-    counts = class_counts("prune", tmp_path / "out" / result.steps[-1].checkpoint, [f"thing{i}" for i in range(10)])
+    arrays = read_artifacts(tmp_path / "out" / result.steps[-1].checkpoint)
+    counts = class_counts(arrays, [f"thing{i}" for i in range(10)])
     assert counts is not None and len(counts["layer"]["table"]) == 10

@@ -94,20 +94,20 @@ def test_the_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
 def test_fit_saves_macs_within_the_tolerance(name: str, policy: str, folder: Path, tmp_path: Path) -> None:
     task = tiny_task()
     result = run(trained(name, folder), tmp_path, policy=policy, tolerance=0.02)
-    model, metrics = result.model, result.metrics
+    model, metrics, points = result.model, result.metrics, result.edit.data["operating_points"]
     assert isinstance(model, MultiExit)
     split = task.splits["validation"]
     logits = collect_logits(model, split)
     plain = float((logits[-1].argmax(dim=1) == split.targets).double().mean())
     # the transformer has no positions, so it can only tell left from right
     assert plain == metrics["plain_accuracy"] and plain > (0.9 if name == "residual" else 0.45)
-    for point, allowed in zip(metrics["operating_points"], (0.02, 0.0, 0.06), strict=True):
+    for point, allowed in zip(points, (0.02, 0.0, 0.06), strict=True):
         output = model.decide(logits, torch.tensor(point["thresholds"]))
         measured = float((output.label == split.targets).double().mean())
         assert point["metrics"]["accuracy"] == measured >= plain - allowed - 1e-9
         mean = torch.tensor(metrics["exit_macs"], dtype=torch.float64)[output.exit_index].mean()
         assert point["metrics"]["mean_macs"] == pytest.approx(float(mean), rel=1e-12)
-    first = metrics["operating_points"][0]
+    first = points[0]
     assert first["name"] == "balanced"
     assert model.thresholds.tolist() == torch.tensor(first["thresholds"], dtype=torch.float32).tolist()
     assert first["metrics"]["mean_macs"] < 0.85 * metrics["plain_macs"]
@@ -203,7 +203,7 @@ def test_places_are_found_where_they_save_most(folder: Path, tmp_path: Path) -> 
     placement = found.metrics["placement"]
     assert placement["candidates"] == ["stem", "blocks.0", "blocks.1"] and placement["tried"] == 3
     assert found.metrics["exits"] == [placement["candidates"][i] for i in placement["chosen"]]
-    assert placement["within"] and found.metrics["operating_points"][0]["metrics"]["mean_macs"] < (
+    assert placement["within"] and found.edit.data["operating_points"][0]["metrics"]["mean_macs"] < (
         (placement["mean_cost"] + 0.02) * found.metrics["plain_macs"]
     ), "what the cheap heads promised is kept"
 

@@ -11,17 +11,19 @@ from edgewright.pipeline.cli import main
 from edgewright.pipeline.errors import InputError
 from edgewright.pipeline.stages.early_exit.mix import break_even, break_even_text, expected, mix_cost, mix_of_report
 
-REPORT = {
-    "schema_version": 1,
-    "exits": {
-        "table": [
-            {"name": "a", "share": 0.5, "p50_ms": 1.0, "macs": 10},
-            {"name": "b", "share": 0.25, "p50_ms": 2.0, "macs": 20},
-            {"name": "end", "share": 0.25, "p50_ms": 5.0, "macs": 40},
-        ],
-        "cost": {"plain_ms": 4.0},
-    },
+EXITS = {
+    "table": [
+        {"name": "a", "share": 0.5, "p50_ms": 1.0, "macs": 10},
+        {"name": "b", "share": 0.25, "p50_ms": 2.0, "macs": 20},
+        {"name": "end", "share": 0.25, "p50_ms": 5.0, "macs": 40},
+    ],
+    "cost": {"plain_ms": 4.0},
 }
+REPORT = {"sections": [{"stage": "train", "data": {}}, {"stage": "early_exit", "data": EXITS}]}
+
+
+def test_a_report_of_the_first_version_is_read_too() -> None:
+    assert mix_of_report({"exits": EXITS}, None, None) == mix_of_report(REPORT, None, None)
 
 
 def test_a_mix_by_hand() -> None:
@@ -67,4 +69,4 @@ def test_the_command_costs_any_mix(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(["mix", *arguments]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     with pytest.raises(InputError, match="without exits"):
-        mix_of_report({"exits": None}, None, None)
+        mix_of_report({"sections": []}, None, None)
