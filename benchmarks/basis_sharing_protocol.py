@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sklearn
 import torch
-from figures import Figure
+from figures import Figure, geometric_mean_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,8 +83,7 @@ def perplexity(model: nn.Module, task: CausalLM) -> Figure:
         assert isinstance(output, Tensor)
         for i in range(len(targets)):
             losses.append(math.log(Perplexity().score([Answer(output[i : i + 1], targets[i : i + 1])]).value))
-    mean, error = float(np.mean(losses)), 1.96 * float(np.std(losses)) / math.sqrt(len(losses))
-    return Figure(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+    return geometric_mean_of(losses)
 
 
 class SavedStatistics:

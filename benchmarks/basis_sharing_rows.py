@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from basis_sharing_protocol import SavedStatistics, dense_model, perplexity, text_task
-from figures import Figure
+from figures import Figure, geometric_mean_of
 from torch import nn
 
 from edgewright.edge_runtime.bundle.manifest import MODEL_FILE
@@ -224,7 +223,7 @@ def _timed(protocol: Protocol, ratio: int) -> dict[str, Figure]:
         for key, dense, small in zip(ratios, *taken, strict=True):
             ratios[key].append(math.log(dense / small))
     # the first repetition warms up
-    return {key: _interval(values[1:]) for key, values in ratios.items()}
+    return {key: geometric_mean_of(values[1:]) for key, values in ratios.items()}
 
 
 def _seconds(generator: Generator, ids: list[list[int]]) -> tuple[float, float, float]:
@@ -237,11 +236,6 @@ def _seconds(generator: Generator, ids: list[list[int]]) -> tuple[float, float, 
     for _ in range(_DECODED):
         logits = generator.step(logits[:, -1:].argmax(axis=-1))
     return read - scored, scored - start, time.perf_counter() - read
-
-
-def _interval(logs: list[float]) -> Figure:
-    mean, error = float(np.mean(logs)), 1.96 * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    return Figure(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
 
 
 def threads(count: int | None) -> None:

@@ -48,7 +48,7 @@ from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cond_export import export_cond
-from figures import Figure, arguments, report
+from figures import Figure, arguments, median_of, report
 
 CLASSES = 10
 POLICY = "class_exclusion_softmax"  # the default of the stage
@@ -270,13 +270,6 @@ def table(title: str, times: Mapping[str, Times], baseline: str) -> None:
         print(line, flush=True)
 
 
-def figure(values: NDArray[np.float64]) -> Figure:
-    """Median over the blocks with a bootstrapped 95 % interval."""
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return Figure(float(np.median(values)), float(low), float(high))
-
-
 def call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float] | None = None) -> Callable[[], object]:
     """One run of a file on fixed inputs."""
     session = session_on(path, threads=threads, thresholds=thresholds).session
@@ -324,11 +317,11 @@ def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, thread
     table(f"{name}, {ROWS} rows of which {list(files.left)} reach the levels", many, "plain")
     ideal = np.sum([many[level].blocks for level in levels], axis=0)
     return {
-        f"{name}.deepest_path_ratio": figure(one["deepest"].blocks / one["plain"].blocks),
-        f"{name}.overhead_us_per_exit": figure((one["deepest"].blocks - one["plain"].blocks) / EXITS),
-        f"{name}.first_exit_ratio": figure(one["first"].blocks / one["first alone"].blocks),
-        f"{name}.compact_vs_ideal": figure(many["compact"].blocks / ideal),
-        f"{name}.eighth_leaves_ratio": figure(many["compact, an eighth"].blocks / many["plain"].blocks),
+        f"{name}.deepest_path_ratio": median_of(one["deepest"].blocks / one["plain"].blocks),
+        f"{name}.overhead_us_per_exit": median_of((one["deepest"].blocks - one["plain"].blocks) / EXITS),
+        f"{name}.first_exit_ratio": median_of(one["first"].blocks / one["first alone"].blocks),
+        f"{name}.compact_vs_ideal": median_of(many["compact"].blocks / ideal),
+        f"{name}.eighth_leaves_ratio": median_of(many["compact, an eighth"].blocks / many["plain"].blocks),
     }
 
 

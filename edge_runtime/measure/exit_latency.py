@@ -24,6 +24,7 @@ from ..process.plain_text import printable
 from . import statistics
 from .bench_inputs import Feed, golden_feeds, read_inputs, user_feeds
 from .child import Artefact, block_settings, run_child
+from .paired import paired_ratio
 
 SCHEMA_VERSION = 1
 
@@ -179,7 +180,7 @@ def _compared(per_block: Mapping[str, Sequence[NDArray[np.float64]]], seed: int)
     compared = []
     for one, split in zip(per_block["file"], per_block["split"], strict=True):
         both = np.isfinite(one) & np.isfinite(split)
-        compared.append(statistics.paired_ratio(one[both], split[both], seed=seed).to_dict())
+        compared.append(paired_ratio(one[both], split[both], seed=seed).to_dict())
     return compared
 
 

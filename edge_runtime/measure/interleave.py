@@ -21,10 +21,10 @@ from ..bundle.manifest import MODEL_FILE
 from ..errors import EdgewrightError, InputError
 from ..inference.providers import warn_of_fallback
 from ..inference.session import explicit_thresholds, require_layout
-from . import statistics
 from .bench_inputs import MOST_FEEDS, cut, golden_feeds, not_zero, read_inputs, user_feeds
 from .benchmark import latency_figures
 from .child import Artefact, block_settings, run_child
+from .paired import Ratio, paired_ratio
 
 _STATISTICS = ("median", "mean")
 
@@ -66,7 +66,7 @@ class Interleaved:
 
     samples_ns: Mapping[str, NDArray[np.int64]]
     exits: Mapping[str, NDArray[np.int64]]
-    ratios: Mapping[str, statistics.Ratio]
+    ratios: Mapping[str, Ratio]
     baseline: str
     settled: Mapping[str, bool]
     statistic: str
@@ -137,7 +137,7 @@ def interleaved(
         blocks: number of pairs.
         block_runs: timed runs of every artefact in a block, on the same inputs for all.
         statistic: ``median`` or ``mean`` of a block; the mean where a mix of exits is to count.
-        noise_floor: see `statistics.paired_ratio`.
+        noise_floor: see `paired.paired_ratio`.
         warmup_seconds: longest warm-up of each artefact.
         timeout_s: the measuring process is stopped after this.
         seed: of the orders and the bootstrap.
@@ -179,7 +179,7 @@ def interleaved(
         for name, values in samples.items()
     }
     ratios = {
-        name: statistics.paired_ratio(figures[baseline], values, noise_floor=noise_floor, seed=seed)
+        name: paired_ratio(figures[baseline], values, noise_floor=noise_floor, seed=seed)
         for name, values in figures.items()
         if name != baseline
     }

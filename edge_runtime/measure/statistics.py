@@ -9,7 +9,6 @@ exchangeable. Whether they are is what `stability` looks at.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,22 +68,6 @@ class Stability:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON report."""
         return {**asdict(self), "reasons": list(self.reasons)}
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A paired ratio b/a, its 95 % interval, and a verdict: ``faster``, ``slower`` or ``inconclusive``."""
-
-    value: float
-    low: float
-    high: float
-    pairs: int
-    noise_floor: float
-    verdict: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for a JSON report."""
-        return asdict(self)
 
 
 def discard_count(n: int, percentile: float, confidence: float = CONFIDENCE) -> int:
@@ -219,39 +202,6 @@ def stability(samples: NDArray[Any], groups: NDArray[Any] | None = None) -> Stab
         )
     verdict = "drifting" if drifting else "noisy" if noisy else "stable"
     return Stability(verdict, tuple(drifting + noisy), n, drift, drift_sigmas, spread, correlation, amplitude)
-
-
-def paired_ratio(
-    baseline: Sequence[float] | NDArray[Any],
-    other: Sequence[float] | NDArray[Any],
-    *,
-    noise_floor: float = 0.01,
-    seed: int = 0,
-) -> Ratio:
-    """The median of ``other[i] / baseline[i]`` over pairs that were measured next to each other.
-
-    Args:
-        baseline: [P] one figure per block, positive.
-        other: [P] the other artefact's figure of the same block.
-        noise_floor: differences smaller than this share are never called faster or slower.
-        seed: of the bootstrap.
-
-    Returns:
-        The ratio; its verdict needs the 95 % interval clear of 1 by the noise floor.
-
-    Raises:
-        ValueError: lengths differ, no pairs, or a figure that is not positive.
-    """
-    a, b = np.asarray(baseline, np.float64), np.asarray(other, np.float64)
-    if a.shape != b.shape or a.ndim != 1 or a.size == 0 or not (a > 0).all() or not (b > 0).all():
-        raise ValueError(f"pairs need two equally long lists of positive numbers, got {a.shape} and {b.shape}")
-    # Logarithms make b/a and a/b give reciprocal answers.
-    logs = np.log(b / a)
-    low, high = median_interval(logs, seed)
-    edge = math.log1p(noise_floor)
-    verdict = "slower" if low > edge else "faster" if high < -edge else "inconclusive"
-    value = math.exp(float(np.median(logs)))
-    return Ratio(value, math.exp(low), math.exp(high), a.size, noise_floor, verdict)
 
 
 def _tail(percentile: float, confidence: float) -> float:

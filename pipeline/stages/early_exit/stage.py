@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.bundle.manifest import OperatingPoint
+from edgewright.edge_runtime.measure.paired import standard_errors
 from edgewright.export.options import ExportOptions
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
@@ -28,7 +29,7 @@ from .automatic_places import boundaries, choose_subset
 from .config import DEFAULT_SHARES, EarlyExitConfig
 from .placement import Place, choose_places, exit_macs
 from .report import report
-from .thresholds.limits import ExitSearchConfig, standard_errors
+from .thresholds.limits import ExitSearchConfig
 from .thresholds.search import OperatingPointResult, default_limits, search_thresholds
 from .training import train_heads, train_jointly
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 import torch
@@ -79,11 +78,6 @@ class ExitSearchConfig(StageConfig):
         if len(set(names)) < len(names):
             raise ValueError("budgets: two entries are the same percentage, remove one")
         return self
-
-
-def standard_errors(confidence: float | None) -> float:
-    """How many a one-sided `confidence` of a normal variable asks for; 0 for None."""
-    return 0.0 if confidence is None else NormalDist().inv_cdf(confidence)
 
 
 def budget_name(budget: float) -> str:

@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from edgewright.edge_runtime.measure.paired import standard_errors
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ....errors import StageError
 from ....stage import Json
-from .limits import ExitSearchConfig, Limits, budget_name, standard_errors
+from .limits import ExitSearchConfig, Limits, budget_name
 from .published import geometric, geometric_schedules, greedy
 from .trials import ExitEvaluator, Trials, candidate_thresholds
 

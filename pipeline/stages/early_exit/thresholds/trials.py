@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from edgewright.edge_runtime.measure.paired import paired_error
 from edgewright.models.layers.exit_policies import ExitPolicy
 
 from .confidence import ConfidenceTrials
@@ -230,5 +231,5 @@ class ExitEvaluator:
             mean_cost=shares @ self.exit_costs,
             shares=shares,
             wrong_exclusions=wrong / self.rows,
-            accuracy_error=((flips / self.rows - lost**2).clamp(min=0.0) / self.error_rows).sqrt(),
+            accuracy_error=torch.from_numpy(paired_error((flips / self.rows).numpy(), lost.numpy(), self.error_rows)),
         )
