@@ -21,14 +21,24 @@ from .machine import thermal
 from .machine.processor import emulation, processor_name
 from .machine.session_probe import Probe, probe_session
 from .process.plain_text import printable
+from .targets.target import fitting, target_named, target_names
 
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 """Major release of Jetson Linux (L4T) -> JetPack."""
 
 _VARIABLE_FACTS = frozenset(
-    {"cpu_frequency_mhz", "memory_available_bytes", "load_average_1min", "executable", "temperatures_c", "throttled"}
+    {
+        "cpu_frequency_mhz",
+        "memory_available_bytes",
+        "load_average_1min",
+        "executable",
+        "temperatures_c",
+        "throttled",
+        "targets",
+    }
 )
-"""Facts that change from minute to minute, or say nothing about the machine: not part of the fingerprint."""
+"""Facts that change from minute to minute or with our releases, or say nothing about the machine: not part of the
+fingerprint."""
 
 _ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -146,7 +156,7 @@ def collect_facts(
     """
     root = Path(root)
     machine = machine or platform.machine()
-    return {
+    facts: dict[str, Fact] = {
         "python": (platform.python_version(), None),
         "executable": (sys.executable, None),
         **_software(distributions, providers, probe),
@@ -159,6 +169,7 @@ def collect_facts(
         **_board(root),
         "environment": ({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, None),
     }
+    return {**facts, "targets": _targets(root, {name: value for name, (value, _) in facts.items()})}
 
 
 def runtime_distributions() -> list[str]:
@@ -277,6 +288,17 @@ def _board(root: Path) -> dict[str, Fact]:
         jetpack = _JETPACK_OF_L4T.get(int(match[1])) if match else None
         facts["jetpack"] = _or_unknown(jetpack, "no known JetPack for this release of Jetson Linux")
     return facts
+
+
+def _targets(root: Path, facts: Mapping[str, Any]) -> Fact:
+    """The shipped targets that this machine is, or why it is none."""
+    info, _ = _read(root / "proc/cpuinfo")
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info or "", re.MULTILINE)
+    flags = frozenset(line[1].split()) if line else None
+    if names := fitting(facts, flags):
+        return list(names), None
+    reasons = [f"{name}: {', '.join(target_named(name).misfits(facts, flags))}" for name in target_names()]
+    return None, "; ".join(reasons)
 
 
 def _problems(facts: Mapping[str, Any], probe: Probe) -> list[str]:

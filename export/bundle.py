@@ -52,6 +52,7 @@ from .options import Batch, ExportOptions
 from .proof.empty_batch import takes_no_rows
 from .proof.parity import ParityResult, check_parity
 from .source import Source
+from .target import held_to
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,7 @@ def export_bundle(
             operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
             split=split_spec,
         )  # fmt: skip
+        manifest = held_to(options.target, manifest)
         with writing(target):
             write_golden(work / GOLDEN_FILE, parity.golden)
             write_runtime_archive(work / RUNTIME_FILE)

@@ -32,9 +32,9 @@ sys.exit(main())
 
 
 def _sources(folder: Traversable) -> Iterator[tuple[str, bytes]]:
-    """Every Python file below `folder`, by its path from there."""
+    """Every Python file and every table (JSON) below `folder`, by its path from there."""
     for entry in folder.iterdir():
-        if entry.name.endswith(".py"):
+        if entry.name.endswith((".py", ".json")):
             yield entry.name, entry.read_bytes()
         elif entry.is_dir():
             yield from ((f"{entry.name}/{name}", data) for name, data in _sources(entry))

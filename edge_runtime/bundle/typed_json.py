@@ -13,6 +13,8 @@ from typing import Any
 
 from ..errors import BundleError
 
+DAMAGED = "; the bundle is damaged: export it again"
+"""How messages about damage end."""
 _MOST_DIGITS = 20
 """Of an integer, with its sign: what 64 bits hold."""
 
@@ -90,12 +92,12 @@ def _typed_dataclass(kind: Any, value: Any, where: str) -> Any:
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in value:
-            raise BundleError(f"{where} lacks the field {name!r}; the bundle is damaged: export it again")
+            raise BundleError(f"{where} lacks the field {name!r}{DAMAGED}")
     return kind(**{key: typed(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 def _misfit(where: str, wanted: str, value: Any) -> BundleError:
-    return BundleError(f"{where} should be {wanted} and is {value!r:.80}; the bundle is damaged: export it again")
+    return BundleError(f"{where} should be {wanted} and is {value!r:.80}{DAMAGED}")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -52,6 +52,7 @@ from ..graph.model_file import EXTERNAL_ABOVE, check_file, save_model
 from ..graph.simplify import simplify
 from ..options import ExportOptions
 from ..precision.weight_quantization import Quantization, quantize_weights
+from ..target import held_to
 from .answered_positions import choose_positions
 from .reach import claimed_positions, proven_reach
 from .record import cache_names, golden_cases, manifest_of
@@ -170,7 +171,7 @@ def export_generator(
             tolerance=tolerance, max_abs_diff=worst, quantization=quantization,
             notes=(note, reach.text(), *((quantization.text(),) if quantization else ())),
         )  # fmt: skip
-        manifest = dataclasses.replace(manifest, name=name, edits=tuple(edits))
+        manifest = held_to(options.target, dataclasses.replace(manifest, name=name, edits=tuple(edits)))
         with writing(target):
             if tokenizer is not None:
                 (work / TOKENIZER_FILE).write_text(tokenizer, encoding="utf-8")

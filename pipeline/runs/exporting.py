@@ -40,6 +40,8 @@ class ExportPlan:
         verify: stops the run if a file was edited that its keys speak of.
         load: the model of a checkpoint.
         verify: stops the run if a file was edited that its keys speak of.
+        load: the model of a checkpoint.
+        verify: stops the run if a file was edited that its keys speak of.
     """
 
     out: Path
@@ -112,6 +114,7 @@ def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, opti
                 edits=edits,
                 name=plan.name or None,
             )
+    plan.verify()
     plan.verify()
     plan.verify()
     bundles.record(target, key, options)

@@ -87,12 +87,26 @@ def test_widths_are_multiples(round_to: int, unit: int) -> None:
 def test_target_profiles_take_coarser_steps_in_wider_layers() -> None:
     channels = chain(256, 100, 24, 4)
     zeros = {"a": [0.0] * 256, "b": [0.0] * 100, "c": [0.0] * 24}
-    for profile, multiples in {"cpu": (16, 16, 8), "tensorrt": (32, 8, 8), None: (1, 1, 1)}.items():
+    profiles = {
+        "cpu": (16, 16, 8),
+        "tensorrt": (32, 8, 8),
+        "x86": (8, 8, 8),
+        "x86_vnni": (16, 16, 8),
+        None: (1, 1, 1),
+    }
+    for profile, multiples in profiles.items():
         found = choose(channels, zeros, mode="percent_only", max_frac_per_iter=0.7, round_to=profile)
         left = [channels.widths[(name, "out")] - len(found.removed.get(name, ())) for name in "abc"]
         assert left != [256, 100, 24]
         for width, multiple, before in zip(left, multiples, (256, 100, 24), strict=True):
             assert width % multiple == 0 or width == before, "rounded up, and never above what there was"
+
+
+@pytest.mark.parametrize(("value", "reason"), [("x86_vni", "did you mean 'x86_vnni'"), (0, "1 or more"), ("0", "1 or")])
+def test_what_is_no_multiple_is_refused(value: str | int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ClassAwarePruningConfig(round_to=value)
+    assert ClassAwarePruningConfig(round_to="8").round_to == 8
 
 
 def test_producers_of_different_widths_all_end_on_multiples() -> None:
