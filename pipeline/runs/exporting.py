@@ -42,6 +42,10 @@ class ExportPlan:
         verify: stops the run if a file was edited that its keys speak of.
         load: the model of a checkpoint.
         verify: stops the run if a file was edited that its keys speak of.
+        load: the model of a checkpoint.
+        verify: stops the run if a file was edited that its keys speak of.
+        load: the model of a checkpoint.
+        verify: stops the run if a file was edited that its keys speak of.
     """
 
     out: Path
@@ -114,6 +118,8 @@ def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, opti
                 edits=edits,
                 name=plan.name or None,
             )
+    plan.verify()
+    plan.verify()
     plan.verify()
     plan.verify()
     plan.verify()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from edgewright.edge_runtime.targets.target import target_named, target_names
 
 from ...stage import StageConfig
 from ...training.training import TrainingConfig
+from .criteria import CRITERIA
 from .scores import ScoringSettings
 
 CPU_STEP = 8
@@ -27,6 +29,20 @@ _PROFILES: dict[str, tuple[int, int]] = {
 _AUTO_TARGET = 0.5
 _WITHOUT_CLASSES = "taylor"
 """Of the criteria that need no classes the one nearest to the default: both weigh what a filter changes in the loss."""
+
+
+def _known_criterion(name: str) -> str:
+    if name != "auto" and name not in CRITERIA:
+        close = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"unknown criterion {name!r}{hint} There are: auto, {', '.join(CRITERIA)}")
+    return name
+
+
+CriterionName = Annotated[
+    str, AfterValidator(_known_criterion), WithJsonSchema({"type": "string", "enum": ["auto", *CRITERIA]})
+]
+"""`auto`, or a name of `CRITERIA`."""
 
 
 def _multiples(profile: str) -> tuple[int, int]:
@@ -73,22 +89,12 @@ Multiple = Annotated[
 class ClassAwarePruningConfig(StageConfig):
     """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
 
-    criterion: Literal[
-        "auto",
-        "class_count",
-        "class_count_fisher",
-        "class_coverage",
-        "class_coverage_fpgm",
-        "fisher",
-        "taylor",
-        "l1",
-        "l2",
-        "fpgm",
-        "bn_scale",
-        "random",
-    ] = "auto"
+    criterion: CriterionName = "auto"
     """Which filters matter; see `criteria`. `auto`: `class_coverage_fpgm` with a target, and `class_count`, as
     published, without; `taylor` for a task without classes."""
+    hand_over: bool = False
+    """Before a channel goes, add its weights in the layers that read it to those of the surviving channel whose feature
+    maps are most like its own, times the regression coefficient (METHODS §6); with any criterion."""
     target_mac_reduction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
     and the criterion only which; there is no threshold. `auto`: half of them, or what widths and floors allow, nothing

@@ -16,7 +16,7 @@ from ...task import SplitName, Task
 from ...training.evaluation import evaluate
 from ...training.training import TrainingConfig, train_model
 from . import iterations
-from .candidates import choose
+from .candidates import choose, moments_of
 from .config import ClassAwarePruningConfig
 from .floors import broken_floor
 from .iterations import Progress
@@ -24,6 +24,7 @@ from .loss import modified_loss
 from .outcome import iteration_row, result_of
 from .report import report
 from .setup import NAME, Setup, check_kind, scores_each_class, set_up, unprunable
+from .similarity import handed_over
 
 
 def fit(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> StageResult:
@@ -84,7 +85,11 @@ def _iterate(setup: Setup, progress: Progress) -> None:
     if not kept_now:
         progress.stopped = "no candidates" if not selection.removed else "no candidate can be removed"
         return
-    candidate = surgery.pruned(progress.model, channels.keep(kept_now))
+    given = progress.model
+    if setup.config.hand_over:
+        going = [group for group in channels.groups if group.name in kept_now]
+        given = handed_over(given, channels, kept_now, moments_of(setup, given, going))
+    candidate = surgery.pruned(given, channels.keep(kept_now))
     _train(setup, candidate, setup.config.retrain, f"retrain-{number}")
     quality = evaluate(candidate, setup.task, "validation", setup.context.device)
     candidate.to("cpu")

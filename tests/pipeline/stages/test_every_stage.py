@@ -34,6 +34,11 @@ CASES = [
         {"criterion": "fisher", "target_mac_reduction": 0.2, "retrain": _ONCE, "max_drop": 0.5},
         tiny_transformer,
     ),
+    StageCase(
+        "prune-similarity",
+        "class_aware_pruning",
+        {**_HALF, "criterion": "similarity", "hand_over": True, "prune_residual": True},
+    ),
     StageCase("share-cnn", "basis_sharing"),
     StageCase("share-transformer", "basis_sharing", {}, tiny_transformer),
     StageCase(

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pruning_models
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import tiny_residual, tiny_task, tiny_transformer
 from torch import nn
 
@@ -287,8 +287,12 @@ def test_saturated_counts_are_pointed_out(tmp_path: Path) -> None:
 
 
 def test_recipes_can_name_every_criterion() -> None:
-    field = ClassAwarePruningConfig.model_fields["criterion"]
-    assert set(typing.get_args(field.annotation)) == {"auto", *CRITERIA}
+    schema = ClassAwarePruningConfig.model_json_schema()["properties"]["criterion"]
+    assert set(schema["enum"]) == {"auto", *CRITERIA}
+    for name in schema["enum"]:
+        assert config(criterion=name).criterion == name
+    with pytest.raises(ValidationError, match="did you mean 'fisher'"):
+        config(criterion="fischer")
     assert config().criterion_name("ab") == "class_coverage_fpgm"
     assert config(target_mac_reduction=None).criterion_name("ab") == "class_count"
     assert config(criterion="l1").criterion_name("ab") == "l1"

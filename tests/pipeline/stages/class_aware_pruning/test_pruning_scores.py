@@ -220,8 +220,10 @@ def test_every_criterion_scores_every_kind_of_layer(name: str) -> None:
         statistics = FilterStatistics(torch.rand(5), torch.rand(3, 5), torch.rand(3, 5), torch.rand(3, 5))
         given = statistics if criterion.needs_statistics else None
         weights = (torch.rand(5).double(), torch.rand(5).double())
+        alike = torch.rand(5, 5).double().triu(1) if criterion.needs_feature_maps else None
+        alike = alike if alike is None else alike + alike.T
         found = [
-            criterion.filter_scores(ScoredLayer("x", layer, given, torch.Generator().manual_seed(1), *weights))
+            criterion.filter_scores(ScoredLayer("x", layer, given, torch.Generator().manual_seed(1), *weights, alike))
             for _ in range(2)
         ]
         assert found[0].shape == (5,) and bool((found[0] >= 0).all())
