@@ -35,6 +35,13 @@ MANIFEST_LIMIT_BYTES = 64 << 20
 _CHUNK = 1 << 20
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)
 _OWN_FILES = frozenset({MANIFEST_FILE, MANIFEST_HASH_FILE})
+_ONNX_ALONE = (
+    "an ONNX file and no bundle, which also has recorded answers to verify against, labels, preprocessing and hashes"
+)
+_ONNX_ADVICE = (
+    "give the folder or the zip of the export that it comes from; one of another origin has nothing to be verified "
+    "against, and edge_runtime.interleaved in Python times it on inputs of yours"
+)
 
 
 class Bundle:
@@ -268,9 +275,20 @@ def _open_zip(path: Path) -> Bundle:
         with zipfile.ZipFile(path) as archive:
             return _unpack(archive, path)
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        part = path.name in (*_OWN_FILES, MODEL_FILE, GOLDEN_FILE) and (path.parent / MANIFEST_FILE).is_file()
-        advice = f"it is a part of the bundle {path.parent}, give that folder" if part else "copy it again"
-        raise BundleError(f"{path} is neither a folder nor a readable zip ({error}): {advice}") from None
+        advice = _part_of(path)
+        if path.name.lower().endswith((".onnx", ".onnx.data")):
+            raise BundleError(f"{path} is {_ONNX_ALONE}: {advice or _ONNX_ADVICE}") from None
+        raise BundleError(
+            f"{path} is neither a folder nor a readable zip ({error}): {advice or 'copy it again'}"
+        ) from None
+
+
+def _part_of(path: Path) -> str | None:
+    """Advice for a file that lies in a bundle's folder, or in one of its folders; None if it does not."""
+    for folder in path.absolute().parents[:2]:
+        if (folder / MANIFEST_FILE).is_file():
+            return f"it is a part of the bundle {folder}, give that folder"
+    return None
 
 
 def _unpack(archive: zipfile.ZipFile, path: Path) -> Bundle:
@@ -379,6 +397,7 @@ def _require_own(names: Iterable[str], source: Path) -> None:
             continue
         nested = [name for name in sorted(names) if name.endswith("/" + wanted)]
         hint = f"it lies in {nested[0]!r}, use that folder" if nested else "this is no bundle, or half of one"
+        hint = (_part_of(source) if source.is_file() else None) or hint
         raise BundleError(f"{source} has no {wanted}: {hint}")
 
 

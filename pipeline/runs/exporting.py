@@ -38,14 +38,6 @@ class ExportPlan:
         timed: notes how long the work of that name took.
         load: the model of a checkpoint.
         verify: stops the run if a file was edited that its keys speak of.
-        load: the model of a checkpoint.
-        verify: stops the run if a file was edited that its keys speak of.
-        load: the model of a checkpoint.
-        verify: stops the run if a file was edited that its keys speak of.
-        load: the model of a checkpoint.
-        verify: stops the run if a file was edited that its keys speak of.
-        load: the model of a checkpoint.
-        verify: stops the run if a file was edited that its keys speak of.
     """
 
     out: Path
@@ -118,10 +110,6 @@ def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, opti
                 edits=edits,
                 name=plan.name or None,
             )
-    plan.verify()
-    plan.verify()
-    plan.verify()
-    plan.verify()
     plan.verify()
     bundles.record(target, key, options)
     return target

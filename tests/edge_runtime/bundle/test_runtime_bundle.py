@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -676,3 +677,21 @@ def test_a_path_that_is_no_text_is_refused(bundle: Path, tmp_path: Path) -> None
     shutil.copytree(bundle, place)
     with pytest.raises(InputError, match=r"not UTF-8 text, .*caf\\udce9: rename it"):
         open_bundle(place)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.npz", "manifest.json", "split/level0.onnx"])
+def test_a_part_of_a_bundle_leads_to_its_bundle(bundle: Path, name: str) -> None:
+    part = bundle / name
+    if not part.exists():
+        part.parent.mkdir()
+        part.write_bytes(b"\x08\x0a")
+    with pytest.raises(BundleError, match=f"a part of the bundle {re.escape(str(bundle))}, give that folder"):
+        open_bundle(part)
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "NET.ONNX", "net.onnx.data"])
+def test_an_onnx_file_alone_is_called_that(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(BundleError, match=r"an ONNX file and no bundle.*folder or the zip of the export") as caught:
+        open_bundle(tmp_path / name)
+    assert "copy it again" not in str(caught.value) and "interleaved" in str(caught.value)
