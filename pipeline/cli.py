@@ -162,8 +162,9 @@ def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):
         from .recipe.schema import schema_text
+        from .stage_registry import usable_stages
 
-        typer.echo(schema_text(), nl=False)
+        typer.echo(schema_text(list(usable_stages())), nl=False)
 
 
 def _add_device_commands() -> None:

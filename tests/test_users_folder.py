@@ -137,7 +137,7 @@ def finished(folder: Path) -> Path:
 @pytest.mark.slow
 def test_the_whole_way(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     steps = {s["step"]: s for s in report["steps"]}
     assert list(steps) == ["base", "train", "class_aware_pruning", "basis_sharing", "early_exit"]
     fields = {"accuracy", "worst_class_accuracy", "macs", "parameters", "unique_weight_bytes", "file_bytes"}

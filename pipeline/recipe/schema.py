@@ -13,14 +13,15 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from ..stage import Stage
-from ..stage_registry import SHIPPED, stage_named, usable_stages
+from ..stage_registry import SHIPPED, stage_named
 from .recipe import Recipe, StageEntry
 
 SCHEMA_FILE = Path(__file__).parents[1] / "recipes" / "recipe.schema.json"
 
 
-def json_schema(stages: Sequence[Stage[Any]]) -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe file, with the fields of `stages`."""
+def json_schema(stages: Sequence[Stage[Any]] | None = None) -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe file, with the fields of `stages`, default those that ship."""
+    stages = [stage_named(name) for name in SHIPPED] if stages is None else stages
     configs = {stage.name: stage.config for stage in stages}
     models = [(Recipe, "validation"), *((config, "validation") for config in configs.values())]
     places, whole = models_json_schema(models, ref_template="#/$defs/{model}")  # type: ignore[arg-type]
@@ -50,9 +51,8 @@ def json_schema(stages: Sequence[Stage[Any]]) -> dict[str, Any]:
     }
 
 
-def schema_text(shipped: bool = False) -> str:
-    """The schema as JSON; with `shipped` for the stages that ship alone, as `SCHEMA_FILE` has it."""
-    stages = [stage_named(name) for name in SHIPPED] if shipped else list(usable_stages())
+def schema_text(stages: Sequence[Stage[Any]] | None = None) -> str:
+    """The schema as JSON; without `stages` the content of `SCHEMA_FILE`."""
     return json.dumps(json_schema(stages), indent=2, sort_keys=True) + "\n"
 
 
@@ -88,4 +88,4 @@ def _reachable(definitions: dict[str, Any], start: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     SCHEMA_FILE.parent.mkdir(exist_ok=True)
-    SCHEMA_FILE.write_text(schema_text(shipped=True), encoding="utf-8")
+    SCHEMA_FILE.write_text(schema_text(), encoding="utf-8")

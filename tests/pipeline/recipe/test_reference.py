@@ -4,7 +4,7 @@ import re
 
 from edgewright.pipeline.recipe.recipe import Recipe
 from edgewright.pipeline.recipe.reference import REFERENCE_FILE, reference_text
-from edgewright.pipeline.stages import STAGE_NAMES, stage_named
+from edgewright.pipeline.stage_registry import SHIPPED, stage_named
 
 
 def _rows(section: str) -> dict[str, str]:
@@ -21,7 +21,7 @@ def test_the_file_is_current() -> None:
 
 def test_every_field_of_every_stage_has_a_row_with_a_description() -> None:
     assert _rows("Recipe").keys() == set(Recipe.model_fields)
-    for name in STAGE_NAMES:
+    for name in SHIPPED:
         rows = _rows(f"Stage `{name}`")
         assert rows.keys() == {"name", "id", *stage_named(name).config.model_fields}
         assert all(not row.endswith("| ") and row.count(" | ") >= 2 for row in rows.values())

@@ -46,7 +46,10 @@ import sys, torch, numpy as np
 from pathlib import Path
 from edgewright.export.graph.capture import capture
 from edgewright.export.graph.simplify import simplify
-code = "from edgewright.edge_runtime.process.watched import watch_parent; watch_parent(); import time; print(1); time.sleep(90)"
+code = (
+    "from edgewright.edge_runtime.process.watched import watch_parent; watch_parent(); "
+    "import time; print(1); time.sleep(90)"
+)
 model = capture(torch.nn.Linear(4, 2), (torch.randn(1, 4),), ["x"])
 simplify(model, "onnxsim", {"x": np.ones((1, 4), np.float32)}, command=lambda *_: [sys.executable, "-c", code])
 """
