@@ -24,7 +24,7 @@ class PlannedTraining:
     """One training of a recipe.
 
     Attributes:
-        place: of its settings in the recipe, e.g. ``train`` or ``class_aware_pruning.retrain``.
+        place: of its settings in the recipe, e.g. ``train``, or the id of a stage and ``.retrain``.
         config: the settings.
         samples: in the train split at that point.
     """

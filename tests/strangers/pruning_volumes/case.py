@@ -43,11 +43,15 @@ for name, middle in KINDS.items():
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             config = ClassAwarePruningConfig(
-                criterion="l1", target_mac_reduction=0.4, retrain={"epochs": 1, "batch_size": 32}, max_drop=1.0
+                criterion="l1", target_mac_reduction=0.4, retrain={"epochs": 0}, max_drop=1.0
             )
             result = fit(model, task, config, FolderContext(Path(name), seed=0))
-            export_bundle(result.model, task, Path(f"{name}.bundle"), ExportOptions())
+            # one export tells of all: it takes most of the time
+            if name == "depthwise_and_gate":
+                export_bundle(
+                    result.model, task, Path(f"{name}.bundle"), ExportOptions(batch="single", simplify="none")
+                )
         less = result.metrics["macs"] / result.metrics["macs_before"]
-        print("right" if less < 0.75 else "wrong", f"{name}: {less:.2f} of the MACs, exported", flush=True)
+        print("right" if less < 0.75 else "wrong", f"{name}: {less:.2f} of the MACs", flush=True)
     except Exception as error:
         print(f"wrong {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)

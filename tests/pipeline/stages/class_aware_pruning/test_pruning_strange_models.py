@@ -145,3 +145,29 @@ def test_tokens_as_many_as_channels_are_no_channels() -> None:
     channels = find_channels(Positions().eval(), (IMAGES[:1],), prune_residual=True)
     assert producers(channels) == {"embed": ("embed", "down"), "up": ("up",)}
     assert ("positions", "2") in channels.groups[0].members
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        nn.Conv3d(8, 8, 3, padding=1, groups=8),
+        nn.Conv3d(8, 8, 3, padding=1, groups=2),
+        nn.ConvTranspose3d(8, 8, 2, 2),
+        nn.InstanceNorm3d(8, affine=True),
+    ],
+    ids=["depthwise", "grouped", "transposed", "normalised"],
+)
+def test_volumes_are_narrowed_as_images_are(middle: nn.Module) -> None:
+    torch.manual_seed(0)
+    volumes = torch.randn(2, 1, 4, 6, 6)
+    model = nn.Sequential(
+        nn.Conv3d(1, 8, 3, padding=1, bias=False), nn.BatchNorm3d(8), nn.ReLU(), copy.deepcopy(middle), nn.ReLU(),
+        nn.Conv3d(8, 6, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    channels = find_channels(model, (volumes[:1],), prune_residual=True)
+    assert "0" in {path for group in channels.groups for path in group.producers}
+    assert channels.macs({}) == count(model, (volumes[:1],)).macs
+    keep = channels.keep({group.name: torch.arange(1, group.units) for group in channels.groups})
+    with torch.no_grad():
+        expected = surgery.masked(model, keep)(volumes)
+        assert torch.allclose(surgery.pruned(model, keep)(volumes), expected, atol=1e-5)

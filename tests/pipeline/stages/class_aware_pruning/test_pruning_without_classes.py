@@ -11,7 +11,7 @@ from torch import nn
 from unlabelled import Embedding, Regression, network
 
 from edgewright.pipeline.errors import DataError, RecipeError
-from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.stage_registry import stage_named
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, STAGE, ClassAwarePruningConfig, fit
 from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect, loss_gradients
 from edgewright.pipeline.store.context import FolderContext

@@ -19,7 +19,7 @@ EXITS = {
     ],
     "cost": {"plain_ms": 4.0},
 }
-REPORT = {"sections": [{"stage": "train", "data": {}}, {"stage": "early_exit", "data": EXITS}]}
+REPORT = {"schema_version": 2, "sections": [{"stage": "train", "data": {}}, {"stage": "early_exit", "data": EXITS}]}
 
 
 def test_a_report_of_the_first_version_is_read_too() -> None:
