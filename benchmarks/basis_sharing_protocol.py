@@ -9,24 +9,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sklearn
 import torch
-from figures import Figure
+from figures import Figure, geometric_mean_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.evaluation import answers
+from edgewright.pipeline.analysis.output_gradients import Gradients
+from edgewright.pipeline.analysis.second_moments import SecondMoment
 from edgewright.pipeline.metric import Answer, Perplexity
 from edgewright.pipeline.stage import Context
-from edgewright.pipeline.stages.grouping import Candidate, candidates
-from edgewright.pipeline.stages.norms import Calibration, Norms, collect, numeric_device
-from edgewright.pipeline.stages.output_gradients import Gradients
-from edgewright.pipeline.stages.second_moments import SecondMoment
+from edgewright.pipeline.stages.basis_sharing.grouping import Candidate, candidates
+from edgewright.pipeline.stages.basis_sharing.norms import Calibration, Norms, collect, numeric_device
 from edgewright.pipeline.task import Task
-from edgewright.pipeline.tasks.causal_lm import causal_lm
+from edgewright.pipeline.tasks.causal_lm import CausalLM
+from edgewright.pipeline.tasks.shipped.causal_lm import causal_lm
+from edgewright.pipeline.training.evaluation import answers
 
 MODEL = "packaged:smollm2-135m"
 SECOND_TEXT = "sklearn_docstrings.txt"
@@ -84,8 +83,7 @@ def perplexity(model: nn.Module, task: CausalLM) -> Figure:
         assert isinstance(output, Tensor)
         for i in range(len(targets)):
             losses.append(math.log(Perplexity().score([Answer(output[i : i + 1], targets[i : i + 1])]).value))
-    mean, error = float(np.mean(losses)), 1.96 * float(np.std(losses)) / math.sqrt(len(losses))
-    return Figure(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
+    return geometric_mean_of(losses)
 
 
 class SavedStatistics:

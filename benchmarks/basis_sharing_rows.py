@@ -11,24 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from basis_sharing_protocol import SavedStatistics, dense_model, perplexity, text_task
-from figures import Figure
+from figures import Figure, geometric_mean_of
 from torch import nn
 
-from edgewright.edge_runtime.generation import Generator
-from edgewright.edge_runtime.manifest import MODEL_FILE
-from edgewright.export.generator import export_generator
+from edgewright.edge_runtime.bundle.manifest import MODEL_FILE
+from edgewright.edge_runtime.language.generation import Generator
+from edgewright.export.language.generator import export_generator
 from edgewright.export.options import ExportOptions
-from edgewright.models.pretrained import LogitsOnly
-from edgewright.pipeline.causal_lm import CausalLM
-from edgewright.pipeline.context import FolderContext
+from edgewright.models.sources.pretrained import LogitsOnly
 from edgewright.pipeline.stage import State
-from edgewright.pipeline.stages.basis_fitting import Outcome, fit_factors
-from edgewright.pipeline.stages.basis_sharing import BasisSharingConfig, LayerPatterns, fit, install
-from edgewright.pipeline.stages.coefficient_updates import updated
-from edgewright.pipeline.stages.factor_recovery import RecoveryConfig, recover
+from edgewright.pipeline.stages.basis_sharing.fitting import Outcome, fit_factors
+from edgewright.pipeline.stages.basis_sharing.recovery import RecoveryConfig, recover
+from edgewright.pipeline.stages.basis_sharing.stage import BasisSharingConfig, LayerPatterns, fit, install
+from edgewright.pipeline.stages.basis_sharing.updates import updated
+from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.tasks.causal_lm import CausalLM
 
 OURS: dict[str, object] = {"groups": "readers", "whitening": "two_sided", "ranks": "loss"}
 METHODS: dict[str, dict[str, object]] = {
@@ -147,7 +146,7 @@ def _exact(value: float) -> Figure:
 
 def _first_half(protocol: Protocol) -> CausalLM:
     """All windows of the half that nothing is judged on."""
-    from edgewright.pipeline.tasks.causal_lm import causal_lm
+    from edgewright.pipeline.tasks.shipped.causal_lm import causal_lm
 
     return causal_lm(path=protocol.text, fractions={"train": 0.5, "test": 0.5}, most={"test": 1})
 
@@ -224,7 +223,7 @@ def _timed(protocol: Protocol, ratio: int) -> dict[str, Figure]:
         for key, dense, small in zip(ratios, *taken, strict=True):
             ratios[key].append(math.log(dense / small))
     # the first repetition warms up
-    return {key: _interval(values[1:]) for key, values in ratios.items()}
+    return {key: geometric_mean_of(values[1:]) for key, values in ratios.items()}
 
 
 def _seconds(generator: Generator, ids: list[list[int]]) -> tuple[float, float, float]:
@@ -237,11 +236,6 @@ def _seconds(generator: Generator, ids: list[list[int]]) -> tuple[float, float, 
     for _ in range(_DECODED):
         logits = generator.step(logits[:, -1:].argmax(axis=-1))
     return read - scored, scored - start, time.perf_counter() - read
-
-
-def _interval(logs: list[float]) -> Figure:
-    mean, error = float(np.mean(logs)), 1.96 * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
-    return Figure(math.exp(mean), math.exp(mean - error), math.exp(mean + error))
 
 
 def threads(count: int | None) -> None:

@@ -25,24 +25,21 @@ import torch
 from torch import nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.class_subset import ClassSubset
-from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SplitName, Task, batches
-from edgewright.pipeline.tasks.digits import digits
-from edgewright.pipeline.tasks.glyphs import glyphs
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.tasks.class_subset import ClassSubset
+from edgewright.pipeline.tasks.shipped.digits import digits
+from edgewright.pipeline.tasks.shipped.glyphs import glyphs
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import Figure, arguments, report
+from figures import arguments, mean_of, report
 
 TRIPLES = ((3, 5, 8), (1, 4, 7), (0, 6, 9), (2, 5, 6))
 SEEDS = (20, 21, 22)
 TEN, THREE = 0.75, 0.88
 """Shares of the MACs that go: 4 times fewer for ten classes, a little more than 8 times for three."""
-_T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 6: 2.571, 8: 2.365, 9: 2.306, 12: 2.201}
-"""97.5 % quantile of Student's distribution for a mean of so many values."""
-
 TASKS: Mapping[str, Callable[[int], Task]] = {
     "digits": lambda seed: digits(
         seed, size=16, fractions={"train": 0.5, "calibration": 0.05, "validation": 0.1, "test": 0.35}
@@ -108,13 +105,6 @@ def one_seed(task: Task, seed: int, triples: Sequence[tuple[int, ...]], split: S
         names = " ".join(task.labels[c] for c in classes)
         print(f"  {names}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
     return found
-
-
-def mean_of(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Figure:
-    """Mean and its 95 % interval; without one where there are too few values."""
-    mean, count = float(values.mean()), len(values)
-    half = _T_95.get(count, 2.2) * float(values.std(ddof=1)) / count**0.5 if count > 1 else 0.0
-    return Figure(mean, mean - half, mean + half)
 
 
 def more_arguments(parser: argparse.ArgumentParser) -> None:

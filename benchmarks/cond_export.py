@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from edgewright.export.capture import HeadLogits
+from edgewright.export.graph.capture import HeadLogits
 from edgewright.models.layers.multi_exit import MultiExit
 
 

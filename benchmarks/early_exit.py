@@ -32,23 +32,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgewright.edge_runtime.session import session_on
-from edgewright.edge_runtime.split_session import SplitSession
+from edgewright.edge_runtime.inference.session import session_on
+from edgewright.edge_runtime.inference.split_session import SplitSession
 from edgewright.export import ExportOptions, export_bundle
-from edgewright.export.capture import capture
-from edgewright.export.control_flow import sink, take_apart
-from edgewright.export.policy_graph import policy_graphs
-from edgewright.export.row_compaction import compact
-from edgewright.export.simplify import simplify
-from edgewright.export.split_levels import split_levels
+from edgewright.export.exits.control_flow import sink, take_apart
+from edgewright.export.exits.policy_graph import policy_graphs
+from edgewright.export.exits.row_compaction import compact
+from edgewright.export.exits.split_levels import split_levels
+from edgewright.export.graph.capture import capture
+from edgewright.export.graph.simplify import simplify
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stages.exit_placement import choose_places
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cond_export import export_cond
-from figures import Figure, arguments, report
+from figures import Figure, arguments, median_of, report
 
 CLASSES = 10
 POLICY = "class_exclusion_softmax"  # the default of the stage
@@ -270,13 +270,6 @@ def table(title: str, times: Mapping[str, Times], baseline: str) -> None:
         print(line, flush=True)
 
 
-def figure(values: NDArray[np.float64]) -> Figure:
-    """Median over the blocks with a bootstrapped 95 % interval."""
-    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return Figure(float(np.median(values)), float(low), float(high))
-
-
 def call(path: Path, feeds: Arrays, threads: int, thresholds: Sequence[float] | None = None) -> Callable[[], object]:
     """One run of a file on fixed inputs."""
     session = session_on(path, threads=threads, thresholds=thresholds).session
@@ -324,11 +317,11 @@ def measure(name: str, shape: Sequence[int], blocks: int, seconds: float, thread
     table(f"{name}, {ROWS} rows of which {list(files.left)} reach the levels", many, "plain")
     ideal = np.sum([many[level].blocks for level in levels], axis=0)
     return {
-        f"{name}.deepest_path_ratio": figure(one["deepest"].blocks / one["plain"].blocks),
-        f"{name}.overhead_us_per_exit": figure((one["deepest"].blocks - one["plain"].blocks) / EXITS),
-        f"{name}.first_exit_ratio": figure(one["first"].blocks / one["first alone"].blocks),
-        f"{name}.compact_vs_ideal": figure(many["compact"].blocks / ideal),
-        f"{name}.eighth_leaves_ratio": figure(many["compact, an eighth"].blocks / many["plain"].blocks),
+        f"{name}.deepest_path_ratio": median_of(one["deepest"].blocks / one["plain"].blocks),
+        f"{name}.overhead_us_per_exit": median_of((one["deepest"].blocks - one["plain"].blocks) / EXITS),
+        f"{name}.first_exit_ratio": median_of(one["first"].blocks / one["first alone"].blocks),
+        f"{name}.compact_vs_ideal": median_of(many["compact"].blocks / ideal),
+        f"{name}.eighth_leaves_ratio": median_of(many["compact, an eighth"].blocks / many["plain"].blocks),
     }
 
 

@@ -18,11 +18,11 @@ from edgewright.edge_runtime import Contender, interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stages.exit_placement import choose_places
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import Figure, arguments, report
+from figures import Figure, arguments, median_of, report
 
 CLASSES = 10
 EXITS = 3
@@ -54,9 +54,7 @@ def measure(model: nn.Module, channels: int, quick: bool, threads: int) -> tuple
     ratio = measured.ratios["exits"]
     per_block = {name: np.median(ns, axis=1) / 1e3 for name, ns in measured.samples_ns.items()}
     price = (per_block["exits"] - per_block["plain"]) / EXITS
-    draws = np.random.default_rng(0).choice(price, (2000, len(price)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return Figure(ratio.value, ratio.low, ratio.high), Figure(float(np.median(price)), float(low), float(high))
+    return Figure(ratio.value, ratio.low, ratio.high), median_of(price)
 
 
 def main() -> None:

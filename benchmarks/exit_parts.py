@@ -29,13 +29,13 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from edgewright.edge_runtime.session import session_on
-from edgewright.export.control_flow import sink
-from edgewright.export.policy_graph import policy_graphs
+from edgewright.edge_runtime.inference.session import session_on
+from edgewright.export.exits.control_flow import sink
+from edgewright.export.exits.policy_graph import policy_graphs
 
 sys.path.insert(0, str(Path(__file__).parent))
-from early_exit import CLASSES, EXITS, MODELS, figure, flat_of, saved, table, timed, with_exits
-from figures import Figure, arguments, report
+from early_exit import CLASSES, EXITS, MODELS, flat_of, saved, table, timed, with_exits
+from figures import Figure, arguments, median_of, report
 
 LAYOUT = ("ReorderInput", "ReorderOutput")
 Parts = dict[str, tuple[float, int]]
@@ -142,8 +142,8 @@ def measure(name: str, seconds: float) -> Mapping[str, Figure]:
             print(f"{prefix}: {part}, {count - known} more nodes for {EXITS} exits")
             price = (time - before) / EXITS
             figures[f"{prefix}.{part}_us"] = Figure(price, price, price)
-        figures[f"{prefix}.whole_us"] = figure((whole[kind].blocks - whole["plain"].blocks) / EXITS)
-    figures[f"{name}.bare.whole_us"] = figure((whole["bare"].blocks - whole["plain"].blocks) / EXITS)
+        figures[f"{prefix}.whole_us"] = median_of((whole[kind].blocks - whole["plain"].blocks) / EXITS)
+    figures[f"{name}.bare.whole_us"] = median_of((whole["bare"].blocks - whole["plain"].blocks) / EXITS)
     table(name, whole, "plain")
     return figures
 

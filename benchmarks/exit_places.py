@@ -6,7 +6,7 @@ cost whose validation accuracy is within half a point of the network's own. The 
 
 `TASK.WAY.EXITS.validation_cost` and `.test_cost` are means over the seeds of the mean MACs of a row in units of the
 network without exits, `.accuracy` is test accuracy minus the network's own; `TASK.saved.EXITS.validation_cost` and
-`.test_cost` are what `auto` costs less, paired. One standard deviation to each side.
+`.test_cost` are what `auto` costs less, paired. All with the 95 % interval of the mean.
 
     python benchmarks/exit_places.py --keep FOLDER   both tasks, three seeds; trained networks are kept
 """
@@ -29,21 +29,21 @@ from torch import Tensor, nn
 from edgewright.models.layers.exit_policies import ExitPolicy, policy_named
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline import cost
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.stages.early_exit import collect_logits
-from edgewright.pipeline.stages.exit_auto import boundaries, choose_subset
-from edgewright.pipeline.stages.exit_limits import ExitSearchConfig
-from edgewright.pipeline.stages.exit_placement import choose_places
-from edgewright.pipeline.stages.exit_search import ThresholdSearch, default_limits
-from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, train_heads
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+from edgewright.pipeline.analysis import cost
+from edgewright.pipeline.stages.early_exit.automatic_places import boundaries, choose_subset
+from edgewright.pipeline.stages.early_exit.placement import choose_places
+from edgewright.pipeline.stages.early_exit.stage import collect_logits
+from edgewright.pipeline.stages.early_exit.thresholds.limits import ExitSearchConfig
+from edgewright.pipeline.stages.early_exit.thresholds.search import ThresholdSearch, default_limits
+from edgewright.pipeline.stages.early_exit.thresholds.trials import ExitEvaluator
+from edgewright.pipeline.stages.early_exit.training import ExitTrainingConfig, train_heads
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Task
 from edgewright.pipeline.tasks import build_task
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import Figure, arguments, report
+from figures import Figure, arguments, mean_of, report
 
 TASKS: Mapping[str, tuple[dict[str, Any], int]] = {
     "digits": ({"size": 16}, 20),
@@ -175,9 +175,7 @@ def main() -> None:
                 print(f"{task}, seed {seed}", flush=True)
                 runs.append(one_seed(heads_of(task, seed, folder, options.quick), seed))
             for name in runs[0]:
-                values = np.array([run[name] for run in runs])
-                mean, spread = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
-                figures[f"{task}.{name}"] = Figure(mean, mean - spread, mean + spread)
+                figures[f"{task}.{name}"] = mean_of([run[name] for run in runs])
     report("exit_places", figures, options.json)
 
 

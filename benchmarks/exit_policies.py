@@ -7,7 +7,7 @@ published greedy search, or by MSDNet's geometric schedule; `tolerance` is the c
 the network's own end, what the stage calls `balanced`, `confident` the same with `confidence: 0.95`. The test split is
 read once, at the end.
 
-`SETTING.POLICY.BUDGET.accuracy` and `.worst_class` are means over the seeds with one standard deviation to each side;
+`SETTING.POLICY.BUDGET.accuracy` and `.worst_class` are means over the seeds with their 95 % interval;
 `.macs` is the mean cost on test, `.lost` what the network's own end has more there, `.gain` the paired difference in
 accuracy to `max_probability`, `.over_frozen` the one to the same policy, network and seed with the heads alone trained.
 The setting leads the name, because two tasks cannot share one. `SETTING.end_LOSS.accuracy` is the network's own end,
@@ -34,14 +34,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgewright.edge_runtime.measure.paired import standard_errors
 from edgewright.models.layers.exit_policies import policy_named
-from edgewright.pipeline.stages.exit_limits import Limits, standard_errors
-from edgewright.pipeline.stages.exit_search import ThresholdSearch
-from edgewright.pipeline.stages.exit_trials import ExitEvaluator
+from edgewright.pipeline.stages.early_exit.thresholds.limits import Limits
+from edgewright.pipeline.stages.early_exit.thresholds.search import ThresholdSearch
+from edgewright.pipeline.stages.early_exit.thresholds.trials import ExitEvaluator
 
 sys.path.insert(0, str(Path(__file__).parent))
 from exit_settings import SETTINGS, heads_of
-from figures import Figure, arguments, report
+from figures import Figure, arguments, mean_of, report
 
 BUDGETS = (0.25, 0.4, 0.55, 0.7)
 TOLERANCE = 0.005
@@ -224,12 +225,6 @@ def over_frozen(setting: str, runs: Mapping[str, list[dict[str, float]]]) -> lis
     ]
 
 
-def figure(values: list[float]) -> Figure:
-    """Mean, and one standard deviation to each side."""
-    mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return Figure(mean, mean - spread, mean + spread)
-
-
 def table(setting: str, rows: Sequence[str], figures: Mapping[str, Figure]) -> None:
     """Accuracy, worst class and gain over `max_probability`, in per cent, one line per row."""
     print(f"\n{setting}: test accuracy / worst class (difference to max_probability) at {BUDGETS} of the MACs, and")
@@ -248,8 +243,8 @@ def table(setting: str, rows: Sequence[str], figures: Mapping[str, Figure]) -> N
                 cells.append(f"{accuracy.value:6.2%} ({-lost.value:+.2%}) @{macs.value:6.1%}")
                 continue
             gain = figures.get(f"{setting}.{row}.{point}.gain", Figure(np.nan, np.nan, np.nan))
-            spread = gain.high - gain.value
-            cells.append(f"{accuracy.value:6.2%} /{worst.value:4.0%} ({100 * gain.value:+.2f}±{100 * spread:.2f})")
+            half = gain.high - gain.value
+            cells.append(f"{accuracy.value:6.2%} /{worst.value:4.0%} ({100 * gain.value:+.2f}±{100 * half:.2f})")
         print(f"{row:34}" + "  ".join(cells))
     for loss in {ROWS[row][1]: None for row in rows}:
         print(f"own end, heads trained by {loss}: {figures[f'{setting}.end_{loss}.accuracy'].value:.2%}")
@@ -285,12 +280,12 @@ def main() -> None:
             rows = rows_of(setting, options.rows)
             found = [a | gains(a, rows) | b for a, b in zip(found, over_frozen(setting, runs), strict=True)]
         names = [name for name in found[0] if all(name in run for run in found)]
-        figures |= {f"{setting}.{name}": figure([run[name] for run in found]) for name in names}
+        figures |= {f"{setting}.{name}": mean_of([run[name] for run in found]) for name in names}
         if not options.speed:
             table(setting, rows, figures)
     if options.speed:
         wide = [wide_speed(seed) for seed in seeds]
-        figures |= {f"wide.{name}": figure([run[name] for run in wide]) for name in wide[0]}
+        figures |= {f"wide.{name}": mean_of([run[name] for run in wide]) for name in wide[0]}
     report("exit_policies", figures, options.json)
 
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.stages.early_exit import collect_logits
-from edgewright.pipeline.stages.exit_placement import choose_places, exit_macs
-from edgewright.pipeline.stages.exit_training import ExitTrainingConfig, train_heads, train_jointly
+from edgewright.pipeline.stages.early_exit.placement import choose_places, exit_macs
+from edgewright.pipeline.stages.early_exit.stage import collect_logits
+from edgewright.pipeline.stages.early_exit.training import ExitTrainingConfig, train_heads, train_jointly
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Task
 from edgewright.pipeline.tasks import build_task
-from edgewright.pipeline.tasks.glyphs import CHARACTERS
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.tasks.shipped.glyphs import CHARACTERS
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 LOSSES: Mapping[str, tuple[str, str]] = {
     "pos_weight": ("class_exclusion", "pos_weight"),

@@ -1,12 +1,11 @@
 """Criteria against each other: the same trained network, MAC targets, fine-tuning and surgery for all, several seeds.
 
 A seed draws the data and its splits, the dense network and every choice of the pruning. Per criterion and target (2x,
-4x, 8x fewer MACs): mean and standard deviation over the seeds of test accuracy and of the accuracy of the worst class,
+4x, 8x fewer MACs): mean over the seeds, with its 95 % interval, of test accuracy and of the worst class' accuracy;
 parameters; bytes of the exported file and the median latency as a ratio to the dense network's, measured interleaved,
 once for networks of the same MACs and parameters; then the same accuracies minus those of the default criterion on the
 same seed, which is what tells criteria apart.
-`CRITERION.TARGET.accuracy` and `CRITERION.TARGET.worst_class` go into the JSON, with one standard deviation to each
-side as interval.
+`CRITERION.TARGET.accuracy` and `CRITERION.TARGET.worst_class` go into the JSON.
 
     python benchmarks/pruning.py                        glyphs (62 classes), out of the box
     python benchmarks/pruning.py --task digits
@@ -36,16 +35,16 @@ from torch import nn
 from edgewright.edge_runtime import interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.cost import count
-from edgewright.pipeline.evaluation import evaluate
+from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SplitName, Task
 from edgewright.pipeline.tasks import build_task
-from edgewright.pipeline.training import TrainingConfig, train_model
+from edgewright.pipeline.training.evaluation import evaluate
+from edgewright.pipeline.training.training import TrainingConfig, train_model
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import Figure, report
+from figures import mean_of, report
 
 TARGETS = (2.0, 4.0, 8.0)
 SEEDS = (20, 21, 22)
@@ -239,7 +238,7 @@ def shown(accuracy: float | None, worst: float | None) -> str:
 
 
 def table(found: Mapping[tuple[float, str], list[Result]]) -> None:
-    """Mean and standard deviation of everything, and of the difference to the default criterion."""
+    """Mean and 95 % interval of everything, and of the difference to the default criterion."""
     default = ClassAwarePruningConfig().criterion_name
     print(f"\n{'':<26}{'accuracy':>16}{'worst class':>18}{'MACs':>12}{'parameters':>12}{'bytes':>10}{'p50 ratio':>11}")
     for (target, criterion), results in sorted(found.items()):
@@ -256,21 +255,15 @@ def table(found: Mapping[tuple[float, str], list[Result]]) -> None:
 
 
 def both(results: Sequence[Result], ours: Sequence[Result] = ()) -> str:
-    """Mean ± standard deviation of both accuracies, minus those of `ours` where it is given."""
+    """Mean ± half of the 95 % interval of both accuracies, minus those of `ours` where it is given."""
     text = ""
     for name in ("accuracy", "worst_class"):
         values = np.array([getattr(r, name) for r in results])
         if ours:
             values = values - np.array([getattr(r, name) for r in ours])
-        figure = spread(values)
+        figure = mean_of(values)
         text += f"{figure.value:>9.4f} ± {figure.high - figure.value:.4f}"
     return text
-
-
-def spread(values: Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Figure:
-    """Mean, and one standard deviation to each side."""
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return Figure(mean, mean - deviation, mean + deviation)
 
 
 def main() -> None:
@@ -288,8 +281,8 @@ def main() -> None:
     table(found)
     figures = {}
     for (target, criterion), results in found.items():
-        figures[f"{criterion}.{target:g}x.accuracy"] = spread([r.accuracy for r in results])
-        figures[f"{criterion}.{target:g}x.worst_class"] = spread([r.worst_class for r in results])
+        figures[f"{criterion}.{target:g}x.accuracy"] = mean_of([r.accuracy for r in results])
+        figures[f"{criterion}.{target:g}x.worst_class"] = mean_of([r.worst_class for r in results])
     report("pruning", figures, options.json)
 
 

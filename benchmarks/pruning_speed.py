@@ -24,12 +24,13 @@ from torch import nn
 from edgewright.edge_runtime import interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, surgery
-from edgewright.pipeline.stages.class_aware_pruning.attention import reopen
-from edgewright.pipeline.stages.class_aware_pruning.equivalence import probe
+from edgewright.pipeline.analysis.channels import surgery
+from edgewright.pipeline.analysis.channels.attention import reopen
+from edgewright.pipeline.analysis.channels.equivalence import probe
+from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SPLITS
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figures import Figure, arguments, report

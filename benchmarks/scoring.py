@@ -1,8 +1,8 @@
 """What class-aware scores cost: ResNet-56, 100 classes of 10 images, every convolution in one pass per class.
 
 `seconds` and `peak_gb` are of a fresh process that scores all classes, `speedup_over_layerwise` is against one forward
-and backward pass per class and layer, interleaved on a few classes, where both must find the same counts. Intervals
-are the range of the repetitions. `--threads` are PyTorch's here; one thread
+and backward pass per class and layer, interleaved on a few classes, where both must find the same counts. Figures
+are medians of the repetitions. `--threads` are PyTorch's here; one thread
 is enough for the bound of 45 seconds.
 """
 
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.models.registry import build
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.splits import TensorSplit
-from edgewright.pipeline.stages.class_aware_pruning.axes import is_mixing
+from edgewright.pipeline.analysis.channels.axes import is_mixing
 from edgewright.pipeline.stages.class_aware_pruning.scores import FilterStatistics, ScoringSettings, collect
+from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.tasks.splits import TensorSplit
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import Figure, arguments, report
+from figures import arguments, median_of, report
 
 IMAGES = 10
 
@@ -115,11 +115,6 @@ def compared(classes: int, layer_step: int, repetitions: int) -> list[float]:
     return ratios
 
 
-def spread(values: list[float]) -> Figure:
-    """Median and range."""
-    return Figure(float(torch.tensor(values).median()), min(values), max(values))
-
-
 def main() -> None:
     """Measures, then compares."""
     options = arguments(__doc__ or "")
@@ -127,9 +122,9 @@ def main() -> None:
     measured = whole(5 if options.quick else 100, options.threads, 1 if options.quick else 3)
     ratios = compared(2, 4 if options.quick else 1, 1 if options.quick else 3)
     figures = {
-        "seconds": spread([seconds for seconds, _ in measured]),
-        "peak_gb": spread([gigabytes for _, gigabytes in measured]),
-        "speedup_over_layerwise": spread(ratios),
+        "seconds": median_of([seconds for seconds, _ in measured]),
+        "peak_gb": median_of([gigabytes for _, gigabytes in measured]),
+        "speedup_over_layerwise": median_of(ratios),
     }
     report("scoring", figures, options.json)
 

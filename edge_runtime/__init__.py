@@ -18,71 +18,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .archive import write_runtime_archive
-    from .benchmark import bench, bench_text
-    from .bundle import Bundle, file_sha256, open_bundle, pack_zip, write_manifest
-    from .comparison import Comparison, compare
+    from .bundle.archive import write_runtime_archive
+    from .bundle.bundle import Bundle, file_sha256, open_bundle, pack_zip, write_manifest
+    from .bundle.golden import read_golden, write_golden
+    from .bundle.latency_record import record_latency
+    from .bundle.manifest import GoldenCase, Manifest
     from .device import DoctorReport, doctor, fingerprint
-    from .errors import (
-        BundleError,
-        EdgewrightError,
-        InputError,
-        ParityError,
-        ProviderError,
-        QualityFloorError,
-    )
-    from .exit_latency import latency_table
-    from .golden import read_golden, write_golden
-    from .image_file import load_image
-    from .interleave import Contender, Interleaved, interleaved
-    from .latency_record import record_latency
-    from .manifest import GoldenCase, Manifest
-    from .providers import Placement, ProviderFallbackWarning
-    from .raw_check import RawReport, check_raw
-    from .runner import Prediction, Runner
-    from .session import load, session_on
-    from .verification import VerifyReport, verify
+    from .errors import BundleError, EdgewrightError, InputError, ParityError, ProviderError, QualityFloorError
+    from .inference.image_file import load_image
+    from .inference.providers import Placement, ProviderFallbackWarning
+    from .inference.runner import Prediction, Runner
+    from .inference.session import load, session_on
+    from .measure.benchmark import bench, bench_text
+    from .measure.exit_latency import latency_table
+    from .measure.interleave import Contender, Interleaved, interleaved
+    from .proof.comparison import Comparison, compare
+    from .proof.raw_check import RawReport, check_raw
+    from .proof.verification import VerifyReport, verify
 
 _WHERE = {
-    "Bundle": "bundle",
+    "Bundle": "bundle.bundle",
     "BundleError": "errors",
-    "Comparison": "comparison",
-    "Contender": "interleave",
+    "Comparison": "proof.comparison",
+    "Contender": "measure.interleave",
     "DoctorReport": "device",
     "EdgewrightError": "errors",
-    "GoldenCase": "manifest",
+    "GoldenCase": "bundle.manifest",
     "InputError": "errors",
-    "Interleaved": "interleave",
-    "Manifest": "manifest",
+    "Interleaved": "measure.interleave",
+    "Manifest": "bundle.manifest",
     "ParityError": "errors",
-    "Placement": "providers",
-    "Prediction": "runner",
+    "Placement": "inference.providers",
+    "Prediction": "inference.runner",
     "ProviderError": "errors",
-    "ProviderFallbackWarning": "providers",
+    "ProviderFallbackWarning": "inference.providers",
     "QualityFloorError": "errors",
-    "RawReport": "raw_check",
-    "Runner": "runner",
-    "VerifyReport": "verification",
-    "bench": "benchmark",
-    "bench_text": "benchmark",
-    "check_raw": "raw_check",
-    "compare": "comparison",
+    "RawReport": "proof.raw_check",
+    "Runner": "inference.runner",
+    "VerifyReport": "proof.verification",
+    "bench": "measure.benchmark",
+    "bench_text": "measure.benchmark",
+    "check_raw": "proof.raw_check",
+    "compare": "proof.comparison",
     "doctor": "device",
-    "file_sha256": "bundle",
+    "file_sha256": "bundle.bundle",
     "fingerprint": "device",
-    "interleaved": "interleave",
-    "latency_table": "exit_latency",
-    "load": "session",
-    "load_image": "image_file",
-    "open_bundle": "bundle",
-    "pack_zip": "bundle",
-    "read_golden": "golden",
-    "record_latency": "latency_record",
-    "session_on": "session",
-    "verify": "verification",
-    "write_golden": "golden",
-    "write_manifest": "bundle",
-    "write_runtime_archive": "archive",
+    "interleaved": "measure.interleave",
+    "latency_table": "measure.exit_latency",
+    "load": "inference.session",
+    "load_image": "inference.image_file",
+    "open_bundle": "bundle.bundle",
+    "pack_zip": "bundle.bundle",
+    "read_golden": "bundle.golden",
+    "record_latency": "bundle.latency_record",
+    "session_on": "inference.session",
+    "verify": "proof.verification",
+    "write_golden": "bundle.golden",
+    "write_manifest": "bundle.bundle",
+    "write_runtime_archive": "bundle.archive",
 }
 # Two modules are called `verification` and `comparison` because a submodule that has the name of a function
 # here would take its place in the package as soon as anything imports it.

@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .bundle.replacing import check_place
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
-from .generate_command import add_arguments
-from .plain_text import printable, printable_lines
-from .replacing import check_place
-from .standard_streams import lost_output, standard_streams
-from .termination import Terminated, terminable
+from .language.command import add_arguments
+from .process.plain_text import printable, printable_lines
+from .process.standard_streams import lost_output, standard_streams
+from .process.termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .bundle import Bundle
-    from .manifest import Manifest
-    from .runner import Prediction
+    from .bundle.bundle import Bundle
+    from .bundle.manifest import Manifest
+    from .inference.runner import Prediction
 
 COMMANDS = {
     "verify": "Run every recorded case of a BUNDLE here and compare.",
@@ -77,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     except EdgewrightError as error:
         if options.debug:
             raise
-        print(f"error: {_indented(error)}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
         if options.debug or error.name not in _NEEDED:
@@ -108,13 +108,8 @@ def _exit_code_of_lost_output() -> int:
     return InputError.exit_code
 
 
-def _indented(text: object) -> str:
-    """Further lines are set in: a line break in a name that comes from a bundle makes no line of its own."""
-    return printable_lines(text).replace("\n", "\n  ")
-
-
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {_indented(message)}", file=sys.stderr)
+    print(f"warning: {printable_lines(message)}", file=sys.stderr)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -208,7 +203,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _opened(options: argparse.Namespace) -> Bundle:
-    from .bundle import open_bundle
+    from .bundle.bundle import open_bundle
 
     return open_bundle(options.bundle, options.follow_links)
 
@@ -235,7 +230,7 @@ def _exits(options: argparse.Namespace) -> dict[str, Any]:
 
 def _verify(options: argparse.Namespace) -> int:
     if options.raw is not None:
-        from .raw_check import check_raw
+        from .proof.raw_check import check_raw
 
         with _opened(options) as bundle:
             compared = check_raw(bundle, options.raw, options.tensor)
@@ -244,7 +239,7 @@ def _verify(options: argparse.Namespace) -> int:
         return 0 if compared.passed else ParityError.exit_code
     if options.tensor is not None:
         raise InputError("--tensor is compared with an image: give it with --raw IMAGE")
-    from .verification import verify
+    from .proof.verification import verify
 
     with _opened(options) as bundle:
         report = verify(bundle, **_session(options), **_exits(options))
@@ -254,7 +249,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from .session import load
+    from .inference.session import load
 
     with _opened(options) as bundle, load(bundle, **_session(options), **_exits(options)) as runner:
         prediction = runner.predict(_read_input(options.input, bundle.manifest))
@@ -269,7 +264,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .benchmark import bench, bench_text
+    from .measure.benchmark import bench, bench_text
 
     with _opened(options) as bundle:
         row = bench(
@@ -289,8 +284,8 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _latency_table(options: argparse.Namespace) -> int:
-    from .exit_latency import latency_table, latency_table_text
-    from .latency_record import check_record_target, record_latency
+    from .bundle.latency_record import check_record_target, record_latency
+    from .measure.exit_latency import latency_table, latency_table_text
 
     if options.record is not None:
         check_record_target(options.record, options.bundle)
@@ -312,7 +307,7 @@ def _latency_table(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from .generate_command import run
+    from .language.command import run
 
     _write_json(options.json, run(options, _session(options)))
     return 0
@@ -329,8 +324,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _read_input(path: Path, manifest: Manifest) -> Any:
     """Reads .npy, .npz or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself."""
-    from .bench_inputs import read_inputs
-    from .image_file import SUFFIXES, load_image, read_image
+    from .inference.image_file import SUFFIXES, load_image, read_image
+    from .measure.bench_inputs import read_inputs
 
     if not path.is_file():
         raise InputError(f"no input at {path}")

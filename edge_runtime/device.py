@@ -17,18 +17,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import thermal
-from .plain_text import printable
-from .processor import emulation, processor_name
-from .session_probe import Probe, probe_session
+from .machine import thermal
+from .machine.processor import emulation, processor_name
+from .machine.session_probe import Probe, probe_session
+from .process.plain_text import printable
+from .targets.target import fitting, target_named, target_names
 
 _JETPACK_OF_L4T = {32: "4", 34: "5", 35: "5", 36: "6", 38: "7", 39: "7"}
 """Major release of Jetson Linux (L4T) -> JetPack."""
 
 _VARIABLE_FACTS = frozenset(
-    {"cpu_frequency_mhz", "memory_available_bytes", "load_average_1min", "executable", "temperatures_c", "throttled"}
+    {
+        "cpu_frequency_mhz",
+        "memory_available_bytes",
+        "load_average_1min",
+        "executable",
+        "temperatures_c",
+        "throttled",
+        "targets",
+    }
 )
-"""Facts that change from minute to minute, or say nothing about the machine: not part of the fingerprint."""
+"""Facts that change from minute to minute or with our releases, or say nothing about the machine: not part of the
+fingerprint."""
 
 _ENVIRONMENT = (
     "OMP_NUM_THREADS",
@@ -146,7 +156,7 @@ def collect_facts(
     """
     root = Path(root)
     machine = machine or platform.machine()
-    return {
+    facts: dict[str, Fact] = {
         "python": (platform.python_version(), None),
         "executable": (sys.executable, None),
         **_software(distributions, providers, probe),
@@ -159,6 +169,7 @@ def collect_facts(
         **_board(root),
         "environment": ({name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}, None),
     }
+    return {**facts, "targets": _targets(root, {name: value for name, (value, _) in facts.items()})}
 
 
 def runtime_distributions() -> list[str]:
@@ -202,7 +213,7 @@ def _software(
         facts["providers"] = (None, reason) if providers is None else (list(providers), None)
     else:
         build = getattr(onnxruntime, "get_build_info", None)
-        facts["onnxruntime"] = _or_unknown(getattr(onnxruntime, "__version__", None), "it does not say its version")
+        facts["onnxruntime"] = (str(onnxruntime.__version__), None)
         facts["onnxruntime_build"] = (build(), None) if build else (None, "this release does not say")
         facts["providers"] = (list(available), None)
     if distributions is None:
@@ -279,14 +290,23 @@ def _board(root: Path) -> dict[str, Fact]:
     return facts
 
 
+def _targets(root: Path, facts: Mapping[str, Any]) -> Fact:
+    """The shipped targets that this machine is, or why it is none."""
+    info, _ = _read(root / "proc/cpuinfo")
+    line = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info or "", re.MULTILINE)
+    flags = frozenset(line[1].split()) if line else None
+    if names := fitting(facts, flags):
+        return list(names), None
+    reasons = [f"{name}: {', '.join(target_named(name).misfits(facts, flags))}" for name in target_names()]
+    return None, "; ".join(reasons)
+
+
 def _problems(facts: Mapping[str, Any], probe: Probe) -> list[str]:
     installed = facts["onnxruntime_distributions"]
     problems = []
     package = "the wheel NVIDIA builds for this JetPack" if facts["jetson_linux"] else "onnxruntime"
     if not installed and not probe.imported:
         problems.append(f"onnxruntime cannot be imported: install {package} for Python {facts['python']}")
-    elif probe.problem is not None and probe.advised:
-        problems.append(probe.problem)
     elif probe.problem is not None:
         again = installed[0] if len(installed) == 1 and not facts["jetson_linux"] else package
         problems.append(

@@ -16,7 +16,7 @@ layer or node, and what to do next.
 
 from __future__ import annotations
 
-from .plain_text import printable_lines
+from .process.plain_text import printable_lines
 
 
 class EdgewrightError(Exception):

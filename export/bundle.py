@@ -15,11 +15,10 @@ import onnx_ir.passes.common
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.archive import write_runtime_archive
-from edgewright.edge_runtime.bundle import pack_zip, write_manifest
-from edgewright.edge_runtime.errors import ExportError
-from edgewright.edge_runtime.golden import write_golden
-from edgewright.edge_runtime.manifest import (
+from edgewright.edge_runtime.bundle.archive import write_runtime_archive
+from edgewright.edge_runtime.bundle.bundle import pack_zip, write_manifest
+from edgewright.edge_runtime.bundle.golden import write_golden
+from edgewright.edge_runtime.bundle.manifest import (
     GOLDEN_FILE,
     LABELS,
     LOGITS,
@@ -32,26 +31,27 @@ from edgewright.edge_runtime.manifest import (
     SplitSpec,
     Tolerances,
 )
+from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.versions import versions
 from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.models.module_state import untouched
+from edgewright.models.sources.module_state import untouched
 
+from .accounts.duplication import check_duplication
+from .accounts.ledger import build_ledger, optimized
+from .accounts.node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
 from .bundle_folder import DISTRIBUTIONS, check_target, put_in_place, scratch, writing
-from .capture import capture, logits_name
-from .control_flow import levels, sink
-from .duplication import check_duplication
-from .empty_batch import takes_no_rows
-from .ledger import build_ledger, optimized
-from .model_file import check_file, save_external, save_model
-from .node_table import exit_specs, flat_costs, node_table, on_the_graph, uncounted
+from .exits.control_flow import levels, sink
+from .exits.policy_graph import PolicyGraphs, policy_graphs
+from .exits.row_compaction import compact
+from .exits.split_files import prove_split, write_split
+from .exits.split_levels import split_levels
+from .graph.capture import capture, logits_name
+from .graph.model_file import check_file, save_external, save_model
+from .graph.simplify import Feeds, simplify
 from .options import Batch, ExportOptions
-from .parity import ParityResult, check_parity
-from .policy_graph import PolicyGraphs, policy_graphs
-from .row_compaction import compact
-from .simplify import Feeds, simplify
+from .proof.parity import ParityResult, check_parity
 from .source import Source
-from .split_files import prove_split, write_split
-from .split_levels import split_levels
+from .target import held_to
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ def export_bundle(
             operating_points=operating_points, edits=edits, name=name or source.name, notes=notes, batch=batch,
             split=split_spec,
         )  # fmt: skip
+        manifest = held_to(options.target, manifest)
         with writing(target):
             write_golden(work / GOLDEN_FILE, parity.golden)
             write_runtime_archive(work / RUNTIME_FILE)
@@ -183,7 +184,7 @@ def batch_of(model: nn.Module, options: ExportOptions) -> Batch:
         if options.batch == "dynamic":
             raise ExportError(
                 "export.batch `dynamic` runs every row to the end, and a model with exits is to save that: set it to "
-                "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the early_exit stage out"
+                "`single` (or `auto`) for one row a run, to `compact` for any number, or leave the exits out"
             )
         return "single" if options.batch == "auto" else options.batch
     return "single" if options.batch == "single" else "dynamic"
@@ -222,10 +223,7 @@ def _final_graph(
     feeds = _row_feeds(batch, source, split)
     if batch == "single":
         return sink(flat, policy, thresholds, options.shared_across_exits)
-    final, notes = compact(flat, policy, thresholds, feeds, options.shared_across_exits)
-    if takes_no_rows(final, feeds[0]):
-        return final, notes
-    return compact(flat, policy, thresholds, feeds, options.shared_across_exits, skip_empty=True)
+    return compact(flat, policy, thresholds, feeds, options.shared_across_exits)
 
 
 def _exits_of(model: MultiExit, flat: ir.Model, batch: Batch) -> tuple[PolicyGraphs, list[float]]:

@@ -7,9 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.errors import InputError
-from edgewright.edge_runtime.manifest import MANIFEST_FILE
-from edgewright.edge_runtime.path_text import check_path
 
 DISTRIBUTIONS = ("edgewright", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 """Whose versions a manifest names."""
@@ -21,7 +20,6 @@ def check_target(target: Path) -> None:
     Raises:
         InputError: `target` is taken, or cannot be looked at.
     """
-    check_path(target.absolute(), "the place for the bundle")
     with writing(target):
         taken = target.exists() and not (
             target.is_dir() and (not any(target.iterdir()) or (target / MANIFEST_FILE).exists())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+
+from edgewright.edge_runtime.targets.target import target_named, target_names
+
+from .target import known_target
 
 Batch: TypeAlias = Literal["single", "dynamic", "compact"]
 """What a finished bundle takes; see `ExportOptions.batch`."""
@@ -32,6 +36,9 @@ class ExportOptions(BaseModel):
     `dynamic`."""
     opset: int | None = Field(default=None, ge=18)
     """ONNX opset; null takes the exporter's own."""
+    target: Annotated[str, AfterValidator(known_target), WithJsonSchema({"enum": list(target_names())})] | None = None
+    """A kind of device (`edge_runtime/targets/`): an opset or a format that its oldest ONNX Runtime does not read is
+    refused; null asks for nothing."""
     simplify: Literal["none", "onnxscript", "onnxsim"] = "onnxscript"
     """Graph simplifier; its result is kept only if it passes every check."""
     tolerance: ToleranceOptions = ToleranceOptions()
@@ -54,3 +61,10 @@ class ExportOptions(BaseModel):
     (a window, a chunk, other rotary factors) is claimed for longer texts only if the proof got past that length."""
     zip: bool = False
     """Also write the bundle as one zip file."""
+
+    @model_validator(mode="after")
+    def _check_opset(self) -> ExportOptions:
+        newest = target_named(self.target).opset if self.target is not None else None
+        if newest is not None and self.opset is not None and self.opset > newest:
+            raise ValueError(f"opset {self.opset} is not read by the target {self.target!r}: take {newest} or less")
+        return self

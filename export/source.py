@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edgewright.edge_runtime.manifest import Preprocessing
+from edgewright.edge_runtime.bundle.manifest import Preprocessing
 
 if TYPE_CHECKING:  # the simplifier's child process reads this package, and torch takes seconds to load
     from torch import Tensor

@@ -1,4 +1,8 @@
-"""Models by name: ``zoo:``, ``torchvision:``, ``python:``, and ``hf:``, ``gguf:``, ``packaged:`` of transformers."""
+"""Models by name: ``zoo:``, ``torchvision:``, ``python:``, and ``hf:``, ``gguf:``, ``packaged:`` of transformers.
+
+Another package offers models by an entry point of the group ``edgewright.models``. Its name is the prefix, ``acme:``;
+it is a function that takes what stands behind the colon, and the model's ``args`` as keywords, and returns a module.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from . import bottleneck, pretrained, residual, vgg, vit
-from .import_closure import import_closure
-from .precision import in_float32
-from .python_source import (
+from .sources import extensions, pretrained
+from .sources.import_closure import import_closure
+from .sources.precision import in_float32
+from .sources.python_source import (
     PREFIX,
     call,
     check_arguments,
@@ -23,7 +27,10 @@ from .python_source import (
     place_of,
     refuse_unknown_arguments,
 )
+from .zoo import bottleneck, residual, vgg, vit
 
+GROUP = "edgewright.models"
+"""The group of entry points."""
 _TORCHVISION = "torchvision:"
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
@@ -87,6 +94,8 @@ def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | Non
     if name.startswith(pretrained.PREFIXES):
         return pretrained.build(name, args, root)
     entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
+    if entry is None and _offered(name) is not None:
+        return _build_offered(name, args)
     if entry is None:
         near = did_you_mean(name, [info.name for info in available()])
         raise ValueError(
@@ -103,7 +112,11 @@ def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | Non
 def available() -> list[ModelInfo]:
     """Every model that can be built by name, zoo first."""
     zoo = [ModelInfo(f"zoo:{name}", e.description, e.input_shape) for name, e in _ZOO.items()]
-    return zoo + [_torchvision_info(name) for name in _torchvision_names()]
+    offered = [
+        ModelInfo(f"{prefix}:...", f"models of {extensions.where(GROUP, prefix)}", None)
+        for prefix in sorted(extensions.offered(GROUP))
+    ]
+    return zoo + [_torchvision_info(name) for name in _torchvision_names()] + offered
 
 
 def input_shape(name: str) -> tuple[int, ...] | None:
@@ -131,9 +144,28 @@ def sources(name: str, root: Path) -> tuple[Path, ...]:
         return pretrained.sources(name, root)
     entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
     if entry is None:
-        return ()
+        prefix = _offered(name)
+        return () if prefix is None else extensions.files_of(GROUP, prefix)
     folder = Path(__file__).resolve().parent
     return import_closure(Path(inspect.getfile(entry.factory)), (folder.parent,))
+
+
+def _offered(name: str) -> str | None:
+    """The prefix of a model that another package offers."""
+    prefix, colon, _ = name.partition(":")
+    return prefix if colon and prefix in extensions.offered(GROUP) else None
+
+
+def _build_offered(name: str, args: Mapping[str, Any]) -> nn.Module:
+    prefix, _, rest = name.partition(":")
+    function = extensions.load(GROUP, prefix)
+    try:
+        model = function(rest, **args)
+    except Exception as error:  # another package's function may raise anything, and the user has to know which
+        raise ValueError(f"{name} failed{place_of(error)}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned a {type(model).__name__}; a model is a torch.nn.Module")
+    return model
 
 
 def _build_python(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | None) -> nn.Module:

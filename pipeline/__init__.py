@@ -9,40 +9,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load_checkpoint, read_checkpoint
-    from .context import FolderContext
-    from .image_classification import ImageClassification
     from .metric import Metric, Score
-    from .recipe import Recipe, load_recipe, parse_recipe
-    from .runner import RunResult, run
-    from .splits import DatasetSplit, TensorSplit
+    from .recipe.recipe import Recipe, load_recipe, parse_recipe
+    from .report.result import RunResult
+    from .runs.runner import run
     from .stage import Context, Edit, Stage, StageConfig, StageResult
+    from .store.checkpoint import load_checkpoint, read_checkpoint
+    from .store.context import FolderContext
     from .task import Batch, Split, Task
-    from .training import TrainingConfig
+    from .tasks.image_classification import ImageClassification
+    from .tasks.splits import DatasetSplit, TensorSplit
+    from .training.training import TrainingConfig
 
 _WHERE = {
     "Batch": "task",
     "Context": "stage",
-    "DatasetSplit": "splits",
+    "DatasetSplit": "tasks.splits",
     "Edit": "stage",
-    "FolderContext": "context",
-    "ImageClassification": "image_classification",
+    "FolderContext": "store.context",
+    "ImageClassification": "tasks.image_classification",
     "Metric": "metric",
-    "Recipe": "recipe",
-    "RunResult": "runner",
+    "Recipe": "recipe.recipe",
+    "RunResult": "report.result",
     "Score": "metric",
     "Split": "task",
     "Stage": "stage",
     "StageConfig": "stage",
     "StageResult": "stage",
     "Task": "task",
-    "TensorSplit": "splits",
-    "TrainingConfig": "training",
-    "load_checkpoint": "checkpoint",
-    "load_recipe": "recipe",
-    "parse_recipe": "recipe",
-    "read_checkpoint": "checkpoint",
-    "run": "runner",
+    "TensorSplit": "tasks.splits",
+    "TrainingConfig": "training.training",
+    "load_checkpoint": "store.checkpoint",
+    "load_recipe": "recipe.recipe",
+    "parse_recipe": "recipe.recipe",
+    "read_checkpoint": "store.checkpoint",
+    "run": "runs.runner",
 }
 
 __all__ = [

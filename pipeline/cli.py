@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .stage_commands import COMMANDS
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from torch import Tensor, nn
 
-    from .recipe import Recipe
-    from .runner import RunResult
-    from .steps import StepRow
+    from .recipe.recipe import Recipe
+    from .report.result import RunResult
+    from .report.steps import StepRow
 
 RECIPES = Path(__file__).parent / "recipes"
 _INTERRUPTED = 130
@@ -56,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from edgewright.edge_runtime.standard_streams import lost_output, standard_streams
-    from edgewright.edge_runtime.termination import Terminated, terminable
+    from edgewright.edge_runtime.process.standard_streams import lost_output, standard_streams
+    from edgewright.edge_runtime.process.termination import Terminated, terminable
 
     with standard_streams(), terminable():
         code = 0
@@ -86,10 +88,10 @@ def run_command(
     with _errors(debug, interrupted="run the same command again to go on where it was"):
         from rich.console import Console
 
-        from .progress import progress_for
-        from .recipe import load_recipe
-        from .requirements import check_requirements
-        from .runner import run
+        from .recipe.recipe import load_recipe
+        from .runs.progress import progress_for
+        from .runs.requirements import check_requirements
+        from .runs.runner import run
 
         _short_warnings(debug)
         loaded = load_recipe(_recipe_path(recipe), overrides or ())
@@ -141,8 +143,8 @@ def cuts(
     With the shape of the output there and the MACs up to there.
     """
     with _errors(debug):
-        from .cost import count
-        from .cost import cuts as places
+        from .analysis.cost import count
+        from .analysis.cost import cuts as places
 
         network, inputs = _network(model, input_shape, overrides or ())
         whole = count(network, inputs)
@@ -156,36 +158,13 @@ def cuts(
 
 
 @app.command()
-def mix(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its report.json.")],
-    shares: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Share of the rows at each exit, the end last.")
-    ] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Microseconds per exit on another device, JSON.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """What a row costs on average for another mix of exits, and when exits pay.
-
-    Without --shares the mix of the test split.
-    """
-    with _errors(debug):
-        from .exit_mix import mix_of_report, mix_text, numbers_of, read_latency_table, read_report
-
-        report = read_report(run)
-        table = None if latency_table is None else read_latency_table(latency_table)
-        cost = mix_of_report(report, None if shares is None else numbers_of(shares), table)
-        typer.echo(mix_text(cost, [row["name"] for row in report["exits"]["table"]]))
-
-
-@app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):
-        from .recipe_schema import schema_text
+        from .recipe.schema import schema_text
+        from .stage_registry import usable_stages
 
-        typer.echo(schema_text(), nl=False)
+        typer.echo(schema_text(list(usable_stages())), nl=False)
 
 
 def _add_device_commands() -> None:
@@ -200,7 +179,22 @@ def _add_device_commands() -> None:
         app.command(name, help=what, add_help_option=False, context_settings=_PASSED_ON)(command)
 
 
+def _add_stage_commands() -> None:
+    """Offers the commands that stages bring; each is imported when it is called."""
+
+    def command(context: typer.Context) -> None:
+        name = context.info_name or ""
+        with _errors("--debug" in context.args):
+            run = importlib.import_module(COMMANDS[name][0]).main
+            arguments = [argument for argument in context.args if argument != "--debug"]
+            raise typer.Exit(run(arguments, f"edgewright {name}"))
+
+    for name, (_, what) in COMMANDS.items():
+        app.command(name, help=what, add_help_option=False, context_settings=_PASSED_ON)(command)
+
+
 _add_device_commands()
+_add_stage_commands()
 
 
 @contextlib.contextmanager
@@ -250,8 +244,8 @@ def _recipe_path(given: str) -> Path:
 def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model and one batch for it."""
     from .errors import InputError
-    from .preparation import build_named, example_inputs
-    from .recipe import load_recipe, parse_recipe
+    from .recipe.recipe import load_recipe, parse_recipe
+    from .runs.preparation import build_named, example_inputs
 
     path = _recipe_path(given)
     is_recipe = path.suffix in (".yaml", ".yml", ".json")

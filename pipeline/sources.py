@@ -49,11 +49,14 @@ def content_digest(path: Path) -> str:
 def module_digests(*modules: str) -> dict[str, str]:
     """sha256 of the sources of `modules` and of every module of ours that they import, directly or not.
 
+    A module of another package counts likewise, with the modules of its package and ours that it imports.
+
     The imports are read from the text, so those inside functions count too; those under ``if TYPE_CHECKING``
     do not. A package among `modules` counts with all its modules, because it may choose among them by name.
     The ``__init__`` of a package on the way to a module is left out unless something is imported from it: it
     runs, and can hand nothing over.
     """
+    roots = frozenset({PACKAGE, *(name.partition(".")[0] for name in modules)})
     waiting, found = list(modules), dict[str, str]()
     for name in modules:
         waiting += _modules_below(name)
@@ -65,7 +68,7 @@ def module_digests(*modules: str) -> dict[str, str]:
         if path is None:
             continue
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        found[name], imported = _own_source(path, package)
+        found[name], imported = _own_source(path, package, roots)
         waiting += imported
     return dict(sorted(found.items()))
 
@@ -79,11 +82,11 @@ _own: dict[Path, str] = {}
 
 
 @functools.cache
-def _own_source(path: Path, package: str) -> tuple[str, tuple[str, ...]]:
-    """sha256 of one of our files, and what it imports of ours; read once, because its code is imported once."""
+def _own_source(path: Path, package: str, roots: frozenset[str]) -> tuple[str, tuple[str, ...]]:
+    """sha256 of a source file, and what it imports below `roots`; read once, because its code is imported once."""
     text = path.read_bytes()
     _own[path] = hashlib.sha256(text).hexdigest()
-    return _own[path], tuple(_imports(ast.parse(text), package))
+    return _own[path], tuple(_imports(ast.parse(text), package, roots))
 
 
 def _modules_below(name: str) -> list[str]:
@@ -95,23 +98,23 @@ def _modules_below(name: str) -> list[str]:
     return [".".join((name, *(part for part in parts if part != "__init__"))) for parts in inside]
 
 
-def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+def _imports(tree: ast.AST, package: str, roots: frozenset[str] = frozenset({PACKAGE})) -> Iterator[str]:
     for node in _executed(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if _is_ours(alias.name))
+            yield from (alias.name for alias in node.names if _is_below(alias.name, roots))
         elif isinstance(node, ast.ImportFrom):
             source = node.module or ""
             if node.level:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 source = ".".join([*above, source] if source else above)
-            if not _is_ours(source):
+            if not _is_below(source, roots):
                 continue
             for alias in node.names:
                 inner = f"{source}.{alias.name}"
                 yield inner if _file_of(inner) is not None else source
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            if called == "import_module" and _is_ours(str(node.args[0].value)):
+            if called == "import_module" and _is_below(str(node.args[0].value), roots):
                 yield str(node.args[0].value)
 
 
@@ -127,20 +130,25 @@ def _executed(node: ast.AST) -> Iterator[ast.AST]:
         yield from _executed(child)
 
 
-def _is_ours(name: str) -> bool:
-    return name.startswith(PACKAGE + ".")
+def _is_below(name: str, roots: frozenset[str]) -> bool:
+    top, _, rest = name.partition(".")
+    return top in roots and (bool(rest) or top != PACKAGE)  # `edgewright` alone is a namespace: it has no code
 
 
 def _file_of(name: str) -> Path | None:
-    """The source file of a module of ours, found beside this one without importing anything."""
+    """The source file of a module of ours or of another package, found without importing anything."""
     parts = name.split(".")
-    if parts[0] != PACKAGE or len(parts) < 2:
+    if parts[0] != PACKAGE:
+        base, rest = parts[0], parts[1:]
+    elif len(parts) > 1:
+        base, rest = f"{PACKAGE}.{parts[1]}", parts[2:]
+    else:
         return None
-    spec = importlib.util.find_spec(f"{PACKAGE}.{parts[1]}")
+    spec = importlib.util.find_spec(base)
     if spec is None or spec.origin is None:
         return None
-    folder = Path(spec.origin).parent.joinpath(*parts[2:])
-    for candidate in (folder / "__init__.py", folder.with_suffix(".py")):
-        if candidate.is_file() and (len(parts) > 2 or candidate.name == "__init__.py"):
-            return candidate
-    return None
+    origin = Path(spec.origin)
+    if not rest:
+        return origin if origin.suffix == ".py" else None
+    folder = origin.parent.joinpath(*rest)
+    return next((c for c in (folder / "__init__.py", folder.with_suffix(".py")) if c.is_file()), None)

@@ -1,8 +1,9 @@
 """The contract of a compression stage, and everything that passes through it.
 
-A stage is one module in `pipeline/stages/` with one frozen pydantic config, the two functions `fit` and `rebuild`,
-and a `STAGE = Stage(...)` that names them. What we compare against is a criterion inside a stage, never a second
-stage.
+A stage is one module or folder in `pipeline/stages/`, or of another package, with one frozen pydantic config, the two
+functions `fit` and `rebuild`, and a `STAGE = Stage(...)` that names them and brings everything else that only this
+stage knows: checks, tolerances, operating points, requirements, what the report shows of it. The shared rooms know this
+contract and no stage. What we compare against is a criterion inside a stage, never a second stage.
 
 - `fit(model, task, config, context) -> StageResult` may use data, time and randomness. It may change `model` in
   place: the runner hands it a copy. It returns the model in eval mode, on the CPU.
@@ -23,8 +24,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from edgewright.edge_runtime.bundle.manifest import OperatingPoint
+    from edgewright.export.options import ExportOptions
+
+    from .section import FinishedStage, Section
     from .task import SplitName, Task
-    from .training import TrainingConfig
+    from .training.training import TrainingConfig
 
 Json: TypeAlias = Any
 """None, bool, int, float, str, or lists and string-keyed dicts of them."""
@@ -137,6 +142,32 @@ class Context(Protocol):
 
 
 @dataclass(frozen=True)
+class Requirement:
+    """Something that ``require`` of a recipe may ask of a run with this stage; checked on the finished report.
+
+    Attributes:
+        about: one sentence for the schema.
+        missed: from the content of report.json to what is missed, a sentence each.
+    """
+
+    about: str
+    missed: Callable[[Mapping[str, Json]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class ExpectedMacs:
+    """What the exported graph costs where it differs from PyTorch's count on purpose.
+
+    Attributes:
+        macs: of the graph, to its end.
+        because: the sentence for the report.
+    """
+
+    macs: float
+    because: str
+
+
+@dataclass(frozen=True)
 class Stage(Generic[C]):
     """The declaration of a stage.
 
@@ -177,6 +208,14 @@ class Stage(Generic[C]):
     classes: Callable[[C], Sequence[str | int]] | None = None
     trains: Callable[[C], Mapping[str, TrainingConfig]] | None = None
     classes_alone: Callable[[C], C] | None = None
+    check_export: Callable[[C, ExportOptions], None] | None = None
+    tolerances: tuple[str, ...] = ()
+    dense: bool = False
+    branches: bool = False
+    operating_points: Callable[[Edit], Sequence[OperatingPoint]] | None = None
+    expected_macs: Callable[[Mapping[str, Json], float], ExpectedMacs | None] | None = None
+    requirements: Mapping[str, Requirement] = field(default_factory=dict)
+    report: Callable[[FinishedStage], Section | None] | None = None
 
     def needs_classes(self, config: C, task: Task) -> bool:
         """Whether `task` must have classes with samples under `config`."""

@@ -135,21 +135,6 @@ def samples_per_class(targets: Tensor, classes: int) -> Tensor:
     return torch.bincount(flat[(flat >= 0) & (flat < classes)].to(torch.int64), minlength=classes)
 
 
-def check_unique(labels: Sequence[str], name: str) -> None:
-    """Refuses two classes of one name.
-
-    Raises:
-        DataError: names the label and both classes.
-    """
-    first: dict[str, int] = {}
-    for index, label in enumerate(labels):
-        if first.setdefault(label, index) != index:
-            raise DataError(
-                f"the task {name!r} has the label {label!r} twice, for the classes {first[label]} and {index}: reports "
-                "and answers go by the label, give every class one of its own"
-            )
-
-
 def check_classes(task: Task, name: SplitName, needed_by: str) -> None:
     """Refuses a task without classes, and a split in which a class has no sample.
 

@@ -5,17 +5,11 @@ folder ``edgewright`` of theirs with an ``__init__.py`` or a ``models`` in it, c
 it, and what follows would be errors that nobody understands. Standard library only, and quick.
 """
 
-# Any Python from 3.6 on must be able to read this file, and run it up to here: hence no future annotations.
+from __future__ import annotations
+
 import importlib.util
 import sys
 from pathlib import Path
-
-if sys.version_info < (3, 10):  # noqa: UP036  # whoever installed nothing with pip may have any
-    sys.stderr.write(
-        f"error: edgewright needs Python 3.10 or newer, and {sys.executable} is "
-        f"{sys.version_info[0]}.{sys.version_info[1]}: use another one, and install edgewright for it\n"
-    )
-    sys.exit(2)
 
 PACKAGES = ("edge_runtime", "export", "models", "pipeline")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgewright.pipeline.context import FolderContext
 from edgewright.pipeline.stage import State
+from edgewright.pipeline.store.context import FolderContext
 
 
 class Dying(FolderContext):

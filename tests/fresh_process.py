@@ -25,7 +25,7 @@ import json, os, sys, traceback
 from pathlib import Path
 import numpy as np, torch
 from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.pipeline.checkpoint import load_checkpoint
+from edgewright.pipeline.store.checkpoint import load_checkpoint
 
 def answer(folder, root, given, found, threads):
     os.chdir(Path(given).parent)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from edgewright.pipeline import runner
+from edgewright.pipeline.runs import runner
 
 MODEL = """
 import torch
@@ -20,7 +20,7 @@ def net(width=6, classes=3):
 
 TASK = """
 import torch
-from edgewright.pipeline.image_classification import ImageClassification
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 def task(rows=96, labels=3, splits=("train", "validation", "test"), bad=False, empty=False, twice=False):
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
 
 def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out export, measurement and report: seconds each, and tested where they are made."""
-    monkeypatch.setattr(runner, "export_bundles", lambda run, steps, entries: {steps[-1].step: run.out / "bundle"})
+    monkeypatch.setattr(runner, "export_bundles", lambda plan, steps, *_: {steps[-1].step: plan.out / "bundle"})
     monkeypatch.setattr(runner, "measure_bundles", lambda *_: [])
     monkeypatch.setattr(runner, "compare_bundles", lambda *_: None)
     monkeypatch.setattr(runner, "write_report", lambda *_: None)

@@ -21,14 +21,14 @@ from tiny import tiny_residual, tiny_task
 from torch import Tensor, nn
 
 from edgewright.export import export_bundle
-from edgewright.export.ledger import shared_bases
+from edgewright.export.accounts.ledger import shared_bases
 from edgewright.models.layers.multi_exit import MultiExit
-from edgewright.pipeline.atomic import pretty_json
-from edgewright.pipeline.checkpoint import BaseSpec, save_checkpoint
-from edgewright.pipeline.context import FolderContext
-from edgewright.pipeline.cost import count
+from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.stage import Edit, Stage, StageConfig, StageResult, State
-from edgewright.pipeline.stages import stage_named
+from edgewright.pipeline.stage_registry import stage_named
+from edgewright.pipeline.store.atomic import pretty_json
+from edgewright.pipeline.store.checkpoint import BaseSpec, save_checkpoint
+from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Split, Task
 
 TESTS = Path(__file__).parent

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.task import SplitName
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 
 CLASSES = 4
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.manifest import Preprocessing
+from edgewright.edge_runtime.bundle.manifest import Preprocessing
 from edgewright.pipeline.metric import Answer, Score
 from edgewright.pipeline.task import Batch
 

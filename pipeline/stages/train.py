@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
-from ..image_classification import ImageClassification
 from ..stage import Context, Edit, Json, Stage, StageResult
 from ..task import Task
-from ..training import FEW_STEPS, LARGEST_BATCH, TrainingConfig, train_model
+from ..tasks.image_classification import ImageClassification
+from ..training.training import FEW_STEPS, LARGEST_BATCH, TrainingConfig, train_model
 
 _LEARNED = 0.97  # of the loss of a guess, or of the first epoch: above it, nothing has been learned
 
@@ -85,4 +85,5 @@ STAGE = Stage(
     fit=fit,
     rebuild=rebuild,
     splits=("train",),
+    dense=True,
 )

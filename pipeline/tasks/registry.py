@@ -1,6 +1,9 @@
-"""Tasks by name: one that ships, ``python:package.module:function`` or ``python:path/to/file.py:function``.
+"""Tasks by name: one that ships or that another package offers, ``python:package.module:function`` or
+``python:path/to/file.py:function``.
 
-A task ships by being a module of this package that has a function of the module's own name.
+A task ships by being a module of `shipped` that has a function of the module's own name. Another package offers one by
+an entry point of the group ``edgewright.tasks``: a function whose keyword arguments are the task's ``args`` and that
+returns a `Task`.
 """
 
 from __future__ import annotations
@@ -12,21 +15,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from edgewright.models.python_source import (
-    PREFIX,
-    call,
-    check_arguments,
-    did_you_mean,
-    load_object,
-    place_of,
-)
+from edgewright.models.sources import extensions
+from edgewright.models.sources.python_source import PREFIX, call, check_arguments, did_you_mean, load_object, place_of
 
 from ..errors import DataError, EdgewrightError
 from ..metric import ClassScore
 from ..sources import module_digests
 from ..task import SPLITS, Task
 
-_PACKAGE = __name__.rpartition(".")[0]
+_PACKAGE = f"{__package__}.shipped"
+GROUP = "edgewright.tasks"
+"""The group of entry points."""
 TASK_ATTRIBUTES = (
     "name",
     "labels",
@@ -56,12 +55,15 @@ def build_task(name: str, args: Mapping[str, Any], root: Path) -> Task:
     """
     placed = {key: _placed(key, value, root) for key, value in args.items()}
     if not name.startswith(PREFIX):
-        function = _shipped(name)
+        function = _named(name)
         try:
             check_arguments(function, placed, f"the task {name!r}")
-            return function(**placed)
+            made = function(**placed)
         except (TypeError, ValueError) as error:
             raise DataError(f"the task {name!r} cannot be made: {error}") from error
+        if name in extensions.offered(GROUP):
+            _check_task(made, f"the task {name!r}")
+        return made
     try:
         check_arguments(load_object(name, root).object, placed, name)
     except ValueError as error:
@@ -87,7 +89,9 @@ def task_sources(name: str, root: Path) -> tuple[Path, ...]:
         DataError: an unknown name, or a reference that cannot be loaded.
     """
     if not name.startswith(PREFIX):
-        specs = map(importlib.util.find_spec, module_digests(_shipped(name).__module__))
+        if name not in shipped() and name in extensions.offered(GROUP):
+            return extensions.files_of(GROUP, name)
+        specs = map(importlib.util.find_spec, module_digests(_named(name).__module__))
         return tuple(sorted(Path(spec.origin).resolve() for spec in specs if spec and spec.origin))
     try:
         return load_object(name, root).sources
@@ -96,13 +100,25 @@ def task_sources(name: str, root: Path) -> tuple[Path, ...]:
 
 
 def available() -> list[str]:
+    """Names of the tasks that ship, then of those that other packages offer."""
+    names = shipped()
+    return [*names, *sorted(extensions.offered(GROUP).keys() - set(names))]
+
+
+def shipped() -> list[str]:
     """Names of the tasks that ship."""
     folder = importlib.import_module(_PACKAGE).__path__
     modules = [info.name for info in pkgutil.iter_modules(folder)]
     return [name for name in modules if callable(getattr(importlib.import_module(f"{_PACKAGE}.{name}"), name, None))]
 
 
-def _shipped(name: str) -> Callable[..., Task]:
+def _named(name: str) -> Callable[..., Task]:
+    if name not in shipped() and name in extensions.offered(GROUP):
+        try:
+            offered: Callable[..., Task] = extensions.load(GROUP, name)
+        except ValueError as error:
+            raise DataError(f"the task {error}") from error
+        return offered
     names = available()
     if name not in names:
         raise DataError(
@@ -142,5 +158,5 @@ def _check_task(task: Any, name: str) -> None:
         if absent:
             raise DataError(
                 f"{name}: the split {key!r} is a {type(split).__name__} without {absent[0]!r}; wrap it in "
-                "TensorSplit or DatasetSplit of edgewright.pipeline.splits"
+                "TensorSplit or DatasetSplit of edgewright.pipeline.tasks.splits"
             )

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.edge_runtime import GoldenCase, Manifest, session_on, write_golden, write_manifest
-from edgewright.edge_runtime.manifest import (
+from edgewright.edge_runtime.bundle.manifest import (
     ExitSpec,
     Ledger,
     NodeRow,

@@ -12,14 +12,16 @@ from exported import CASES, share_conv_bases, share_linear_bases, with_exits
 from tiny import tiny_residual, tiny_transformer
 
 from edgewright.edge_runtime import load, open_bundle, verify
+from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
-from edgewright.edge_runtime.manifest import OperatingPoint
-from edgewright.export import ExportOptions, ToleranceOptions, export_bundle, model_file, parity_subject
-from edgewright.export.node_table import on_the_graph
+from edgewright.export import ExportOptions, ToleranceOptions, export_bundle
+from edgewright.export.accounts.node_table import on_the_graph
+from edgewright.export.graph import model_file
+from edgewright.export.proof import subject as parity_subject
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
-from edgewright.pipeline.cost import count
-from edgewright.pipeline.evaluation import evaluate
-from edgewright.pipeline.stages.exit_placement import exit_macs
+from edgewright.pipeline.analysis.cost import count
+from edgewright.pipeline.stages.early_exit.placement import exit_macs
+from edgewright.pipeline.training.evaluation import evaluate
 
 
 @pytest.mark.parametrize(("network", "policy"), CASES)

@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from edgewright.edge_runtime import load, session_on, verify
-from edgewright.edge_runtime.manifest import OperatingPoint
-from edgewright.edge_runtime.split_session import SplitSession
+from edgewright.edge_runtime.bundle.manifest import OperatingPoint
+from edgewright.edge_runtime.inference.split_session import SplitSession
 from edgewright.export import ExportOptions, export_bundle
-from edgewright.export.capture import capture
-from edgewright.export.control_flow import sink
-from edgewright.export.policy_graph import policy_graphs
-from edgewright.export.split_levels import split_levels
+from edgewright.export.exits.control_flow import sink
+from edgewright.export.exits.policy_graph import policy_graphs
+from edgewright.export.exits.split_levels import split_levels
+from edgewright.export.graph.capture import capture
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.image_classification import ImageClassification
-from edgewright.pipeline.splits import TensorSplit
-from edgewright.pipeline.stages.exit_auto import boundaries
+from edgewright.pipeline.stages.early_exit.automatic_places import boundaries
+from edgewright.pipeline.tasks.image_classification import ImageClassification
+from edgewright.pipeline.tasks.splits import TensorSplit
 
 transformers = pytest.importorskip("transformers")
 NAMES = ["input_ids", "attention_mask"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgewright.export import export_bundle
 from edgewright.models.layers.factorized import FactorizedLinear, SharedBasis
-from edgewright.pipeline.causal_lm import CausalLM
+from edgewright.pipeline.tasks.causal_lm import CausalLM
 
 
 class Tied(nn.Module):

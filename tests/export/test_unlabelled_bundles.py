@@ -13,11 +13,10 @@ from unlabelled import Embedding, Regression, network
 
 from edgewright.edge_runtime import load, verify
 from edgewright.edge_runtime.cli import main
-from edgewright.edge_runtime.errors import ExportError
-from edgewright.edge_runtime.session import session_on
-from edgewright.export.agreement import Agreement
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export.bundle import export_bundle
-from edgewright.export.parity_subject import Reference
+from edgewright.export.proof.agreement import Agreement
+from edgewright.export.proof.subject import Reference
 
 
 class Column(nn.Module):
@@ -86,14 +85,3 @@ def test_numbers_without_classes_still_fail_parity() -> None:
     check = Agreement(1e-4, 1e-4, reference.decides)
     check.answers("", "test", [0, 1], got, want, margin, 1e-6)
     assert check.label_flips == 0 and check.rows == 2 and "logits" in check.failures[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_told_what_to_export(tmp_path: Path, dtype: torch.dtype) -> None:
-    class Cast(Column):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).to(dtype)
-
-    for model, words in ((network().to(dtype), r"export `model\.float\(\)`"), (Cast(), r"return `\.float\(\)`")):
-        with pytest.raises(ExportError, match=words):
-            export_bundle(model, Regression(), tmp_path / "bundle")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from edgewright.models.layers.multi_exit import ExitOutput
 from edgewright.pipeline import FolderContext
 from edgewright.pipeline.errors import DataError
-from edgewright.pipeline.evaluation import answers, evaluate
-from edgewright.pipeline.image_classification import ImageClassification
 from edgewright.pipeline.metric import Accuracy, Answer, Metric, Score, metric_named, within
+from edgewright.pipeline.report.steps import measure
 from edgewright.pipeline.stages.class_aware_pruning import STAGE as PRUNING
-from edgewright.pipeline.steps import measure
+from edgewright.pipeline.tasks.image_classification import ImageClassification
+from edgewright.pipeline.training.evaluation import answers, evaluate
 
 LABELS = torch.tensor([0, 0, 0, 0, 1, 1, 2])
 TRUTH = torch.tensor([0, 0, 0, 1, 1, 1, 0])

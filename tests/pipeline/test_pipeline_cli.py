@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from recipes_on_disk import without_later_phases, write_recipe
 
-from edgewright.pipeline import cli, errors, runner
-from edgewright.pipeline.recipe_schema import json_schema
+from edgewright.pipeline import cli, errors
+from edgewright.pipeline.recipe.schema import json_schema
+from edgewright.pipeline.runs import runner
 
 
 @pytest.fixture(autouse=True)

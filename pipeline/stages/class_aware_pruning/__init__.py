@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .config import ClassAwarePruningConfig
-from .criteria import CRITERIA, Criterion
-from .pruning import STAGE, fit, rebuild
+from .criteria import CRITERIA
+from .criterion import Criterion
+from .stage import STAGE, fit, rebuild
 
 __all__ = ["CRITERIA", "STAGE", "ClassAwarePruningConfig", "Criterion", "fit", "rebuild"]

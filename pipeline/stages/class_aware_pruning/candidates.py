@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
+from ...analysis.channels.flow import Axis
+from ...analysis.channels.groups import ChannelGroup, Channels
 from ...task import split_of
 from .criteria import filter_scores, unit_scores
-from .groups import Channels
+from .feature_maps import Moments, collect_moments, correlations
 from .iterations import Progress
 from .scores import FilterStatistics, collect
 from .selection import Selection, select
@@ -32,7 +35,10 @@ def choose(setup: Setup, progress: Progress, channels: Channels, number: int) ->
         statistics = collect(
             progress.model, layers, split, setup.task.labels, config.scoring(), context, setup.task.loss
         )
-    scores = filter_scores(criterion, progress.model, statistics, channels.groups, context, number)
+    alike = None
+    if criterion.needs_feature_maps:
+        alike = correlations(channels.groups, moments_of(setup, progress.model, channels.groups))
+    scores = filter_scores(criterion, progress.model, statistics, channels.groups, context, number, alike)
     units = {g.name: unit_scores(g, scores, statistics, progress.model) for g in channels.groups}
     progress.artifacts = {f"scores.{path}": score.to(torch.float32) for path, score in scores.items()}
     for path, found in statistics.items() if setup.task.labels else ():
@@ -44,6 +50,12 @@ def choose(setup: Setup, progress: Progress, channels: Channels, number: int) ->
     return select(
         channels, units, setup.target.original, full_scale, setup.target.next_limit(channels.macs({})), config
     )
+
+
+def moments_of(setup: Setup, model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, dict[Axis, Moments]]:
+    """What the feature maps of `groups` have in common, on the split that scores come from."""
+    split = split_of(setup.task, setup.config.score_split, NAME)
+    return collect_moments(model, groups, split, setup.config.score_batch_size, setup.context)
 
 
 def _note_thresholds(setup: Setup, progress: Progress, statistics: Mapping[str, FilterStatistics]) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, WithJsonSchema
+
+from edgewright.edge_runtime.errors import InputError
+from edgewright.edge_runtime.targets.target import target_named, target_names
 
 from ...stage import StageConfig
-from ...training import TrainingConfig
+from ...training.training import TrainingConfig
+from .criteria import CRITERIA
 from .scores import ScoringSettings
 
 CPU_STEP = 8
@@ -19,32 +24,77 @@ _PROFILES: dict[str, tuple[int, int]] = {
     # tensor cores take 8 float16 channels, and 32 of INT8
     "tensorrt": (8, 32),
 }
-
+"""Multiples by name beside those of the targets: of narrow layers, and of wide ones."""
 
 _AUTO_TARGET = 0.5
 _WITHOUT_CLASSES = "taylor"
 """Of the criteria that need no classes the one nearest to the default: both weigh what a filter changes in the loss."""
 
 
+def _known_criterion(name: str) -> str:
+    if name != "auto" and name not in CRITERIA:
+        close = difflib.get_close_matches(name, CRITERIA, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"unknown criterion {name!r}{hint} There are: auto, {', '.join(CRITERIA)}")
+    return name
+
+
+CriterionName = Annotated[
+    str, AfterValidator(_known_criterion), WithJsonSchema({"type": "string", "enum": ["auto", *CRITERIA]})
+]
+"""`auto`, or a name of `CRITERIA`."""
+
+
+def _multiples(profile: str) -> tuple[int, int]:
+    """Of narrow and of wide layers.
+
+    Raises:
+        ValueError: neither a profile nor a target has this name.
+    """
+    if profile in _PROFILES:
+        return _PROFILES[profile]
+    try:
+        target = target_named(profile)
+    except InputError as error:
+        raise ValueError(f"{error}, and {', '.join(_PROFILES)}") from None
+    return target.narrow_channel_alignment, target.channel_alignment
+
+
+def _check_multiple(value: int | str | None) -> int | str | None:
+    if isinstance(value, str):
+        if value.isdigit():
+            return _check_multiple(int(value))
+        _multiples(value)
+    elif value is not None and value < 1:
+        raise ValueError(f"{value} is no multiple: give 1 or more")
+    return value
+
+
+Multiple = Annotated[
+    int | str | None,
+    AfterValidator(_check_multiple),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": [*_PROFILES, *target_names()]},
+                {"type": "integer", "minimum": 1},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+"""A number of channels, or the name of a target or of a profile that many targets share."""
+
+
 class ClassAwarePruningConfig(StageConfig):
     """Score, prune, retrain, and again, until nothing qualifies, a target is reached or accuracy would fall too far."""
 
-    criterion: Literal[
-        "auto",
-        "class_count",
-        "class_count_fisher",
-        "class_coverage",
-        "class_coverage_fpgm",
-        "fisher",
-        "taylor",
-        "l1",
-        "l2",
-        "fpgm",
-        "bn_scale",
-        "random",
-    ] = "auto"
+    criterion: CriterionName = "auto"
     """Which filters matter; see `criteria`. `auto`: `class_coverage_fpgm` with a target, and `class_count`, as
     published, without; `taylor` for a task without classes."""
+    hand_over: bool = False
+    """Before a channel goes, add its weights in the layers that read it to those of the surviving channel whose feature
+    maps are most like its own, times the regression coefficient (METHODS §6); with any criterion."""
     target_mac_reduction: Annotated[float, Field(gt=0.0, lt=1.0)] | Literal["auto"] | None = "auto"
     """Share of the model's MACs to remove, and to stop at. Then `allocation` says how many filters go from which layer
     and the criterion only which; there is no threshold. `auto`: half of them, or what widths and floors allow, nothing
@@ -64,10 +114,10 @@ class ClassAwarePruningConfig(StageConfig):
     """Largest share of the remaining prunable filters that one iteration removes."""
     min_width: float = Field(default=0.1, ge=0.0, le=1.0)
     """Share of its original filters that every layer keeps; never less than 4 filters and 2 %."""
-    round_to: Literal["cpu", "tensorrt"] | Annotated[int, Field(ge=1)] | None = None
-    """Widths after pruning are multiples of this, rounded up; layers that are not pruned keep their width. A target
-    profile names two multiples: `cpu` 8, and 16 for layers of 64 filters and more; `tensorrt` 8, and 32 for layers of
-    128 filters and more. None: any width."""
+    round_to: Multiple = None
+    """Widths after pruning are multiples of this, rounded up; layers that are not pruned keep their width. A profile
+    names two multiples: `cpu` 8, and 16 for layers of 64 filters and more; `tensorrt` 8, and 32 for layers of 128
+    filters and more; a target (`x86`, `x86_vnni`) has its own alignment. None: any width."""
     prune_residual: bool = False
     """Also narrow the streams of residual networks, whose filters several layers add up."""
     classes: tuple[str | int, ...] = ()
@@ -120,7 +170,7 @@ class ClassAwarePruningConfig(StageConfig):
         """What the width of a layer with so many filters before pruning is rounded up to."""
         if not isinstance(self.round_to, str):
             return self.round_to or 1
-        fine, coarse = _PROFILES[self.round_to]
+        fine, coarse = _multiples(self.round_to)
         # a layer of fewer than four coarse steps would have next to no choice left
         return coarse if filters >= 4 * coarse else fine
 

@@ -1,87 +1,25 @@
 """Which filters matter: one class per criterion, looked up in `CRITERIA` and nowhere else.
 
 A criterion scores the filters of one layer; what is done with scores of coupled layers, thresholds and targets is
-the same for all. To add one, write a class and put it into the tuple at the end; the shared tests take it up.
+the same for all. To add one, write a class (`criterion.py` has the contract; a file of its own is welcome) and put it
+into the tuple at the end; recipes, their schema and the shared tests take it up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ...analysis.channels.axes import filters, is_depthwise, is_mixing, sliced_tensors
+from ...analysis.channels.groups import ChannelGroup
 from ...stage import Context
-from .axes import filters, is_depthwise, is_mixing, sliced_tensors
-from .groups import ChannelGroup
+from .criterion import Criterion, Scaled, ScoredLayer
 from .scores import FilterStatistics
-
-
-@dataclass(frozen=True)
-class ScoredLayer:
-    """What a criterion may look at.
-
-    Attributes:
-        path: of the layer.
-        module: a convolution or linear layer.
-        statistics: None unless the criterion asks for them.
-        generator: for random choices, its own for every layer and iteration.
-        energy: float64 [F], sum of squares of all weights that go when the filter goes: its own, those of coupled
-            filters, and those of later layers that read it.
-        scale: float64 [F], size of the factor by which the normalisation behind multiplies the filter; where there is
-            none, the norm of its weights, which then is that factor.
-    """
-
-    path: str
-    module: nn.Module
-    statistics: FilterStatistics | None
-    generator: torch.Generator
-    energy: Tensor
-    scale: Tensor
-
-    @property
-    def filters(self) -> Tensor:
-        """Weights float [F, everything else]."""
-        return filters(self.module)
-
-
-class Criterion(Protocol):
-    """The contract.
-
-    Attributes:
-        name: as recipes write it.
-        needs_classes: whether it compares what a filter does for one class and for another.
-        needs_statistics: whether `ScoredLayer.statistics` must be there.
-        needs_scaling: False if scores compare across layers as they are; True if they first have to be divided by
-            their mean over the layer, so that 1 is the layer's average filter.
-    """
-
-    name: ClassVar[str]
-    needs_classes: ClassVar[bool]
-    needs_statistics: ClassVar[bool]
-    needs_scaling: ClassVar[bool]
-
-    def filter_scores(self, layer: ScoredLayer) -> Tensor:
-        """Float [F] >= 0, larger for filters that matter more."""
-        ...
-
-    def full_scale(self, classes: int) -> float:
-        """The score that `threshold_frac` is a share of, after scaling."""
-        ...
-
-
-class _Scaled:
-    """A criterion whose scores are relative to the layer's average filter; any task will do."""
-
-    needs_classes: ClassVar[bool] = False
-    needs_scaling: ClassVar[bool] = True
-
-    def full_scale(self, classes: int) -> float:
-        """The average filter of a layer."""
-        del classes
-        return 1.0
+from .similarity import Similarity
 
 
 class ClassCount:
@@ -90,6 +28,7 @@ class ClassCount:
     name: ClassVar[str] = "class_count"
     needs_classes: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = True
+    needs_feature_maps: ClassVar[bool] = False
     needs_scaling: ClassVar[bool] = False
 
     def filter_scores(self, layer: ScoredLayer) -> Tensor:
@@ -101,7 +40,7 @@ class ClassCount:
         return float(classes)
 
 
-class L1(_Scaled):
+class L1(Scaled):
     """Sum of the filter's absolute weights (arXiv 1608.08710)."""
 
     name: ClassVar[str] = "l1"
@@ -112,7 +51,7 @@ class L1(_Scaled):
         return layer.filters.abs().sum(dim=1)
 
 
-class L2(_Scaled):
+class L2(Scaled):
     """Norm of all weights that go together, those that read the filter included (arXiv 2301.12900)."""
 
     name: ClassVar[str] = "l2"
@@ -123,7 +62,7 @@ class L2(_Scaled):
         return layer.energy.sqrt()
 
 
-class GeometricMedian(_Scaled):
+class GeometricMedian(Scaled):
     """Sum of the distances to the other filters of the layer: what others can replace goes (arXiv 1811.00250)."""
 
     name: ClassVar[str] = "fpgm"
@@ -135,7 +74,7 @@ class GeometricMedian(_Scaled):
         return torch.cdist(weights, weights, compute_mode="donot_use_mm_for_euclid_dist").sum(dim=1)
 
 
-class NormalisationScale(_Scaled):
+class NormalisationScale(Scaled):
     """Factor of the normalisation behind the filter (network slimming, arXiv 1708.06519)."""
 
     name: ClassVar[str] = "bn_scale"
@@ -146,7 +85,7 @@ class NormalisationScale(_Scaled):
         return layer.scale
 
 
-class Taylor(_Scaled):
+class Taylor(Scaled):
     """First-order loss change of removing the filter's output, ``|sum a g|``, mean over images (arXiv 1611.06440)."""
 
     name: ClassVar[str] = "taylor"
@@ -157,7 +96,7 @@ class Taylor(_Scaled):
         return _statistics(layer).taylor.mean(dim=0)
 
 
-class Fisher(_Scaled):
+class Fisher(Scaled):
     """Second-order loss change, ``(sum a g) ** 2``, mean over classes (arXiv 1801.05787; METHODS §1.8)."""
 
     name: ClassVar[str] = "fisher"
@@ -168,7 +107,7 @@ class Fisher(_Scaled):
         return _statistics(layer).fisher.mean(dim=0)
 
 
-class ClassCountFisher(_Scaled):
+class ClassCountFisher(Scaled):
     """Class count times Fisher: among the best in mean and in worst-class accuracy (METHODS §1.8)."""
 
     name: ClassVar[str] = "class_count_fisher"
@@ -181,7 +120,7 @@ class ClassCountFisher(_Scaled):
         return statistics.class_count * statistics.fisher.mean(dim=0)
 
 
-class ClassCoverage(_Scaled):
+class ClassCoverage(Scaled):
     """What a filter does for each class, as a share of what the filters that are still there do for it.
 
     Shares are of Taylor's loss change, so that a class with small gradients weighs as much as others. The filters to
@@ -213,7 +152,7 @@ class ClassCoverage(_Scaled):
         return scores
 
 
-class ClassCoverageDistance(_Scaled):
+class ClassCoverageDistance(Scaled):
     """Sum of two ranks within the layer, by `ClassCoverage` and by `GeometricMedian`.
 
     The one knows which classes would miss a filter, the other whether other filters can take its place after
@@ -230,7 +169,7 @@ class ClassCoverageDistance(_Scaled):
         return _ranks(coverage) + _ranks(distance.cpu())
 
 
-class Random(_Scaled):
+class Random(Scaled):
     """No knowledge at all: the control."""
 
     name: ClassVar[str] = "random"
@@ -253,6 +192,7 @@ CRITERIA: dict[str, Criterion] = {
         L1(),
         L2(),
         GeometricMedian(),
+        Similarity(),
         NormalisationScale(),
         Random(),
     )
@@ -282,13 +222,15 @@ def filter_scores(
     groups: Sequence[ChannelGroup],
     context: Context,
     iteration: int,
+    correlation: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Scaled scores float64 [F] of every layer that has filters in `groups`."""
     modules = dict(model.named_modules())
     found = {}
     for path, (energy, scale) in coupled_weights(groups, modules).items():
         generator = context.generator("criterion", criterion.name, iteration, path)
-        layer = ScoredLayer(path, modules[path], statistics.get(path), generator, energy, scale)
+        alike = (correlation or {}).get(path)
+        layer = ScoredLayer(path, modules[path], statistics.get(path), generator, energy, scale, alike)
         score = criterion.filter_scores(layer).detach().cpu().to(torch.float64)
         if criterion.needs_scaling:
             score = score / score.mean().clamp_min(torch.finfo(torch.float64).tiny)

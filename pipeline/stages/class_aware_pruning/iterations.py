@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ...analysis.channels import surgery
 from ...stage import Json, State
-from . import surgery
 from .setup import Setup
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...task import Batch, Task
-from ...training import BatchLoss, TrainingConfig, task_loss
+from ...training.training import BatchLoss, TrainingConfig, task_loss
 
 
 def orthogonality(kernel: Tensor, padding: int = 1, stride: int = 1) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...cost import Cost, count
+from ...analysis.channels import surgery
+from ...analysis.channels.groups import Channels
+from ...analysis.cost import Cost, count
 from ...metric import Score
 from ...stage import Edit, Json, StageResult
-from . import surgery
 from .config import CPU_STEP
-from .groups import Channels
 from .iterations import Progress
 from .selection import Selection
 from .setup import NAME, Setup

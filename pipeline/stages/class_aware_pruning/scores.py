@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ...analysis.channels.axes import channel_dim
+from ...analysis.channels.modes import hooked, plain_eval
 from ...errors import StageError
 from ...stage import Context
 from ...task import Batch, Split
-from .axes import channel_dim
-from .modes import hooked, plain_eval
 
 
 @dataclass(frozen=True)

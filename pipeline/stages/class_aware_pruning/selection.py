@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...analysis.channels.groups import ChannelGroup, Channels
 from .config import ClassAwarePruningConfig
 from .criteria import UnitScores
-from .groups import ChannelGroup, Channels
 
 
 @dataclass(frozen=True)

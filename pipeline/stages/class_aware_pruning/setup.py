@@ -8,20 +8,20 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from ...class_subset import ClassSubset, class_indices
-from ...cost import Cost, count
+from ...analysis.channels import surgery
+from ...analysis.channels.attention import open_attention
+from ...analysis.channels.finding import find_channels
+from ...analysis.channels.groups import Channels
+from ...analysis.channels.specialising import class_cut
+from ...analysis.cost import Cost, count
 from ...errors import RecipeError, StageError
-from ...evaluation import evaluate
 from ...metric import Score
 from ...stage import Context
 from ...task import Task, check_classes, split_of
-from . import surgery
-from .attention import open_attention
+from ...tasks.class_subset import ClassSubset, class_indices
+from ...training.evaluation import evaluate
 from .config import ClassAwarePruningConfig
 from .criteria import CRITERIA, Criterion
-from .finding import find_channels
-from .groups import Channels
-from .specialising import class_cut
 from .target import MacTarget
 
 NAME = "class_aware_pruning"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...analysis.channels.groups import Channels
 from ...errors import StageError
 from .config import ClassAwarePruningConfig
-from .groups import Channels
 from .selection import smallest_macs
 
 

@@ -90,14 +90,6 @@ def test_max_probability_is_the_published_rule(seed: int, exits: int, classes: i
         assert (int(output.label[row]), int(output.exit_index[row])) == (label, left)
 
 
-def test_a_probability_equal_to_the_threshold_is_not_enough() -> None:
-    model = network(1, 2, "max_probability")
-    tie, clear = torch.zeros(1, 2), torch.tensor([[1.0, 0.0]])
-    assert torch.softmax(tie, 1).amax() == 0.5  # exactly
-    for logits, threshold, leaves_by in ((tie, 0.5, 1), (clear, 0.5, 0), (tie, 0.49, 0)):
-        assert int(model.decide([logits, clear], torch.tensor([threshold])).exit_index) == leaves_by
-
-
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @QUIET
 @given(st.data())

@@ -8,7 +8,7 @@ import pytest
 from stage_tester import StageCase, check_stage
 from tiny import tiny_residual, tiny_transformer
 
-from edgewright.pipeline.stages import STAGE_NAMES, stage_named
+from edgewright.pipeline.stage_registry import SHIPPED, stage_named
 
 _SHORT = {"epochs": 2, "batch_size": 32}
 _ONCE = {"epochs": 1, "batch_size": 32}
@@ -33,6 +33,11 @@ CASES = [
         "class_aware_pruning",
         {"criterion": "fisher", "target_mac_reduction": 0.2, "retrain": _ONCE, "max_drop": 0.5},
         tiny_transformer,
+    ),
+    StageCase(
+        "prune-similarity",
+        "class_aware_pruning",
+        {**_HALF, "criterion": "similarity", "hand_over": True, "prune_residual": True},
     ),
     StageCase("share-cnn", "basis_sharing"),
     StageCase("share-transformer", "basis_sharing", {}, tiny_transformer),
@@ -64,16 +69,16 @@ def test_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
 
 
 def test_every_stage_has_a_case() -> None:
-    assert {case.stage for case in CASES} == set(STAGE_NAMES)
+    assert {case.stage for case in CASES} == set(SHIPPED)
 
 
-@pytest.mark.parametrize("name", STAGE_NAMES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_stage_is_declared_completely(name: str) -> None:
     stage = stage_named(name)
     assert stage.name == name
     assert stage.config(), "every field has a default"
     assert "test" not in stage.splits
-    assert (stage.requires | stage.after.keys() | stage.forbids.keys()) <= set(STAGE_NAMES)
+    assert (stage.requires | stage.after.keys() | stage.forbids.keys()) <= set(SHIPPED)
     assert not {"name", "id", "config"} & stage.config.model_fields.keys(), "recipes use these keys themselves"
     undescribed = [key for key, value in stage.config.model_fields.items() if not value.description]
     assert not undescribed

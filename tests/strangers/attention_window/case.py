@@ -6,10 +6,10 @@ import torch
 import transformers
 
 from edgewright.edge_runtime.errors import EdgewrightError, InputError
-from edgewright.edge_runtime.generation import Generator
-from edgewright.export.generator import export_generator
+from edgewright.edge_runtime.language.generation import Generator
+from edgewright.export.language.generator import export_generator
 from edgewright.export.options import ExportOptions
-from edgewright.models.pretrained import LogitsOnly
+from edgewright.models.sources.pretrained import LogitsOnly
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

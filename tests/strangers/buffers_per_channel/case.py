@@ -10,8 +10,8 @@ from pathlib import Path
 import net
 import torch
 
-from edgewright.pipeline.stages.class_aware_pruning import surgery
-from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
+from edgewright.pipeline.analysis.channels import surgery
+from edgewright.pipeline.analysis.channels.finding import find_channels
 
 
 def tell(right: bool, name: str, seen: str) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from edgewright.pipeline import run
 from edgewright.pipeline.errors import EdgewrightError
-from edgewright.pipeline.recipe import parse_recipe
+from edgewright.pipeline.recipe.recipe import parse_recipe
 
 warnings.filterwarnings("ignore")
 HERE = Path.cwd()
@@ -85,7 +85,6 @@ def main():
     for name, path, change in (
         ("the_file_itself", "net.py", lambda text: text.replace(b"32, 2", b"32, 2, True")),
         ("a_file_that_it_imports", "parts/block.py", lambda text: text.replace(b"ACTIVATION()", b"nn.Tanh()")),
-        ("a_configuration_that_it_reads", "scale.json", lambda text: text.replace(b"1", b"7")),
         ("the_weights", "weights.safetensors", lambda text: text[:-4] + b"\0\0\0\0"),
     ):
         tried(name, recipe(), {path: change(Path(path).read_bytes())})

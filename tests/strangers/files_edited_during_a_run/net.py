@@ -12,7 +12,6 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.body, self.head = block(), nn.Linear(32, 2)
-        self.scale = json.loads(Path("scale.json").read_text())
 
     def forward(self, x):
         if self.training and Path("edit.json").is_file():
@@ -20,7 +19,7 @@ class Net(nn.Module):
             if STEPS[0] % 5 == 0:
                 for name, text in json.loads(Path("edit.json").read_text()).items():
                     Path(name).write_bytes(bytes.fromhex(text))
-        return self.head(torch.flatten(self.body(self.scale * x), 1))
+        return self.head(torch.flatten(self.body(x), 1))
 
 
 def net():

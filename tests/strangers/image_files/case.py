@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from edgewright.pipeline.errors import DataError
-from edgewright.pipeline.tasks.image_folder import image_folder
+from edgewright.pipeline.tasks.shipped.image_folder import image_folder
 
 warnings.simplefilter("ignore")
 COLOURS = np.zeros((20, 30, 3), np.uint8)

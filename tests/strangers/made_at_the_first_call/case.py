@@ -10,7 +10,7 @@ from networks import NETWORKS, Decides, task
 
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.pipeline import run
-from edgewright.pipeline.recipe import parse_recipe
+from edgewright.pipeline.recipe.recipe import parse_recipe
 
 warnings.filterwarnings("ignore")
 

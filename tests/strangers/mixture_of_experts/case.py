@@ -6,9 +6,9 @@ import torch
 import transformers
 
 from edgewright.edge_runtime.errors import EdgewrightError
-from edgewright.export.generator import export_generator
+from edgewright.export.language.generator import export_generator
 from edgewright.export.options import ExportOptions
-from edgewright.models.pretrained import LogitsOnly
+from edgewright.models.sources.pretrained import LogitsOnly
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

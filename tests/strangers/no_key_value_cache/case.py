@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from edgewright.edge_runtime.errors import EdgewrightError
-from edgewright.export.generator import export_generator
-from edgewright.models.pretrained import build
+from edgewright.export.language.generator import export_generator
+from edgewright.models.sources.pretrained import build
 
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from edgewright.pipeline import ImageClassification
 from edgewright.pipeline.errors import ModelError
-from edgewright.pipeline.model_check import check_model
+from edgewright.pipeline.runs.model_check import check_model
 
 labels = torch.arange(120) % 3
 images = torch.randn(120, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + labels[:, None, None, None]

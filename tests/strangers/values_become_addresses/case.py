@@ -7,8 +7,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from edgewright.pipeline.stages.class_aware_pruning import surgery
-from edgewright.pipeline.stages.class_aware_pruning.finding import find_channels
+from edgewright.pipeline.analysis.channels import surgery
+from edgewright.pipeline.analysis.channels.finding import find_channels
 
 
 class Places(nn.Module):

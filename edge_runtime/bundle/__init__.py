@@ -1,0 +1,1 @@
+"""The bundle: its manifest, its files and hashes, golden cases, and the archive of this runtime that it carries."""

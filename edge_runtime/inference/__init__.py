@@ -1,0 +1,1 @@
+"""From raw inputs to answers: preprocessing, feeds, execution providers, sessions and the runner."""

@@ -1,0 +1,1 @@
+"""Text from a generator bundle: sampling, generation and its command."""

@@ -1,0 +1,1 @@
+"""Latency that can be trusted: fresh processes, interleaved comparisons, and their statistics."""

@@ -1,0 +1,1 @@
+"""Whether a bundle answers here as it did where it was made."""

@@ -1,0 +1,455 @@
+"""Verifying a bundle on the machine it will run on: every recorded case, every exit, against two references.
+
+`reference` is what this very file gave on the exporting machine's CPU, `torch` what the compressed PyTorch
+model gave. Numbers are held to the manifest's tolerances. Labels, exits and the sets of excluded classes must
+be equal; a row whose decision lay closer to its threshold than the numeric error measured at export may differ,
+and is listed; its scores are not compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.bundle import Bundle, open_bundle
+from ..bundle.manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
+from ..errors import InputError, ParityError
+from ..inference.providers import Placement
+from ..inference.session import explicit_thresholds, load
+from ..process.plain_text import printable
+from .comparison import Comparison, compare, exclusion_differs
+
+EXCLUDED = "excluded"
+"""`ExcusedFlip.output` where only the set of excluded classes differs."""
+
+_MOST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which the bundle failed; `case` -1 stands for all cases together."""
+
+    case: int
+    against: str
+    """``"reference"``, ``"torch"`` or ``"bundle"``."""
+    output: str
+    row: int | None
+    message: str
+
+    def text(self) -> str:
+        """One line: which case, output and row, and how far."""
+        place = f"case {self.case:04d}, " if self.case >= 0 else ""
+        row = f", row {self.row}" if self.row is not None else ""
+        output = f", output {self.output!r}" if self.output else ""
+        return f"{place}against {self.against}{output}{row}: {self.message}"
+
+
+@dataclass(frozen=True)
+class ExcusedFlip:
+    """A decision that differs on a row whose margin is within the numeric error of the export."""
+
+    case: int
+    against: str
+    output: str
+    """``"label"``, ``"exit_index"``, or ``"excluded"``: label and exit are equal and only the set of excluded
+    classes differs."""
+    row: int
+    expected: int
+    """label or exit; -1 for ``"excluded"``."""
+    got: int
+    """label or exit; -1 for ``"excluded"``."""
+    margin: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found; `passed` is the verdict."""
+
+    bundle: str
+    bundle_sha256: str
+    name: str
+    onnxruntime: str
+    placement: Placement
+    threads: int | None
+    optimization_level: str
+    layout: str
+    tolerances: Tolerances
+    cases: int
+    rows: int
+    max_abs_diff: Mapping[str, float]
+    """against ``reference`` and ``torch``, over all float outputs."""
+    fraction_outside: Mapping[str, float]
+    label_agreement: float | None
+    """share of rows equal in label, excused flips counted as different; None: the model has no labels."""
+    exit_agreement: float | None
+    exits_covered: int
+    exits_total: int
+    findings: tuple[Finding, ...]
+    excused: tuple[ExcusedFlip, ...]
+    allowed: tuple[str, ...] = ()
+    """where the tolerances of the manifest allow everything, so that nothing was proven there; a sentence each."""
+    schema_version: int = 1
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def raise_if_failed(self) -> None:
+        """Turns the findings into an exception.
+
+        Raises:
+            ParityError: there are findings; the text is the report.
+        """
+        if self.findings:
+            raise ParityError(self.text())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON report."""
+        return {**asdict(self), "passed": self.passed}
+
+    def to_json(self) -> str:
+        """JSON text with sorted keys."""
+        return json.dumps(self.to_dict(), sort_keys=True, indent=2, allow_nan=False) + "\n"
+
+    def text(self) -> str:
+        """The report on one screen."""
+        agreement = [
+            f"{what} {value:.2%}"
+            for what, value in (("labels", self.label_agreement), ("exits", self.exit_agreement))
+            if value is not None
+        ]
+        lines = [
+            printable(f"{self.name}: {'verified' if self.passed else 'FAILED'}   {self.bundle}"),
+            f"  onnxruntime {self.onnxruntime}, {self.placement.text()}, optimization {self.optimization_level}"
+            + (", split" if self.layout == "split" else ""),
+            *(f"  FALLBACK: {reason}" for reason in self.placement.fallback),
+            f"  {self.cases} cases, {self.rows} rows, exits covered {self.exits_covered} of {self.exits_total}",
+        ]
+        lines.append(f"  tolerances: {_tolerances_text(self.tolerances)}")
+        lines += [f"  CAUTION: {what}" for what in self.allowed]
+        for against, largest in self.max_abs_diff.items():
+            share = self.fraction_outside[against]
+            lines.append(f"  against {against}: max |diff| {largest:.3g}, {share:.2%} of values outside")
+        if agreement:
+            lines.append("  equal to every reference: " + ", ".join(agreement))
+        lines += _shortened([printable(f"  excused: {_excuse(flip)}") for flip in self.excused], "excused flips")
+        lines += _shortened([printable(f"  FAILED: {finding.text()}") for finding in self.findings], "failures")
+        if self.findings:
+            lines.append("  Do not use it here: try another provider or optimization level, or export again.")
+        return "\n".join(lines)
+
+
+def verify(
+    bundle: str | os.PathLike[str] | Bundle,
+    providers: Sequence[str] | str | None = None,
+    threads: int | None = None,
+    optimization_level: str = "all",
+    allow_fallback: bool = False,
+    layout: str = "file",
+    thresholds: Sequence[float] | None = None,
+    operating_point: str | None = None,
+) -> VerifyReport:
+    """Runs every golden case of a bundle and compares.
+
+    Args:
+        bundle: folder, zip or open `Bundle`.
+        providers: as in `load`.
+        threads: as in `load`.
+        optimization_level: as in `load`.
+        allow_fallback: as in `load`.
+        layout: as in `load`; what was recorded is what `model.onnx` answered, for both.
+        thresholds: run the cases alone that were recorded with these.
+        operating_point: the same, by its name.
+
+    Returns:
+        The report; call `raise_if_failed` for the exception.
+
+    Raises:
+        BundleError: the bundle is not intact.
+        InputError: an option that does not fit, or thresholds with which nothing was recorded.
+        ProviderError: see `load`.
+    """
+    if not isinstance(bundle, Bundle):
+        with open_bundle(bundle) as opened:
+            return verify(
+                opened, providers, threads, optimization_level, allow_fallback, layout, thresholds, operating_point
+            )
+    cases = bundle.golden()
+    check = _Check(bundle.manifest)
+    placement = None
+    groups = list(_by_thresholds(cases))
+    chosen = explicit_thresholds(bundle.manifest, thresholds, operating_point)
+    if chosen is not None:
+        groups = _recorded_with(groups, chosen, bundle.manifest)
+    for values, indices in groups:
+        with load(
+            bundle,
+            providers=providers,
+            threads=threads,
+            thresholds=values,
+            allow_fallback=allow_fallback,
+            optimization_level=optimization_level,
+            layout=layout,
+        ) as runner:
+            placement = runner.placement
+            for index in indices:
+                check.case(index, cases[index], runner.run_rows(cases[index].inputs))
+    assert placement is not None  # golden.npz with no case does not load
+    if chosen is None:
+        check.coverage()
+    import onnxruntime
+
+    return VerifyReport(
+        bundle=str(bundle.source),
+        bundle_sha256=bundle.sha256,
+        name=bundle.manifest.name,
+        onnxruntime=str(onnxruntime.__version__),
+        placement=placement,
+        threads=threads,
+        optimization_level=optimization_level,
+        layout=layout,
+        tolerances=bundle.manifest.tolerances,
+        cases=sum(len(indices) for _, indices in groups),
+        rows=check.rows,
+        max_abs_diff=check.max_abs,
+        fraction_outside={k: check.outside[k] / max(n, 1) for k, n in check.elements.items()},
+        label_agreement=check.agreement(LABEL),
+        exit_agreement=check.agreement(EXIT_INDEX),
+        exits_covered=len(check.exits_seen & set(check.exits_wanted)),
+        exits_total=len(check.exits_wanted),
+        findings=tuple(check.findings),
+        excused=tuple(check.excused),
+        allowed=tuple(check.allowed()),
+    )
+
+
+class _Check:
+    """Collects what the cases show."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.tolerances = manifest.tolerances
+        self.exits_wanted = [exit_.index for exit_ in manifest.exits] if manifest.policy is not None else []
+        self.rows = 0
+        self.findings: list[Finding] = []
+        self.excused: list[ExcusedFlip] = []
+        self.exits_seen: set[int] = set()
+        self.max_abs: dict[str, float] = {}
+        self.outside: dict[str, int] = {}
+        self.elements: dict[str, int] = {}
+        self._binding: dict[tuple[str, str], bool] = {}
+        self._largest_margin = -1.0
+        self._compared = {LABEL: 0, EXIT_INDEX: 0}
+        self._equal = {LABEL: 0, EXIT_INDEX: 0}
+
+    def case(self, index: int, case: GoldenCase, got: Mapping[str, NDArray[Any]]) -> None:
+        """Compares one case with everything that was recorded for it."""
+        self.rows += int(next(iter(got.values())).shape[0])
+        if case.margin is not None and case.margin.size:
+            self._largest_margin = max(self._largest_margin, float(np.max(case.margin)))
+        if EXIT_INDEX in got:
+            self.exits_seen.update(got[EXIT_INDEX].ravel().tolist())
+        budgets = (
+            ("reference", case.reference, self.tolerances.reference_abs, self.tolerances.reference_rel),
+            ("torch", case.torch, self.tolerances.torch_abs, self.tolerances.torch_rel),
+        )
+        for against, expected, abs_tol, rel_tol in budgets:
+            if not expected:
+                self._find(index, against, "", None, "nothing was recorded; export the bundle again")
+            for name in sorted(set(got) ^ set(expected)) if expected else ():
+                what = "is not among the recorded ones" if name in got else "is missing from the model"
+                self._find(index, against, name, None, f"the output {what}")
+            apart = self._decisions(index, against, case, expected, got)
+            apart |= self._exclusions(index, against, case, expected, got, apart)
+            for name in sorted(set(got) & set(expected) - {LABEL, EXIT_INDEX}):
+                self._numbers(index, against, name, got[name], expected[name], apart, abs_tol, rel_tol)
+
+    def coverage(self) -> None:
+        """Every exit must have been taken by some case."""
+        for exit_index in self.exits_wanted:
+            if exit_index not in self.exits_seen:
+                message = f"no case leaves by exit {exit_index}, so its branch is unproven"
+                self._find(-1, "bundle", EXIT_INDEX, None, message)
+
+    def agreement(self, output: str) -> float | None:
+        """Share of compared rows that were equal; None if there was none."""
+        return self._equal[output] / self._compared[output] if self._compared[output] else None
+
+    def allowed(self) -> Iterator[str]:
+        """Where nothing that was compared could have failed."""
+        for (against, output), binding in self._binding.items():
+            if not binding:
+                yield (
+                    f"the tolerance against {against} allows everything for {output!r}: zeros in place of the recorded "
+                    "values would pass"
+                )
+        if 0 <= self._largest_margin <= self.tolerances.flip_margin:
+            yield (
+                f"flips are excused up to a margin of {self.tolerances.flip_margin:.3g}, and no recorded row has a "
+                "larger one: every label and exit would pass"
+            )
+
+    def _decisions(
+        self,
+        index: int,
+        against: str,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+    ) -> set[int]:
+        """Compares label and exit; returns the rows that were decided otherwise and so have other scores."""
+        apart: set[int] = set()
+        for output in (EXIT_INDEX, LABEL):
+            if output not in got or output not in expected:
+                continue
+            a, b = got[output], expected[output]
+            shape_error = compare(a, b).error
+            if shape_error is not None:
+                self._find(index, against, output, None, shape_error)
+                continue
+            a, b = a.ravel(), b.ravel()
+            self._compared[output] += a.size
+            self._equal[output] += int((a == b).sum())
+            for row in np.flatnonzero(a != b).tolist():
+                margin = _margin(case, row)
+                if margin is not None and margin <= self.tolerances.flip_margin:
+                    flip = ExcusedFlip(index, against, output, row, int(b[row]), int(a[row]), margin)
+                    self.excused.append(flip)
+                else:
+                    self._find(index, against, output, row, _flip_text(b[row], a[row], margin, self.tolerances))
+                apart.add(row)
+        return apart
+
+    def _exclusions(
+        self,
+        index: int,
+        against: str,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+        apart: set[int],
+    ) -> set[int]:
+        """Rows in which only the set of excluded classes differs, as closely decided as an excused flip."""
+        if SCORES not in got or SCORES not in expected or not {LABEL, EXIT_INDEX} <= set(got) & set(expected):
+            return set()
+        a, b = got[SCORES], expected[SCORES]
+        if a.ndim != 2 or compare(a, b).error is not None:
+            return set()
+        excused = set()
+        for row in np.flatnonzero(exclusion_differs(a, b)).tolist():
+            margin = _margin(case, row)
+            if row not in apart and margin is not None and margin <= self.tolerances.flip_margin:
+                self.excused.append(ExcusedFlip(index, against, EXCLUDED, row, -1, -1, margin))
+                excused.add(row)
+        return excused
+
+    def _numbers(
+        self,
+        index: int,
+        against: str,
+        name: str,
+        got: NDArray[Any],
+        want: NDArray[Any],
+        apart: set[int],
+        abs_tol: float,
+        rel_tol: float,
+    ) -> None:
+        rows = np.arange(len(got))
+        if apart and got.shape == want.shape:
+            # NaN is never explained by a decision, so such a row is compared whatever was excused
+            sound = np.isfinite(got.reshape(len(got), -1)).all(axis=1)
+            rows = np.array([row for row in rows.tolist() if row not in apart or not sound[row]], np.int64)
+            got, want = got[rows], want[rows]
+            if rows.size == 0:
+                return
+        size = np.abs(want[np.isfinite(want) & (want != 0)].astype(np.float64))
+        if size.size:
+            with np.errstate(over="ignore"):
+                binds = bool((abs_tol + rel_tol * size < size).any())
+            self._binding[against, name] = self._binding.get((against, name), False) or binds
+        result: Comparison = compare(got, want, abs_tol=abs_tol, rel_tol=rel_tol)
+        self.max_abs[against] = max(self.max_abs.get(against, 0.0), result.max_abs)
+        self.outside[against] = self.outside.get(against, 0) + result.outside
+        self.elements[against] = self.elements.get(against, 0) + result.elements
+        if not result.passed:
+            row = int(rows[result.worst_index[0]]) if result.worst_index else None
+            budget = f" (tolerance {abs_tol:g} + {rel_tol:g} * |wanted|)"
+            self._find(index, against, name, row, result.text() + budget)
+
+    def _find(self, case: int, against: str, output: str, row: int | None, message: str) -> None:
+        self.findings.append(Finding(case, against, output, row, message))
+
+
+def _by_thresholds(cases: Sequence[GoldenCase]) -> Iterator[tuple[list[float] | None, list[int]]]:
+    """Groups case indices by their thresholds, so that each setting needs one session."""
+    groups: dict[tuple[float, ...] | None, list[int]] = {}
+    for index, case in enumerate(cases):
+        key = None if case.thresholds is None else tuple(np.asarray(case.thresholds).ravel().tolist())
+        groups.setdefault(key, []).append(index)
+    for key, indices in groups.items():
+        yield (None if key is None else list(key)), indices
+
+
+def _recorded_with(
+    groups: Sequence[tuple[list[float] | None, list[int]]], chosen: Sequence[float], manifest: Manifest
+) -> list[tuple[list[float] | None, list[int]]]:
+    """The groups with these thresholds.
+
+    Raises:
+        InputError: there is none; names the operating points that were recorded.
+    """
+    found = [group for group in groups if group[0] is not None and _same(group[0], chosen)]
+    if not found:
+        known = [values for values, _ in groups if values is not None]
+        names = (
+            ", ".join(p.name for p in manifest.operating_points if any(_same(p.thresholds, v) for v in known)) or "none"
+        )
+        raise InputError(
+            f"nothing was recorded with the thresholds {[round(float(t), 6) for t in chosen]}, so there is nothing to "
+            f"compare with: verify an operating point ({names}), or leave them out, which runs every recorded case"
+        )
+    return found
+
+
+def _same(a: Sequence[float], b: Sequence[float]) -> bool:
+    return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def _margin(case: GoldenCase, row: int) -> float | None:
+    margin = None if case.margin is None else np.asarray(case.margin).ravel()
+    return float(margin[row]) if margin is not None and row < margin.size else None
+
+
+def _tolerances_text(tolerances: Tolerances) -> str:
+    return (
+        f"reference {tolerances.reference_abs:g} + {tolerances.reference_rel:g} * |wanted|, "
+        f"torch {tolerances.torch_abs:g} + {tolerances.torch_rel:g} * |wanted|, "
+        f"flips up to a margin of {tolerances.flip_margin:.3g}"
+    )
+
+
+def _flip_text(expected: int, got: int, margin: float | None, tolerances: Tolerances) -> str:
+    known = "no margin was recorded" if margin is None else f"margin {margin:.3g}"
+    return f"{got}, wanted {expected} ({known}, flips are excused up to {tolerances.flip_margin:.3g})"
+
+
+def _excuse(flip: ExcusedFlip) -> str:
+    if flip.output == EXCLUDED:
+        what = f"row {flip.row} excludes other classes, label and exit are equal"
+        return f"case {flip.case:04d}, against {flip.against}, {what}, margin {flip.margin:.3g}"
+    return (
+        f"case {flip.case:04d}, against {flip.against}, {flip.output} of row {flip.row}: {flip.got}, "
+        f"wanted {flip.expected}, margin {flip.margin:.3g}"
+    )
+
+
+def _shortened(lines: list[str], what: str) -> list[str]:
+    if len(lines) <= _MOST_LINES:
+        return lines
+    return [*lines[:_MOST_LINES], f"  ... and {len(lines) - _MOST_LINES} more {what}"]

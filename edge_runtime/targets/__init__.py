@@ -1,0 +1,1 @@
+"""What devices can do: one JSON file per target, read by exports, by pruning and by `doctor`."""

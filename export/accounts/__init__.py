@@ -1,0 +1,1 @@
+"""What a graph stores and computes: bytes, MACs, and weights that are there twice."""

@@ -1,0 +1,1 @@
+"""Exits as `If` branches: levels, policies, rows that leave, split files, and where weights lie."""

@@ -1,0 +1,1 @@
+"""The flat graph: captured from PyTorch, simplified, written to files."""

@@ -1,0 +1,1 @@
+"""Language models with a KV cache in one graph."""

@@ -1,0 +1,1 @@
+"""Parity of the file with PyTorch, on every branch and at every optimization level."""

@@ -1,0 +1,1 @@
+"""How a name, a file or a library becomes a module with weights."""

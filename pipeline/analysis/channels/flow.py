@@ -1,0 +1,65 @@
+"""What is known of a model's channels: which feed which, what a layer costs, which cannot be told apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor
+
+Axis: TypeAlias = tuple[str, str]
+"""(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
+OUTPUT: Axis = ("", "columns")
+"""The columns of what the model returns, if that is one tensor [N, columns]; read like a layer's input."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one clean pass says about a mixing layer, over all its calls.
+
+    Attributes:
+        macs: multiply-accumulates of one row.
+        positions: most output positions (pixels, tokens) of one call and row.
+        dense: every output channel reads every input channel; else each reads a fixed number of them.
+    """
+
+    macs: int
+    positions: int
+    dense: bool = True
+
+
+@dataclass
+class Flow:
+    """Where the output channels of every source arrive.
+
+    Attributes:
+        widths: channels of every axis seen.
+        calls: mixing layers that ran.
+        feeds: per source and reader axis: int64 [channels of the reader], the source channel, or -1 where it does not
+            arrive.
+        mixed: sources whose channels cannot be told apart at some reader, with the readers' paths.
+        mixed_at: per such source: reader axis -> bool [channels], where several of its channels arrive.
+        blocks: sources whose channels are mixed in blocks only, as those of attention heads: bool [channels] of each
+            block, and per reader axis bool [channels] where the block arrives.
+        outputs: sources that reach the model's output directly.
+        opaque: layers with a forward of their own, whose channels are elsewhere than those of their type.
+        along: axes of tensors that a layer has beyond those of its type -> the layer's axis that they go along with.
+        decides: sources whose values become places or choices: the operation and the module, in words.
+        foreign: operators of other libraries that the model calls.
+        stuck: axes of layers that cannot be narrowed, with the reason.
+        training_only: layers of `calls` that run in training only, such as auxiliary heads.
+    """
+
+    widths: dict[Axis, int] = field(default_factory=dict)
+    calls: dict[str, Call] = field(default_factory=dict)
+    feeds: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
+    mixed: dict[Axis, str] = field(default_factory=dict)
+    mixed_at: dict[Axis, dict[Axis, Tensor]] = field(default_factory=dict)
+    blocks: dict[Axis, list[tuple[Tensor, dict[Axis, Tensor]]]] = field(default_factory=dict)
+    outputs: set[Axis] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
+    along: dict[Axis, Axis] = field(default_factory=dict)
+    decides: dict[Axis, str] = field(default_factory=dict)
+    foreign: set[str] = field(default_factory=set)
+    stuck: dict[Axis, str] = field(default_factory=dict)
+    training_only: frozenset[str] = frozenset()

@@ -1,0 +1,1 @@
+"""Recipes: typed, checked, resolved, and their schema for editors."""

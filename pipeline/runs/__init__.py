@@ -1,0 +1,1 @@
+"""The whole way: preparation, stages, export, measurement."""

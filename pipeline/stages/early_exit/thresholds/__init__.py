@@ -1,0 +1,1 @@
+"""Which thresholds the exits get: counts, limits, trials, and the searches over them."""

@@ -1,0 +1,1 @@
+"""What stays on disk: checkpoints, the cache, atomic writes, digests of sources."""

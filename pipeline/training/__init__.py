@@ -1,0 +1,1 @@
+"""The training loop, what it needs of a model, and evaluation."""
