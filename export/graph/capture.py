@@ -14,10 +14,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.sources.capturable import batched_experts
 from edgewright.models.sources.module_state import untouched
+
+from .leaves import ONE_TENSOR, leaves_of
 
 MODULE_KEY = "edgewright.module"
 """The one metadata key a node carries: its torch module path."""
@@ -44,23 +47,26 @@ _KNOWN_FIXES = (
 )
 
 
-class HeadLogits(nn.Module):
-    """What gets captured: positional inputs to a tuple of logits [N, C], one per head, the network's own last."""
+class Outputs(nn.Module):
+    """What gets captured: positional inputs to a tuple of tensors, those of the answers in their order.
 
-    def __init__(self, model: nn.Module) -> None:
+    Of a network with exits the logits [N, C] of every head, the network's own last.
+    """
+
+    def __init__(self, model: nn.Module, answers: Sequence[AnswerSpec] = ONE_TENSOR) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.answers = model, tuple(answers)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits of every head."""
+        """The tensors."""
         if isinstance(self.model, MultiExit):
             return tuple(self.model.all_logits(*inputs))
-        return (self.model(*inputs),)
+        return leaves_of(self.model(*inputs), self.answers)
 
 
-def logits_name(head: int) -> str:
-    """Name of the flat graph's output for head `head`."""
-    return f"logits.{head}"
+def flat_name(index: int) -> str:
+    """Name of the flat graph's output for head or answer `index`."""
+    return f"logits.{index}"
 
 
 def capture(
@@ -69,6 +75,7 @@ def capture(
     input_names: Sequence[str],
     dynamic_axes: Sequence[Mapping[int, str]] | None = None,
     opset: int | None = None,
+    answers: Sequence[AnswerSpec] = ONE_TENSOR,
 ) -> ir.Model:
     """Exports `model` with torch's dynamo exporter, without any optimization.
 
@@ -82,14 +89,15 @@ def capture(
         input_names: names of the graph's inputs.
         dynamic_axes: per input, axis -> name; None makes every axis as the example's.
         opset: ONNX opset, None for the exporter's own.
+        answers: of a model without exits: where the outputs lie in what it returns.
 
     Returns:
-        A graph with outputs ``logits.0`` ... ``logits.K``.
+        A graph with outputs ``logits.0`` ... ``logits.K``, of the heads or of the answers.
 
     Raises:
         ExportError: torch cannot export the model; names the step and, where known, the remedy.
     """
-    heads = len(model.specs) + 1 if isinstance(model, MultiExit) else 1
+    heads = len(model.specs) + 1 if isinstance(model, MultiExit) else len(answers)
     shapes = (
         None
         if dynamic_axes is None
@@ -97,7 +105,7 @@ def capture(
     )
     try:
         with quietly(), torch.no_grad(), untouched(model), batched_experts(model):
-            wrapper = HeadLogits(model).eval()
+            wrapper = Outputs(model, answers).eval()
             # what the first call makes and keeps must be there: the tracer would keep a fake of it
             _first_call(wrapper, inputs)
             program = torch.onnx.export(
@@ -108,7 +116,7 @@ def capture(
                 verbose=False,
                 external_data=False,
                 input_names=list(input_names),
-                output_names=[logits_name(i) for i in range(heads)],
+                output_names=[flat_name(i) for i in range(heads)],
                 dynamic_shapes=shapes,
                 opset_version=opset,
             )
@@ -126,9 +134,11 @@ def capture(
     return captured
 
 
-def _first_call(wrapper: HeadLogits, inputs: Sequence[Tensor]) -> None:
+def _first_call(wrapper: Outputs, inputs: Sequence[Tensor]) -> None:
     try:
         wrapper(*inputs)
+    except ExportError:
+        raise
     except Exception as error:  # a user's forward may raise anything
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise ExportError(
