@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,18 @@ from .. import errors
 from ..bundle.bundle import Bundle
 from ..bundle.golden import read_npz
 from ..bundle.manifest import MANIFEST_FILE
-from ..inference.providers import provider_names
+from ..inference.options import SessionOptions
 from ..process.scratch import Scratch
 from ..process.watched import run_watched
 from .measuring import Feed, write_feeds
 
-_PACKAGE = __package__ or "edge_runtime.measure"
+_PACKAGE = __name__.rsplit(".", 2)[0]  # "edge_runtime", wherever that lies
 # `python -c` puts the working folder first on the path, where a user's own `models` or `numpy.py` may lie.
 _START = (
     "import sys, time; "
     "sys.path[:] = [p for p in sys.path if p]; "
     "sys.argv[1] in sys.path or sys.path.insert(0, sys.argv[1]); "
-    "import importlib; importlib.import_module(sys.argv[2] + '.watched').watch_parent(); "
+    "import importlib; importlib.import_module(sys.argv[2] + '.process.watched').watch_parent(); "
     "started = time.perf_counter_ns(); "
     "importlib.import_module(sys.argv[2] + sys.argv[3]).main(started, *sys.argv[4:])"
 )
@@ -50,16 +50,14 @@ class Artefact:
         model: the ONNX file.
         feeds: inputs, one mapping a run.
         bundle: what it comes from, if that is a bundle.
-        thresholds: for its exits.
-        layout: of a bundle, see `session.Layout`.
+        options: of its session.
     """
 
     name: str
     model: Path
     feeds: Sequence[Feed]
-    bundle: Bundle | None = None
-    thresholds: tuple[float, ...] | None = None
-    layout: str = "file"
+    bundle: Bundle | None
+    options: SessionOptions
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,8 @@ class ChildResult:
 
 def block_settings(
     mode: str,
+    options: SessionOptions,
     *,
-    providers: Sequence[str] | str | None,
-    threads: int | None,
-    allow_fallback: bool,
-    optimization_level: str,
     blocks: int,
     block_runs: int,
     warmup_seconds: float,
@@ -89,16 +84,12 @@ def block_settings(
 
     Raises:
         InputError: a number of blocks or runs that is not positive.
-        ProviderError: an unknown provider.
     """
     if blocks < 1 or block_runs < 1:
         raise errors.InputError(f"blocks and block_runs are positive numbers, not {blocks} and {block_runs}")
     return {
         "mode": mode,
-        "providers": list(provider_names(providers)),
-        "threads": threads,
-        "allow_fallback": allow_fallback,
-        "optimization_level": optimization_level,
+        **options.of_the_machine(),
         "blocks": blocks,
         "block_runs": block_runs,
         "warmup_seconds": warmup_seconds,
@@ -147,17 +138,17 @@ def run_child(artefacts: Sequence[Artefact], settings: Mapping[str, Any], timeou
 
 def child_command(spec_path: Path) -> list[str]:
     """The command line of the measuring process."""
-    return process_command(".measuring", str(spec_path))
+    return process_command(".measure.measuring", str(spec_path))
 
 
 def process_command(module: str, *arguments: str) -> list[str]:
-    """The command line of a process that runs ``main`` of one of this package's modules.
+    """The command line of a process that runs ``main`` of one of edge_runtime's modules.
 
     Args:
-        module: its name, with a dot in front.
+        module: its name in the package, with a dot in front.
         arguments: what ``main`` gets after the time at which it was started, ``time.perf_counter_ns()``.
     """
-    root = Path(__file__).parents[len(_PACKAGE.split("."))]
+    root = Path(__file__).parents[len(_PACKAGE.split(".")) + 1]  # of this file, which lies one folder deeper
     isolated = ["-I"] if sys.flags.isolated else []
     return [sys.executable, *isolated, "-c", _START, str(root), _PACKAGE, module, *arguments]
 
@@ -173,8 +164,7 @@ def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[s
             "manifest": str(artefact.bundle.path(MANIFEST_FILE).resolve()) if artefact.bundle else None,
             "manifest_sha256": artefact.bundle.sha256 if artefact.bundle else None,
             "inputs": str(inputs),
-            "thresholds": list(artefact.thresholds) if artefact.thresholds is not None else None,
-            "layout": artefact.layout,
+            "options": asdict(artefact.options),
         }
         entries.append(entry)
     path = folder / "spec.json"

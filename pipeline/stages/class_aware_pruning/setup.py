@@ -21,7 +21,8 @@ from ...task import Task, check_classes, split_of
 from ...tasks.class_subset import ClassSubset, class_indices
 from ...training.evaluation import evaluate
 from .config import ClassAwarePruningConfig
-from .criteria import CRITERIA, Criterion
+from .criteria import CRITERIA
+from .criterion import Criterion
 from .target import MacTarget
 
 NAME = "class_aware_pruning"
