@@ -1,5 +1,6 @@
-from edgewright.tests.strangers.files_edited_during_a_run.parts import ACTIVATION
 from torch import nn
+
+from . import ACTIVATION
 
 
 def block():
