@@ -26,10 +26,11 @@ if TYPE_CHECKING:
     from .device import DoctorReport, doctor, fingerprint
     from .errors import BundleError, EdgewrightError, InputError, ParityError, ProviderError, QualityFloorError
     from .inference.image_file import load_image
+    from .inference.options import SessionOptions
     from .inference.providers import Placement, ProviderFallbackWarning
     from .inference.runner import Prediction, Runner
     from .inference.session import load, session_on
-    from .measure.benchmark import bench, bench_text
+    from .measure.benchmark import BenchRow, bench, bench_text
     from .measure.exit_latency import latency_table
     from .measure.interleave import Contender, Interleaved, interleaved
     from .proof.comparison import Comparison, compare
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .proof.verification import VerifyReport, verify
 
 _WHERE = {
+    "BenchRow": "measure.benchmark",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "Comparison": "proof.comparison",
@@ -55,6 +57,7 @@ _WHERE = {
     "QualityFloorError": "errors",
     "RawReport": "proof.raw_check",
     "Runner": "inference.runner",
+    "SessionOptions": "inference.options",
     "VerifyReport": "proof.verification",
     "bench": "measure.benchmark",
     "bench_text": "measure.benchmark",
@@ -81,6 +84,7 @@ _WHERE = {
 # here would take its place in the package as soon as anything imports it.
 
 __all__ = [
+    "BenchRow",
     "Bundle",
     "BundleError",
     "Comparison",
@@ -99,6 +103,7 @@ __all__ = [
     "QualityFloorError",
     "RawReport",
     "Runner",
+    "SessionOptions",
     "VerifyReport",
     "bench",
     "bench_text",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .bundle.bundle import Bundle
     from .bundle.manifest import Manifest
+    from .inference.options import SessionOptions
     from .inference.runner import Prediction
 
 COMMANDS = {
@@ -166,7 +167,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         made[name] = commands.add_parser(
             name, parents=parents.get(name, [common, session, exits, layout]), help=what, description=what
         )
+        # what not every command has
         made[name].set_defaults(command=run[name], bundle=None, samples_file=None, record=None)
+        made[name].set_defaults(thresholds=None, operating_point=None, layout="file")
         if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
         if name != "doctor":
@@ -213,24 +216,24 @@ def _opened(options: argparse.Namespace) -> Bundle:
     return open_bundle(options.bundle, options.follow_links)
 
 
-def _session(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that every command passes on to `session.load`."""
-    return {
-        "providers": options.provider,
-        "threads": options.threads,
-        "allow_fallback": options.allow_fallback,
-        "optimization_level": options.optimization_level,
-    }
+def _session(options: argparse.Namespace) -> SessionOptions:
+    """The options of the session that a command opens."""
+    from .inference.options import SessionOptions
 
-
-def _exits(options: argparse.Namespace) -> dict[str, Any]:
-    """The options on exits that verify, predict and bench pass on."""
     thresholds, point = options.thresholds, options.operating_point
     if isinstance(thresholds, str):
         if point is not None:
             raise InputError("give --thresholds or --operating-point, not both")
         thresholds, point = None, thresholds
-    return {"thresholds": thresholds, "operating_point": point, "layout": options.layout}
+    return SessionOptions(
+        providers=options.provider,
+        threads=options.threads,
+        thresholds=thresholds,
+        operating_point=point,
+        allow_fallback=options.allow_fallback,
+        optimization_level=options.optimization_level,
+        layout=options.layout,
+    )
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -247,7 +250,7 @@ def _verify(options: argparse.Namespace) -> int:
     from .proof.verification import verify
 
     with _opened(options) as bundle:
-        report = verify(bundle, **_session(options), **_exits(options))
+        report = verify(bundle, _session(options))
     print(report.text())
     _write_json(options.json, report.to_dict())
     return 0 if report.passed else ParityError.exit_code
@@ -256,7 +259,7 @@ def _verify(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from .inference.session import load
 
-    with _opened(options) as bundle, load(bundle, **_session(options), **_exits(options)) as runner:
+    with _opened(options) as bundle, load(bundle, _session(options)) as runner:
         prediction = runner.predict(_read_input(options.input, bundle.manifest))
     for line in _prediction_lines(prediction):
         print(line)
@@ -269,13 +272,12 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .measure.benchmark import bench, bench_text
+    from .measure.benchmark import bench
 
     with _opened(options) as bundle:
         row = bench(
             bundle,
-            **_session(options),
-            **_exits(options),
+            _session(options),
             inputs=options.inputs,
             percentiles=options.percentiles,
             min_seconds=options.min_seconds,
@@ -283,9 +285,9 @@ def _bench(options: argparse.Namespace) -> int:
             samples_file=options.samples_file,
             seed=options.seed,
         )
-    print(bench_text(row))
-    _write_json(options.json, row)
-    return 0 if row["status"] == "ok" else EdgewrightError.exit_code
+    print(row.text())
+    _write_json(options.json, row.to_dict())
+    return 0 if row.status == "ok" else EdgewrightError.exit_code
 
 
 def _latency_table(options: argparse.Namespace) -> int:
@@ -297,8 +299,7 @@ def _latency_table(options: argparse.Namespace) -> int:
     with _opened(options) as bundle:
         table = latency_table(
             bundle,
-            **_session(options),
-            layout=options.layout,
+            _session(options),
             inputs=options.inputs,
             blocks=options.blocks,
             block_runs=options.block_runs,

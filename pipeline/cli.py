@@ -245,7 +245,8 @@ def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> t
     """The model and one batch for it."""
     from .errors import InputError
     from .recipe.recipe import load_recipe, parse_recipe
-    from .runs.preparation import build_named, example_inputs
+    from .runs.base_model import build_named
+    from .runs.preparation import example_inputs
 
     path = _recipe_path(given)
     is_recipe = path.suffix in (".yaml", ".yml", ".json")
@@ -304,7 +305,9 @@ def _steps_table(result: RunResult) -> Table:
     for row in result.steps:
         table.add_row(*_cells(row, row.step == result.reference))
     worst = "; worst: the class with the lowest accuracy" if classes else ""
-    table.caption = f"* what the others are compared with{worst}"
+    alike = all(row.macs_of == "graph" for row in result.steps)
+    pytorch = "" if alike else "; °: not exported, counted by PyTorch's operators"
+    table.caption = f"* what the others are compared with{worst}{pytorch}"
     table.caption_justify = "left"
     return table
 
@@ -317,7 +320,7 @@ def _cells(row: StepRow, reference: bool) -> tuple[str, ...]:
             if row.accuracy is None
             else (_share(row.accuracy), _share(row.worst_class_accuracy))
         ),
-        _short_count(row.macs),
+        _short_count(row.macs) + ("" if row.macs_of == "graph" else " °"),
         _short_count(row.parameters),
         f"{row.unique_weight_bytes / 1000:,.1f}",
         "-" if row.file_bytes is None else f"{row.file_bytes / 1000:,.1f}",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from edgewright.pipeline.report.steps import StepRow
 from edgewright.pipeline.runs import runner
+from edgewright.pipeline.runs.exporting import ExportPlan
 
 MODEL = """
 import torch
@@ -58,10 +62,14 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def _nothing_exported(plan: ExportPlan, steps: Sequence[StepRow], *_: object) -> dict[str, SimpleNamespace]:
+    return {steps[-1].step: SimpleNamespace(path=plan.out / "bundle", manifest=None)}
+
+
 def without_later_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves out export, measurement and report: seconds each, and tested where they are made."""
-    monkeypatch.setattr(runner, "export_bundles", lambda plan, steps, *_: {steps[-1].step: plan.out / "bundle"})
+    monkeypatch.setattr(runner, "export_bundles", _nothing_exported)
     monkeypatch.setattr(runner, "measure_bundles", lambda *_: [])
     monkeypatch.setattr(runner, "compare_bundles", lambda *_: None)
     monkeypatch.setattr(runner, "write_report", lambda *_: None)
-    monkeypatch.setattr(runner.bundles, "with_bundle", lambda row, bundle: row)
+    monkeypatch.setattr(runner.bundles, "with_bundle", lambda row, made: row)

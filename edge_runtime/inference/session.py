@@ -6,17 +6,15 @@ before there is a bundle. Both give a `Runner`.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..bundle.bundle import Bundle, open_bundle
-from ..bundle.consistency import threshold_out_of_range, unlike
+from ..bundle.consistency import unlike
 from ..bundle.external_data import beside_its_weights, keeps_weights_elsewhere
 from ..bundle.manifest import GOLDEN_FILE, MODEL_FILE, RUNTIME_FILE, THRESHOLDS, TOKENIZER_FILE, Manifest
 from ..errors import BundleError, InputError
@@ -25,13 +23,13 @@ from ..process.scratch import Scratch
 from .feeds import specs_of
 from .forked import abandon_in_forks
 from .onnx_file import check_vector, has_branches, with_vector
+from .options import OPTIMIZATION_LEVELS, SessionKeywords, SessionOptions
 from .providers import (
     CPU,
     Placement,
     fallback_reasons,
     not_started,
     placement_of,
-    provider_names,
     session_providers,
     warn_of_fallback,
     without_the_broken,
@@ -39,67 +37,35 @@ from .providers import (
 from .runner import Runner
 from .split_session import SplitSession, joined
 
-Layout: TypeAlias = Literal["file", "split"]
-"""Which form of a network with exits runs: ``model.onnx`` with its nested `If`s, or the files of ``split/`` in turn."""
-
-LAYOUTS = ("file", "split")
-
-_MOST_THREADS = 1024
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 
-OPTIMIZATION_LEVELS = {
-    "disabled": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-
 
 def load(
-    bundle: str | os.PathLike[str] | Bundle,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
-    thresholds: Sequence[float] | None = None,
-    operating_point: str | None = None,
-    allow_fallback: bool = False,
-    optimization_level: str = "all",
-    layout: str = "file",
+    bundle: str | os.PathLike[str] | Bundle, options: SessionOptions | None = None, **given: Unpack[SessionKeywords]
 ) -> Runner:
     """Opens a bundle and makes it ready to run.
 
     Args:
         bundle: folder or zip; or an open `Bundle`, which stays the caller's to close.
-        providers: ``cpu``, ``cuda``, ``tensorrt`` or full names, in order of priority; None: the CPU.
-        threads: intra-op threads; None: ONNX Runtime's choice.
-        thresholds: [K] values for the exits, instead of those stored in the graph.
-        operating_point: name of one of the manifest's settings, instead of `thresholds`.
-        allow_fallback: run on the CPU what the provider does not take, everything where it does not start;
-            a `ProviderFallbackWarning` and `Runner.placement` say what ran where and why.
-        optimization_level: ``disabled``, ``basic``, ``extended`` or ``all``.
-        layout: ``file``, or ``split`` for a bundle that was exported with it; see `Layout`.
+        options: all options of the session; None: its defaults.
+        given: fields of `SessionOptions` by keyword: providers, threads, thresholds, operating_point, allow_fallback,
+            optimization_level, layout; they replace those of `options`.
 
     Raises:
         BundleError: the bundle is not intact.
         InputError: an option that does not fit.
         ProviderError: the provider is not there, or does not take every node.
     """
+    options = SessionOptions.of(options, given)
     owned = not isinstance(bundle, Bundle)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     try:
-        manifest = opened.manifest
-        explicit = explicit_thresholds(manifest, thresholds, operating_point)
-        with opened.unchanged(session_files(manifest, layout)):
-            runner = bundle_session(
-                opened.folder,
-                manifest,
-                layout,
-                providers=providers,
-                threads=threads,
-                thresholds=explicit,
-                allow_fallback=allow_fallback,
-                optimization_level=optimization_level,
-            )
+        options = options.on(opened.manifest)
+        with opened.unchanged(session_files(opened.manifest, options.layout)):
+            runner = bundle_session(opened.folder, opened.manifest, options)
     except BaseException:
         if owned:
             opened.close()
@@ -116,45 +82,31 @@ def session_files(manifest: Manifest, layout: str) -> list[str]:
     return [name for name in manifest.files if name not in {GOLDEN_FILE, RUNTIME_FILE, TOKENIZER_FILE, *others}]
 
 
-def require_layout(manifest: Manifest, layout: str) -> None:
-    """Refuses a layout that is none, or that this bundle does not have.
-
-    Raises:
-        InputError: says what there is.
-    """
-    if layout not in LAYOUTS:
-        raise InputError(f"unknown layout {layout!r}: use {' or '.join(LAYOUTS)}")
-    if layout == "split" and manifest.split is None:
-        what = "export it with `export: {split: true}`" if manifest.policy is not None else "it has no early exits"
-        raise InputError(f"{manifest.name} has no split layout: {what}")
-
-
-def bundle_session(folder: Path, manifest: Manifest, layout: str = "file", **options: Any) -> Runner:
+def bundle_session(folder: Path, manifest: Manifest, options: SessionOptions) -> Runner:
     """A runner on the files of a checked bundle.
 
     Args:
         folder: where the bundle's files lie.
         manifest: of the bundle.
-        layout: see `Layout`.
-        options: providers, threads, thresholds, allow_fallback and optimization_level, as for `session_on`.
+        options: of the session.
 
     Raises:
         BundleError: the files do not do what the manifest says.
         InputError: an option that does not fit.
         ProviderError: as in `load`.
     """
-    require_layout(manifest, layout)
-    if layout == "file":
-        return session_on(folder / MODEL_FILE, manifest=manifest, **options)
+    options = options.on(manifest)
+    if options.layout == "file":
+        return session_on(folder / MODEL_FILE, options, manifest=manifest)
     assert manifest.split is not None
-    thresholds = options.pop("thresholds", None)
+    thresholds = options.thresholds
     if thresholds is None:
         thresholds = manifest.operating_points[0].thresholds
     sessions, placements = [], []
     for k, name in enumerate(manifest.split.files):
         # the last level has no exit
-        own = None if k == len(thresholds) else [thresholds[k]]
-        session, placement, _ = _opened(folder / name, thresholds=own, one_of_many=True, **options)
+        own = options.replaced(thresholds=None if k == len(thresholds) else [thresholds[k]])
+        session, placement = _opened(folder / name, own, one_of_many=True)
         sessions.append(session)
         placements.append(placement)
     placement = joined(placements)
@@ -168,108 +120,89 @@ def bundle_session(folder: Path, manifest: Manifest, layout: str = "file", **opt
         placement=placement,
         manifest=manifest,
         thresholds=tuple(thresholds),
-        threads=options.get("threads"),
+        threads=options.threads,
     )
 
 
 def session_on(
     model: str | os.PathLike[str],
+    options: SessionOptions | None = None,
     *,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
-    thresholds: Sequence[float] | None = None,
-    allow_fallback: bool = False,
-    optimization_level: str = "all",
     manifest: Manifest | None = None,
     optimized_path: str | os.PathLike[str] | None = None,
+    **given: Unpack[SessionKeywords],
 ) -> Runner:
     """Makes a session on a bare ONNX file.
 
     Args:
         model: the file.
-        providers: as in `load`.
-        threads: as in `load`.
-        thresholds: values for the initializer `THRESHOLDS`, as many as it has.
-        allow_fallback: as in `load`.
-        optimization_level: as in `load`.
+        options: as in `load`; `thresholds` are the values of the initializer `THRESHOLDS`, as many as it has.
         manifest: if given, the session must have its inputs and outputs.
         optimized_path: where ONNX Runtime writes the graph as it optimized it.
+        given: as in `load`; an operating point and another layout are a bundle's only.
 
     Raises:
         InputError: no such file, not a model, or an option that does not fit.
         ProviderError: as in `load`.
     """
     path = Path(model)
-    session, placement, values = _opened(
-        path,
-        providers=providers,
-        threads=threads,
-        thresholds=thresholds,
-        allow_fallback=allow_fallback,
-        optimization_level=optimization_level,
-        optimized_path=optimized_path,
-    )
+    options = SessionOptions.of(options, given).on_bare(path)
+    session, placement = _opened(path, options, optimized_path=optimized_path)
     warn_of_fallback(placement.to_dict())
+    values = None if options.thresholds is None else tuple(options.thresholds)
     if manifest is not None:
         _check_interface(session, manifest, path)
         if values is None and manifest.policy is not None and manifest.operating_points:
             values = manifest.operating_points[0].thresholds
     return Runner(
-        session,
-        path=path,
-        placement=placement,
-        manifest=manifest,
-        thresholds=values,
-        threads=threads,
+        session, path=path, placement=placement, manifest=manifest, thresholds=values, threads=options.threads
     )
 
 
 def _opened(
     path: Path,
+    options: SessionOptions,
     *,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
-    thresholds: Sequence[float] | None = None,
-    allow_fallback: bool = False,
-    optimization_level: str = "all",
     optimized_path: str | os.PathLike[str] | None = None,
     one_of_many: bool = False,
-) -> tuple[Any, Placement, tuple[float, ...] | None]:
-    """A session, where its nodes run, and the thresholds that were set; arguments as `session_on`.
+) -> tuple[Any, Placement]:
+    """A session, and where its nodes run.
 
-    `one_of_many`: other sessions run before and after it, in turn.
+    Args:
+        path: of the model.
+        options: whose thresholds are those of this file.
+        optimized_path: as in `session_on`.
+        one_of_many: other sessions run before and after it, in turn.
     """
     onnxruntime = import_onnxruntime()
     if not path.is_file():
         raise InputError(f"no model at {path}")
-    requested = provider_names(providers)
+    requested, allow_fallback = tuple(options.providers), options.allow_fallback
     available = onnxruntime.get_available_providers()
     usable = session_providers(requested, available, allow_fallback)
     strict = not allow_fallback and CPU not in requested
-    options = _session_options(threads, optimization_level, strict)
+    settings = _settings(options, strict)
     if one_of_many:
         # threads that wait for more work of a finished level would take the processor from the next
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized_path is not None:
-        options.optimized_model_filepath = os.fspath(optimized_path)
-    values: tuple[float, ...] | None = None
+        settings.optimized_model_filepath = os.fspath(optimized_path)
     source: str | bytes = os.fspath(path)
     given: Any = None
     place: Scratch | None = None
-    if thresholds is not None:
-        values = _checked_thresholds(thresholds)
+    if (values := options.thresholds) is not None:
         if check_vector(path, THRESHOLDS, values) and usable == [CPU]:
             given = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(values, np.float32))
-            options.add_initializer(THRESHOLDS, given)
+            settings.add_initializer(THRESHOLDS, given)
         else:
             source = with_vector(path, THRESHOLDS, values)
             if _loses_weights_of_branches(onnxruntime.__version__) and keeps_weights_elsewhere(path):
                 place = beside_its_weights(source, path)
                 source = os.fspath(place.path / path.name)
             # A model given as bytes has no place of its own, from which to find model.onnx.data.
-            options.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
+            settings.add_session_config_entry(_EXTERNAL_FOLDER, os.fspath(path.parent.resolve()))
     try:
-        session, dropped = _start(source, options, usable, requested, path, allow_fallback)
+        session, dropped = _start(source, settings, usable, requested, path, allow_fallback)
     finally:
         if place is not None:
             place.cleanup()
@@ -277,12 +210,12 @@ def _opened(
         session._model_bytes = None  # kept by ONNX Runtime's wrapper to start again, which nobody asks it for
     session.edgewright_thresholds = given  # ONNX Runtime reads them where they are, and does not keep them
     # what an accelerator's driver keeps does not survive a fork either
-    abandon_in_forks(session, threads if requested == (CPU,) else None)
+    abandon_in_forks(session, options.threads if requested == (CPU,) else None)
     present = session.get_providers()
     if not allow_fallback and any(name not in present for name in requested):
         raise not_started(requested, present)
     fallback = fallback_reasons(requested, available, present, dropped) if allow_fallback else ()
-    return session, placement_of(session, requested, strict, fallback), values
+    return session, placement_of(session, requested, strict, fallback)
 
 
 def _loses_weights_of_branches(version: str) -> bool:
@@ -291,42 +224,8 @@ def _loses_weights_of_branches(version: str) -> bool:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (1, 21)
 
 
-def explicit_thresholds(
-    manifest: Manifest, thresholds: Sequence[float] | None, operating_point: str | None
-) -> tuple[float, ...] | None:
-    """The thresholds that two options ask for; None to leave those stored in the graph.
-
-    Raises:
-        InputError: both options, an unknown operating point, thresholds for a model without exits, a wrong
-            number of them, one that is not finite, or one outside the policy's range.
-    """
-    points = {point.name: point.thresholds for point in manifest.operating_points}
-    if thresholds is not None and operating_point is not None:
-        raise InputError("give thresholds or an operating point, not both")
-    if operating_point is not None:
-        if operating_point not in points:
-            close = difflib.get_close_matches(operating_point, points, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            known = ", ".join(points) or "none"
-            raise InputError(f"unknown operating point {operating_point!r}: {hint}the bundle has {known}")
-        thresholds = points[operating_point]
-    if thresholds is None:
-        return None
-    wanted = len(manifest.exits) - 1 if manifest.policy is not None else 0
-    values = tuple(float(value) for value in thresholds)
-    if wanted <= 0:
-        raise InputError(f"{manifest.name} has no early exits, so there are no thresholds to set")
-    if len(values) != wanted:
-        raise InputError(f"{manifest.name} has {wanted} thresholds, got {len(values)}: {list(values)}")
-    assert manifest.policy is not None
-    for exit_, value in zip(manifest.exits, _checked_thresholds(values), strict=False):
-        if reason := threshold_out_of_range(manifest.policy, value):
-            raise InputError(f"the threshold of exit {exit_.index} ({exit_.name}), {reason}")
-    return values
-
-
 def _start(
-    source: str | bytes, options: Any, usable: list[str], requested: tuple[str, ...], path: Path, allow_fallback: bool
+    source: str | bytes, settings: Any, usable: list[str], requested: tuple[str, ...], path: Path, allow_fallback: bool
 ) -> tuple[Any, list[str]]:
     """Creates the session; with `allow_fallback` without the providers that do not start, and says which those are."""
     import onnxruntime
@@ -335,14 +234,14 @@ def _start(
     while True:
         if usable == [CPU]:
             # what fails here is raised as well, and ONNX Runtime's log prints the names of nodes as they are
-            options.log_severity_level = 4
+            settings.log_severity_level = 4
         if usable == [CPU] and has_branches(path):
             # A planned graph holds its memory while its branches run, which then compute where the caches have
             # nothing; docs/early_exit.md has what that costs.
-            options.enable_mem_pattern = False
+            settings.enable_mem_pattern = False
         try:
             # enable_fallback=0: ONNX Runtime's own retry on the CPU is what strictness forbids.
-            session = onnxruntime.InferenceSession(source, options, providers=usable, enable_fallback=0)
+            session = onnxruntime.InferenceSession(source, settings, providers=usable, enable_fallback=0)
             return session, dropped
         except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
             if allow_fallback and usable != [CPU]:
@@ -357,40 +256,23 @@ def _start(
             ) from error
 
 
-def _session_options(threads: int | None, optimization_level: str, strict: bool) -> Any:
+def _settings(options: SessionOptions, strict: bool) -> Any:
+    """What ONNX Runtime is told of them."""
     import onnxruntime
 
-    if optimization_level not in OPTIMIZATION_LEVELS:
-        known = ", ".join(OPTIMIZATION_LEVELS)
-        raise InputError(f"unknown optimization level {optimization_level!r}: use {known}")
-    if threads is not None and not 1 <= threads <= _MOST_THREADS:
-        raise InputError(f"threads is a number from 1 to {_MOST_THREADS}, not {threads}")
-    options = onnxruntime.SessionOptions()
+    settings = onnxruntime.SessionOptions()
     # errors only: ONNX Runtime warns about every initializer that a caller may replace, and `thresholds` is one
-    options.log_severity_level = 3
-    options.graph_optimization_level = getattr(
-        onnxruntime.GraphOptimizationLevel, OPTIMIZATION_LEVELS[optimization_level]
+    settings.log_severity_level = 3
+    settings.graph_optimization_level = getattr(
+        onnxruntime.GraphOptimizationLevel, OPTIMIZATION_LEVELS[options.optimization_level]
     )
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
+    settings.intra_op_num_threads = options.threads or 0
+    settings.inter_op_num_threads = 1
     # Releases before 1.24 ignore a key that they do not know.
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if strict:
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    return options
-
-
-def _checked_thresholds(thresholds: Sequence[float]) -> tuple[float, ...]:
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as that
-        values = np.asarray(thresholds, np.float32)
-    if values.ndim != 1 or values.size == 0:
-        raise InputError(f"thresholds are a list of numbers, got {thresholds!r}")
-    if not np.isfinite(values).all():
-        raise InputError(
-            f"thresholds must be finite in float32, got {list(thresholds)}: the policy's `never` and "
-            "`always` in the manifest switch an exit off or force it"
-        )
-    return tuple(values.tolist())
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return settings
 
 
 def _check_interface(session: Any, manifest: Manifest, path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle.manifest import MODEL_FILE, TOKENIZER_FILE
 from ..errors import InputError
 from ..process.plain_text import printable_lines
+
+if TYPE_CHECKING:
+    from ..inference.options import SessionOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-stop", action="store_true", help="always give all --tokens")
 
 
-def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, Any]:
+def run(options: argparse.Namespace, session: SessionOptions) -> dict[str, Any]:
     """Generates, prints, and returns the figures.
 
     Args:
         options: of the parser.
-        session: what `Generator` takes.
+        session: of the model.
 
     Raises:
         BundleError: the bundle is not intact.
@@ -62,7 +65,7 @@ def run(options: argparse.Namespace, session: Mapping[str, Any]) -> dict[str, An
             prompts, decode = options.ids, None
             if prompts is None:
                 prompts, decode = _encoded(options.prompt, options.tokenizer or model.parent / TOKENIZER_FILE)
-            generator = Generator(model, **session)
+            generator = Generator(model, session)
         printed = _Printer(decode, len(prompts))
         found = generate(
             generator,

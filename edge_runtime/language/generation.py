@@ -8,15 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import END_TOKENS, LOGITS, LOGITS_FROM, PAST, POSITIONS, POSITIONS_REASON, PRESENT
 from ..errors import EdgewrightError, InputError
+from ..inference.options import SessionKeywords, SessionOptions
 from ..inference.session import session_on
 from .sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True)
@@ -55,10 +59,8 @@ class Generator:
 
     Args:
         model: the ONNX file.
-        providers: as in `load`.
-        threads: as in `load`.
-        allow_fallback: as in `load`.
-        optimization_level: as in `load`.
+        options: as in `load`.
+        given: as in `load`: providers, threads, allow_fallback, optimization_level.
 
     Attributes:
         positions: the longest sequence that the file answers as the model does, prompt and answer together; None: any.
@@ -73,18 +75,10 @@ class Generator:
     def __init__(
         self,
         model: str | os.PathLike[str],
-        providers: Sequence[str] | str | None = None,
-        threads: int | None = None,
-        allow_fallback: bool = False,
-        optimization_level: str = "all",
+        options: SessionOptions | None = None,
+        **given: Unpack[SessionKeywords],
     ) -> None:
-        self._session: Any = session_on(
-            model,
-            providers=providers,
-            threads=threads,
-            allow_fallback=allow_fallback,
-            optimization_level=optimization_level,
-        ).session
+        self._session: Any = session_on(model, options, **given).session
         self._past = [i for i in self._session.get_inputs() if i.name.startswith(PAST)]
         outputs = {o.name: o for o in self._session.get_outputs()}
         wanted = {LOGITS, *(i.name.replace(PAST, PRESENT, 1) for i in self._past)}

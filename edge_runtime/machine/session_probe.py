@@ -49,13 +49,8 @@ class Probe:
 def probe_session() -> Probe:
     """Makes a session of a tiny model on the CPU and runs it, in a fresh process."""
     try:
-        done = run_watched(
-            process_command(".machine.session_probe"),
-            timeout=_TIMEOUT_S,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        command = process_command(".machine.session_probe")
+        done = run_watched(command, timeout=_TIMEOUT_S, capture_output=True, text=True, errors="replace")
     except subprocess.TimeoutExpired:
         return Probe(False, f"making a session of a tiny model does not end in {_TIMEOUT_S:.0f} s")
     except OSError as error:

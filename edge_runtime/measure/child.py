@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .. import errors
 from ..bundle.bundle import Bundle
 from ..bundle.golden import read_npz
 from ..bundle.manifest import MANIFEST_FILE
-from ..inference.providers import provider_names
+from ..inference.options import SessionOptions
 from ..process.scratch import Scratch
 from ..process.watched import run_watched
 from .measuring import Feed, write_feeds
@@ -52,16 +52,14 @@ class Artefact:
         model: the ONNX file.
         feeds: inputs, one mapping a run.
         bundle: what it comes from, if that is a bundle.
-        thresholds: for its exits.
-        layout: of a bundle, see `session.Layout`.
+        options: of its session.
     """
 
     name: str
     model: Path
     feeds: Sequence[Feed]
-    bundle: Bundle | None = None
-    thresholds: tuple[float, ...] | None = None
-    layout: str = "file"
+    bundle: Bundle | None
+    options: SessionOptions
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,8 @@ class ChildResult:
 
 def block_settings(
     mode: str,
+    options: SessionOptions,
     *,
-    providers: Sequence[str] | str | None,
-    threads: int | None,
-    allow_fallback: bool,
-    optimization_level: str,
     blocks: int,
     block_runs: int,
     warmup_seconds: float,
@@ -91,7 +86,6 @@ def block_settings(
 
     Raises:
         InputError: a number of blocks or runs that is not positive, or a seed that is negative.
-        ProviderError: an unknown provider.
     """
     if not 1 <= blocks <= _MOST_RUNS or not 1 <= block_runs <= _MOST_RUNS:
         raise errors.InputError(
@@ -100,10 +94,7 @@ def block_settings(
     check_seed(seed)
     return {
         "mode": mode,
-        "providers": list(provider_names(providers)),
-        "threads": threads,
-        "allow_fallback": allow_fallback,
-        "optimization_level": optimization_level,
+        **options.of_the_machine(),
         "blocks": blocks,
         "block_runs": block_runs,
         "warmup_seconds": warmup_seconds,
@@ -166,10 +157,10 @@ def child_command(spec_path: Path) -> list[str]:
 
 
 def process_command(module: str, *arguments: str) -> list[str]:
-    """The command line of a process that runs ``main`` of one of this package's modules.
+    """The command line of a process that runs ``main`` of one of edge_runtime's modules.
 
     Args:
-        module: its name, with a dot in front.
+        module: its name in the package, with a dot in front.
         arguments: what ``main`` gets after the time at which it was started, ``time.perf_counter_ns()``.
     """
     root = Path(__file__).parents[len(_PACKAGE.split(".")) + 1]
@@ -188,8 +179,7 @@ def _write_spec(folder: Path, artefacts: Sequence[Artefact], settings: Mapping[s
             "manifest": str(artefact.bundle.path(MANIFEST_FILE).resolve()) if artefact.bundle else None,
             "manifest_sha256": artefact.bundle.sha256 if artefact.bundle else None,
             "inputs": str(inputs),
-            "thresholds": list(artefact.thresholds) if artefact.thresholds is not None else None,
-            "layout": artefact.layout,
+            "options": asdict(artefact.options),
         }
         entries.append(entry)
     path = folder / "spec.json"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,45 +18,43 @@ from ..bundle.bundle import Bundle, open_bundle
 from ..bundle.manifest import MODEL_FILE, PolicySpec
 from ..device import collect_facts, fingerprint
 from ..errors import EdgewrightError, InputError
+from ..inference.options import LAYOUTS, SessionKeywords, SessionOptions
 from ..inference.providers import warn_of_fallback
-from ..inference.session import LAYOUTS, require_layout
 from ..process.plain_text import printable
 from . import statistics
 from .bench_inputs import Feed, golden_feeds, read_inputs, user_feeds
 from .child import Artefact, block_settings, run_child
 from .paired import paired_ratio
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 SCHEMA_VERSION = 1
 
 
 def latency_table(
     bundle: str | os.PathLike[str] | Bundle,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
+    options: SessionOptions | None = None,
     *,
-    layout: str = "file",
-    allow_fallback: bool = False,
-    optimization_level: str = "all",
     inputs: str | os.PathLike[str] | None = None,
     blocks: int = 40,
     block_runs: int = 5,
     timeout_s: float = 900.0,
     seed: int = 0,
+    **given: Unpack[SessionKeywords],
 ) -> dict[str, Any]:
     """Measures the latency of a row by the exit at which it leaves.
 
     Args:
         bundle: folder, zip or open `Bundle`, with exits.
-        providers: as in `session.load`.
-        threads: as in `session.load`.
-        layout: whose numbers stand under ``exits``; both are measured if the bundle has both.
-        allow_fallback: as in `session.load`.
-        optimization_level: as in `session.load`.
+        options: as in `session.load`, without thresholds and operating point. The numbers of its layout stand under
+            ``exits``; both are measured if the bundle has both.
         inputs: .npy or .npz; None: the bundle's own natural golden inputs.
         blocks: every block runs every exit and layout.
         block_runs: runs of each in a block.
         timeout_s: the measuring process is stopped after this.
         seed: of the order.
+        given: as in `session.load`.
 
     Returns:
         ``exits``: microseconds of a row that leaves at the first exit, the second, ..., at the network's end;
@@ -68,27 +66,24 @@ def latency_table(
         InputError: no exits, an option that does not fit, or an exit that none of the inputs takes although forced.
         ProviderError: the provider is not there, or does not take every node.
     """
-    settings = block_settings(
-        "exits",
-        providers=providers,
-        threads=threads,
-        allow_fallback=allow_fallback,
-        optimization_level=optimization_level,
-        blocks=blocks,
-        block_runs=block_runs,
-        warmup_seconds=2.0,
-        seed=seed,
+    options = SessionOptions.of(options, given).without(
+        "thresholds",
+        "operating_point",
+        because="the exits are forced by thresholds of the measurement's own: leave thresholds and operating point out",
     )
+    settings = block_settings("exits", options, blocks=blocks, block_runs=block_runs, warmup_seconds=2.0, seed=seed)
     with ExitStack() as stack:
         opened = bundle if isinstance(bundle, Bundle) else stack.enter_context(open_bundle(bundle))
         manifest = opened.manifest
         if manifest.policy is None:
             raise InputError(f"{manifest.name} has no early exits: `bench` measures its latency")
-        require_layout(manifest, layout)
+        layout = options.on(manifest).layout
         feeds = _feeds(opened, inputs)
         settings["exit_thresholds"] = forced_thresholds(manifest.policy, len(manifest.exits))
         layouts = [name for name in LAYOUTS if name == "file" or manifest.split is not None]
-        artefacts = [Artefact(name, opened.path(MODEL_FILE), feeds, opened, layout=name) for name in layouts]
+        artefacts = [
+            Artefact(name, opened.path(MODEL_FILE), feeds, opened, options.replaced(layout=name)) for name in layouts
+        ]
         result = run_child(artefacts, settings, timeout_s)
         source, sha256 = str(opened.source), opened.sha256
     if result.status != "ok":

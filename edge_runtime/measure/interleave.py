@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from ..bundle.bundle import open_bundle
 from ..bundle.manifest import MODEL_FILE
 from ..errors import EdgewrightError, InputError
+from ..inference.options import SessionKeywords, SessionOptions
 from ..inference.providers import warn_of_fallback
-from ..inference.session import explicit_thresholds, require_layout
 from .bench_inputs import MOST_FEEDS, cut, golden_feeds, not_zero, read_inputs, user_feeds
 from .benchmark import latency_figures
 from .child import Artefact, block_settings, run_child
 from .paired import Ratio, paired_ratio
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _STATISTICS = ("median", "mean")
 
@@ -39,7 +42,7 @@ class Contender:
             instead of the golden inputs for a bundle.
         thresholds: for its exits; None: those stored in the graph.
         operating_point: of a bundle, instead of `thresholds`.
-        layout: of a bundle, see `session.Layout`.
+        layout: of a bundle, see `options.Layout`.
     """
 
     path: str | os.PathLike[str]
@@ -107,13 +110,10 @@ class Interleaved:
 
 def interleaved(
     contenders: Mapping[str, Contender | str | os.PathLike[str]],
+    options: SessionOptions | None = None,
     *,
     inputs: str | os.PathLike[str] | None = None,
     baseline: str | None = None,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
-    allow_fallback: bool = False,
-    optimization_level: str = "all",
     rows: int = 1,
     blocks: int = 40,
     block_runs: int = 10,
@@ -122,17 +122,15 @@ def interleaved(
     warmup_seconds: float = 5.0,
     timeout_s: float = 900.0,
     seed: int = 0,
+    **given: Unpack[SessionKeywords],
 ) -> Interleaved:
     """Measures several artefacts in one fresh process, in blocks of random order.
 
     Args:
         contenders: name -> bundle, .onnx file or `Contender`.
+        options: of all sessions, as in `session.load`; thresholds, operating point and layout are each contender's own.
         inputs: .npz or .npy for every contender that has none of its own.
         baseline: the name that ratios refer to; None: the first.
-        providers: as in `session.load`, for all.
-        threads: as in `session.load`, for all.
-        allow_fallback: as in `session.load`, for all.
-        optimization_level: as in `session.load`, for all.
         rows: rows per run.
         blocks: number of pairs.
         block_runs: timed runs of every artefact in a block, on the same inputs for all.
@@ -141,6 +139,7 @@ def interleaved(
         warmup_seconds: longest warm-up of each artefact.
         timeout_s: the measuring process is stopped after this.
         seed: of the orders and the bootstrap.
+        given: as in `session.load`.
 
     Raises:
         InputError: fewer than one contender, a bare .onnx without inputs, an unknown option.
@@ -154,20 +153,18 @@ def interleaved(
         raise InputError(f"the baseline {baseline!r} is none of {', '.join(contenders)}")
     if statistic not in _STATISTICS:
         raise InputError(f"unknown statistic {statistic!r}: use {' or '.join(_STATISTICS)}")
+    options = SessionOptions.of(options, given).without(
+        "thresholds",
+        "operating_point",
+        "layout",
+        because="thresholds, operating point and layout belong to one side of a comparison: give them to its Contender",
+    )
     settings = block_settings(
-        "interleaved",
-        providers=providers,
-        threads=threads,
-        allow_fallback=allow_fallback,
-        optimization_level=optimization_level,
-        blocks=blocks,
-        block_runs=block_runs,
-        warmup_seconds=warmup_seconds,
-        seed=seed,
+        "interleaved", options, blocks=blocks, block_runs=block_runs, warmup_seconds=warmup_seconds, seed=seed
     )
     with ExitStack() as stack:
         artefacts = [
-            _artefact(name, side if isinstance(side, Contender) else Contender(side), inputs, rows, stack)
+            _artefact(name, side if isinstance(side, Contender) else Contender(side), options, inputs, rows, stack)
             for name, side in contenders.items()
         ]
         result = run_child(artefacts, settings, timeout_s)
@@ -201,26 +198,23 @@ def interleaved(
 def _artefact(
     name: str,
     side: Contender,
+    shared: SessionOptions,
     shared_inputs: str | os.PathLike[str] | None,
     rows: int,
     stack: ExitStack,
 ) -> Artefact:
     path = Path(side.path)
+    options = shared.replaced(thresholds=side.thresholds, operating_point=side.operating_point, layout=side.layout)
     inputs = side.inputs if side.inputs is not None else shared_inputs
     given = read_inputs(inputs) if inputs is not None else None
     if path.is_file() and path.suffix == ".onnx":
         if not isinstance(given, dict):
             raise InputError(f"{path} is a bare model: give its inputs as an .npz with one array per input")
-        if side.operating_point is not None or side.layout != "file":
-            raise InputError(f"{path} is a bare model and has neither operating points nor layouts: give thresholds")
-        thresholds = tuple(side.thresholds) if side.thresholds is not None else None
-        return Artefact(name, path, not_zero(cut(given, rows)[:MOST_FEEDS]), None, thresholds)
+        return Artefact(name, path, not_zero(cut(given, rows)[:MOST_FEEDS]), None, options.on_bare(path))
     bundle = stack.enter_context(open_bundle(path))
     manifest = bundle.manifest
     if given is None:
         feeds = golden_feeds(bundle, rows)
     else:
         feeds = user_feeds(given, manifest.inputs, manifest.preprocessing, rows)
-    thresholds = explicit_thresholds(manifest, side.thresholds, side.operating_point)
-    require_layout(manifest, side.layout)
-    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle, thresholds, side.layout)
+    return Artefact(name, bundle.path(MODEL_FILE), feeds, bundle, options.on(manifest))

@@ -25,6 +25,7 @@ from ..bundle.golden import read_npz, write_npz
 from ..bundle.manifest import EXIT_INDEX, THRESHOLDS
 from ..errors import EdgewrightError
 from ..inference.feeds import check_feeds
+from ..inference.options import SessionOptions
 from ..inference.runner import Runner
 from ..inference.session import bundle_session, session_files, session_on
 
@@ -156,7 +157,7 @@ def write_feeds(path: str | os.PathLike[str], feeds: Sequence[Feed]) -> None:
 
 def _single(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     (artefact,) = spec["artefacts"]
-    subject, phases, create_bytes = _subject(artefact, spec)
+    subject, phases, create_bytes = _subject(artefact)
     warm = warm_up(subject.run_once)
     load_before = _load_average()
     order = _shuffled_cycle(len(subject.feeds), spec["seed"])
@@ -189,7 +190,7 @@ def _single(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any
 def _interleaved(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     subjects, phases, warm = [], {}, []
     for artefact in spec["artefacts"]:
-        subject, phases[artefact["name"]], _ = _subject(artefact, spec)
+        subject, phases[artefact["name"]], _ = _subject(artefact)
         subjects.append(subject)
         warm.append(asdict(warm_up(subject.run_once, max_seconds=spec["warmup_seconds"])))
     blocks, runs = spec["blocks"], spec["block_runs"]
@@ -221,7 +222,7 @@ def _exits(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]
     settings = [np.asarray(values, np.float32) for values in spec["exit_thresholds"]]
     subjects, phases, warm = [], {}, []
     for artefact in spec["artefacts"]:
-        subject, phases[artefact["name"]], _ = _subject(artefact, spec)
+        subject, phases[artefact["name"]], _ = _subject(artefact)
         subjects.append([subject.forced(values) for values in settings])
         for forced in subjects[-1]:
             warm.append(asdict(warm_up(forced.run_once, min_seconds=0.1, max_seconds=spec["warmup_seconds"])))
@@ -247,25 +248,22 @@ def _exits(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, NDArray[Any]
     return {"phases_ms": phases, "placement": placements, "warmup": warm}, {"samples": samples, "exits": exits}
 
 
-def _subject(artefact: dict[str, Any], spec: dict[str, Any]) -> tuple[Subject, dict[str, float], int | None]:
+def _subject(artefact: dict[str, Any]) -> tuple[Subject, dict[str, float], int | None]:
     """Creates the session; returns it with its phases in ms and the bytes that creating it took."""
     bundle = None
     if artefact["manifest"] is not None:
         bundle = bundle_of(artefact["manifest"], artefact["manifest_sha256"])
     feeds = read_feeds(artefact["inputs"])
-    options = {
-        "thresholds": artefact["thresholds"],
-        **{key: spec[key] for key in ("providers", "threads", "allow_fallback", "optimization_level")},
-    }
+    options = SessionOptions(**artefact["options"])
     with ExitStack() as stack:
         if bundle is not None:
-            stack.enter_context(bundle.unchanged(session_files(bundle.manifest, artefact["layout"])))
+            stack.enter_context(bundle.unchanged(session_files(bundle.manifest, options.layout)))
         resident = _status_bytes("VmRSS")
         start = time.perf_counter_ns()
         if bundle is None:
-            runner = session_on(artefact["model"], **options)
+            runner = session_on(artefact["model"], options)
         else:
-            runner = bundle_session(bundle.folder, bundle.manifest, artefact["layout"], **options)
+            runner = bundle_session(bundle.folder, bundle.manifest, options)
         created = time.perf_counter_ns()
         now_resident = _status_bytes("VmRSS")
     taken = now_resident - resident if now_resident is not None and resident is not None else None

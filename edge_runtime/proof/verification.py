@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 from ..bundle.bundle import Bundle, open_bundle
 from ..bundle.manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
 from ..errors import InputError, ParityError
+from ..inference.options import SessionKeywords, SessionOptions
 from ..inference.providers import Placement
-from ..inference.session import explicit_thresholds, load
+from ..inference.session import load
 from ..process.plain_text import printable
 from .comparison import Comparison, compare, exclusion_differs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 EXCLUDED = "excluded"
 """`ExcusedFlip.output` where only the set of excluded classes differs."""
@@ -147,26 +151,15 @@ class VerifyReport:
 
 
 def verify(
-    bundle: str | os.PathLike[str] | Bundle,
-    providers: Sequence[str] | str | None = None,
-    threads: int | None = None,
-    optimization_level: str = "all",
-    allow_fallback: bool = False,
-    layout: str = "file",
-    thresholds: Sequence[float] | None = None,
-    operating_point: str | None = None,
+    bundle: str | os.PathLike[str] | Bundle, options: SessionOptions | None = None, **given: Unpack[SessionKeywords]
 ) -> VerifyReport:
     """Runs every golden case of a bundle and compares.
 
     Args:
         bundle: folder, zip or open `Bundle`.
-        providers: as in `load`.
-        threads: as in `load`.
-        optimization_level: as in `load`.
-        allow_fallback: as in `load`.
-        layout: as in `load`; what was recorded is what `model.onnx` answered, for both.
-        thresholds: run the cases alone that were recorded with these.
-        operating_point: the same, by its name.
+        options: as in `load`. With thresholds or an operating point the cases alone are run that were recorded with
+            these; for both layouts, what was recorded is what `model.onnx` answered.
+        given: as in `load`.
 
     Returns:
         The report; call `raise_if_failed` for the exception.
@@ -176,28 +169,19 @@ def verify(
         InputError: an option that does not fit, or thresholds with which nothing was recorded.
         ProviderError: see `load`.
     """
+    options = SessionOptions.of(options, given)
     if not isinstance(bundle, Bundle):
         with open_bundle(bundle) as opened:
-            return verify(
-                opened, providers, threads, optimization_level, allow_fallback, layout, thresholds, operating_point
-            )
+            return verify(opened, options)
     cases = bundle.golden()
     check = _Check(bundle.manifest)
     placement = None
     groups = list(_by_thresholds(cases))
-    chosen = explicit_thresholds(bundle.manifest, thresholds, operating_point)
+    chosen = options.on(bundle.manifest).thresholds
     if chosen is not None:
         groups = _recorded_with(groups, chosen, bundle.manifest)
     for values, indices in groups:
-        with load(
-            bundle,
-            providers=providers,
-            threads=threads,
-            thresholds=values,
-            allow_fallback=allow_fallback,
-            optimization_level=optimization_level,
-            layout=layout,
-        ) as runner:
+        with load(bundle, options.replaced(thresholds=values, operating_point=None)) as runner:
             placement = runner.placement
             for index in indices:
                 got = runner.run_rows(cases[index].inputs)
@@ -214,9 +198,9 @@ def verify(
         name=bundle.manifest.name,
         onnxruntime=str(onnxruntime.__version__),
         placement=placement,
-        threads=threads,
-        optimization_level=optimization_level,
-        layout=layout,
+        threads=options.threads,
+        optimization_level=options.optimization_level,
+        layout=options.layout,
         tolerances=bundle.manifest.tolerances,
         cases=sum(len(indices) for _, indices in groups),
         rows=check.rows,

@@ -9,7 +9,8 @@ import numpy as np
 from edgewright.edge_runtime.bundle.bundle import open_bundle
 from edgewright.edge_runtime.bundle.manifest import SPLIT_FOLDER, SplitSpec
 from edgewright.edge_runtime.errors import ParityError
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, load
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import load
 from edgewright.edge_runtime.proof.verification import verify
 
 from ..accounts.ledger import stored_bytes, unique_bytes

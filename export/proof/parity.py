@@ -14,7 +14,8 @@ from torch import nn
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, GoldenCase, ParityReport, TensorSpec
 from edgewright.edge_runtime.errors import ExportError, ParityError
 from edgewright.edge_runtime.inference.feeds import specs_of
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.models.layers.multi_exit import MultiExit
 
 from ..graph.capture import logits_name

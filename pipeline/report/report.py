@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE, Manifest
+from edgewright.edge_runtime.bundle.manifest import Manifest
 from edgewright.edge_runtime.versions import versions
 
 from ..section import REPORT_SCHEMA_VERSION, FinishedStage, Section, milliseconds, percent, short_count
@@ -49,7 +49,7 @@ def write_report(result: RunResult, tasks: Sequence[Task], root: Path) -> Path:
 def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[str, Json]:
     """The content of report.json."""
     task = tasks[-1]
-    manifest = Manifest.from_json((result.bundle / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest = result.manifest
     steps = [{**dataclasses.asdict(row), "control": row.step in result.controls} for row in result.steps]
     chain = [row for row in result.steps if row.step not in result.controls]
     final, reference = chain[-1], next(row for row in chain if row.step == result.reference)
@@ -76,6 +76,7 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
         "notes": [f"{row.step}: {note}" for row in result.steps for note in row.notes]
         + [f"{row.step}: {note}" for row, section in sections for note in section.notes]
         + [f"export: {note}" for note in manifest.notes]
+        + _two_counters(reference, final)
         + _layer_not_found(result.recipe.report.layer, [section for _, section in sections]),
         "environment": versions(LIBRARIES),
         "bundle": result.bundle.relative_to(result.out).as_posix(),
@@ -129,6 +130,15 @@ def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] 
 
 def _change(before: float | None, after: float | None) -> float | None:
     return None if before is None or after is None else after - before
+
+
+def _two_counters(reference: StepRow, final: StepRow) -> list[str]:
+    if reference.macs_of == final.macs_of:
+        return []
+    return [
+        f"the reduction of MACs sets PyTorch's count of {reference.step}, which was not exported, against the exported "
+        f"graph's of {final.step}: with the benchmark enabled every step is exported, and the graph counts them all"
+    ]
 
 
 def _layer_not_found(layer: str | None, sections: Sequence[Section]) -> list[str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgewright.edge_runtime.bundle.manifest import Manifest
+
 from ..recipe.recipe import Recipe
 from ..stage import Json
 from .steps import StepRow
@@ -24,6 +26,7 @@ class RunResult:
         reference: id of the step that stands for the uncompressed model: the base, or the last of the
             trainings that the recipe begins with.
         bundle: the last step's bundle.
+        manifest: what that says.
         bundles: bundle of every step that was exported, by step id.
         measurements: rows of `edge_runtime.bench`, each with a ``step``.
         report: report.json; None before it is written.
@@ -37,6 +40,7 @@ class RunResult:
     steps: tuple[StepRow, ...]
     reference: str
     bundle: Path
+    manifest: Manifest
     bundles: Mapping[str, Path]
     measurements: tuple[Mapping[str, Json], ...] = ()
     report: Path | None = None

@@ -33,9 +33,9 @@ class StepRow:
         per_class: accuracy of every class on the test split, None without samples.
         validation_accuracy: None without a validation split.
         validation_worst_class_accuracy: as above.
-        macs: multiply-accumulates of one row: mean over the test split once the step is exported (the graph
-            knows what each exit needs), before that of the deepest path.
-        attention_macs: products of two activations, not part of `macs`; mean as above.
+        macs: multiply-accumulates of one row: of an exported step the graph's, whose fused and merged products count
+            once, with exits their mean over the test split; of any other PyTorch's operators', of the deepest path.
+        attention_macs: products of two activations, not part of `macs`; counted as these.
         parameters: shared ones once.
         unique_weight_bytes: parameters and buffers, shared storage once.
         exit_shares: share of the test rows that leave at each exit, the network's end last; empty without
@@ -46,6 +46,7 @@ class StepRow:
         metrics: what the stage reported.
         notes: what the stage has to say.
         checkpoint: its folder, relative to the run's.
+        macs_of: who counted `macs`: ``graph`` or ``pytorch``.
     """
 
     step: str
@@ -69,6 +70,7 @@ class StepRow:
     metrics: Mapping[str, Json] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     checkpoint: str = ""
+    macs_of: str = "pytorch"
 
 
 def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ from ..store.atomic import plain, pretty_json, write_text
 from ..store.cache import BASE, Key
 
 _LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "onnxruntime-gpu", "safetensors")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The bundle of a step, made now or before.
+
+    Attributes:
+        path: its folder.
+        manifest: what it says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def found(cls, path: Path) -> Exported:
+        """One that is there already."""
+        return cls(path, Manifest.from_json((path / MANIFEST_FILE).read_text(encoding="utf-8")))
 
 
 def bundle_key(checkpoint: Key, options: ExportOptions, name: str) -> Key:
@@ -57,18 +76,18 @@ def model_bytes(bundle: Path) -> int:
     return sum(path.stat().st_size for path in bundle.glob("model.onnx*"))
 
 
-def with_bundle(row: StepRow, bundle: Path) -> StepRow:
-    """Adds what the exported graph knows: the file's size, and the mean MACs where rows leave at exits.
+def with_bundle(row: StepRow, made: Exported) -> StepRow:
+    """Adds what the exported graph knows: the file's size and the MACs, their mean where rows leave at exits.
 
     The graph's cost of the deepest path is held to the one that PyTorch's operators gave; a difference becomes a note.
 
     Args:
         row: as measured, before it was exported.
-        bundle: of this step.
+        made: the bundle of this step.
     """
-    exits = Manifest.from_json((bundle / MANIFEST_FILE).read_text(encoding="utf-8")).exits
+    exits = made.manifest.exits
     end = exits[-1]
-    row = dataclasses.replace(row, file_bytes=model_bytes(bundle))
+    row = dataclasses.replace(row, file_bytes=model_bytes(made.path))
     expects = None if row.stage == BASE else stage_named(row.stage).expected_macs
     expected = None if expects is None else expects(row.metrics, row.macs)
     if expected is not None and (end.macs, end.attention_macs) == (expected.macs, row.attention_macs):
@@ -81,12 +100,12 @@ def with_bundle(row: StepRow, bundle: Path) -> StepRow:
             "what the other does; the manifest's node table tells where"
         )
         row = dataclasses.replace(row, notes=(*row.notes, note))
-    if not row.exit_shares:
-        return row
+    shares = row.exit_shares or (1.0,)
     return dataclasses.replace(
         row,
-        macs=sum(share * way.macs for share, way in zip(row.exit_shares, exits, strict=True)),
-        attention_macs=sum(share * way.attention_macs for share, way in zip(row.exit_shares, exits, strict=True)),
+        macs=sum(share * way.macs for share, way in zip(shares, exits, strict=True)),
+        attention_macs=sum(share * way.attention_macs for share, way in zip(shares, exits, strict=True)),
+        macs_of="graph",
     )
 
 

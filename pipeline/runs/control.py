@@ -13,7 +13,7 @@ from ..errors import ModelError, RecipeError
 from ..recipe.recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
 from ..stage_registry import TRAINING, stage_named
 from .determinism import seeded
-from .preparation import Inputs
+from .inputs import Inputs
 
 CONTROL = "control"
 """Id of the control's step in a report."""

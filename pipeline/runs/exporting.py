@@ -22,6 +22,7 @@ from ..store.cache import Entry
 from ..store.checkpoint import read_checkpoint
 from ..task import Task, split_of
 from . import bundles
+from .bundles import Exported
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ExportPlan:
 
 def export_bundles(
     plan: ExportPlan, steps: Sequence[StepRow], entries: Sequence[Entry], tasks: Sequence[Task]
-) -> dict[str, Path]:
+) -> dict[str, Exported]:
     """Exports the last step to ``bundle/``, and where it is asked for every other one to ``bundles/``.
 
     Args:
@@ -65,7 +66,7 @@ def export_bundles(
     Returns:
         The bundles by step.
     """
-    made: dict[str, Path] = {}
+    made: dict[str, Exported] = {}
     for position, (row, entry, task) in enumerate(zip(steps, entries, tasks, strict=True)):
         last = position == len(steps) - 1
         if last or plan.every_step:
@@ -75,14 +76,16 @@ def export_bundles(
     return made
 
 
-def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, options: ExportOptions, task: Task) -> Path:
+def export_step(
+    plan: ExportPlan, row: StepRow, entry: Entry, target: Path, options: ExportOptions, task: Task
+) -> Exported:
     """Exports one checkpoint to `target`, unless that very bundle is there already."""
     from edgewright.export import export_bundle
 
     key = bundles.bundle_key(entry.key, options, plan.name)
     if not plan.fresh and bundles.is_current(target, key):
         plan.progress.say(f"{row.step}: already exported, {target}")
-        return target
+        return Exported.found(target)
     for left in target.parent.glob(f".{target.name}-*"):
         # of an export that was killed; the lock says that nobody else is at work here
         shutil.rmtree(left)
@@ -97,11 +100,11 @@ def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, opti
             assert isinstance(model, LogitsOnly)  # as `check_generates` has seen
             texts = split_of(task, "test", needed_by="the proof of a generator").batch(range(3)).inputs[0]
             tokenizer = getattr(task, "tokenizer", None)
-            export_generator(
+            manifest = export_generator(
                 model, texts, target, options, name=plan.name or task.name, edits=edits, tokenizer=tokenizer
-            )
+            ).manifest
         else:
-            export_bundle(
+            manifest = export_bundle(
                 model,
                 task,
                 target,
@@ -109,10 +112,10 @@ def export_step(plan: ExportPlan, row: StepRow, entry: Entry, target: Path, opti
                 operating_points=_operating_points(applied),
                 edits=edits,
                 name=plan.name or None,
-            )
+            ).manifest
     plan.verify()
     bundles.record(target, key, options)
-    return target
+    return Exported(target, manifest)
 
 
 def _operating_points(edits: Sequence[Edit]) -> list[OperatingPoint]:

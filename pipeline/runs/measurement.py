@@ -49,14 +49,13 @@ def measure_bundles(
         progress.say(f"{step}: latency")
         row = edge_runtime.bench(
             bundle,
-            providers=options.providers,
-            threads=options.threads,
+            edge_runtime.SessionOptions(options.providers, options.threads),
             inputs=inputs,
             min_seconds=options.seconds,
             min_samples=options.min_samples,
             seed=seed % 2**31,
         )
-        rows.append({"step": step, **row})
+        rows.append({"step": step, **row.to_dict()})
     return rows
 
 
@@ -70,8 +69,7 @@ def compare_bundles(reference: Path, final: Path, task: Task, options: Benchmark
         write_npz(path, test_inputs(task))
         measured = edge_runtime.interleaved(
             {"reference": edge_runtime.Contender(reference, path), "final": edge_runtime.Contender(final, path)},
-            providers=options.providers,
-            threads=options.threads,
+            edge_runtime.SessionOptions(options.providers, options.threads),
             statistic="mean",
             seed=seed % 2**31,
         )

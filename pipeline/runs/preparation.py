@@ -2,66 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.inference.providers import provider_names
 from edgewright.edge_runtime.process.path_text import check_path
 from edgewright.models import registry
 from edgewright.models.sources.files_read import files_read
-from edgewright.models.sources.module_state import scripted_module
 from edgewright.models.sources.precision import HALF
 from edgewright.models.sources.python_source import PREFIX
-from edgewright.models.sources.weights import load_weights
 
 from ..errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
 from ..metric import IGNORED
 from ..recipe.recipe import Recipe, check_order
-from ..stage import Json, Progress
 from ..stage_registry import requirements, stage_named
-from ..store.cache import Key, base_key, environment
+from ..store.cache import base_key, environment
 from ..store.checkpoint import BaseSpec
 from ..task import Task, check_classes, check_unique, data_digests, samples_per_class, split_of
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
 from ..training.training import trainings_in
+from .base_model import build_named
 from .determinism import seeded
-from .model_check import check_exportable, check_generates, check_model, first_rows
-from .reproducibility import check_reproducible
+from .inputs import Inputs
+from .model_check import check_model
 from .training_check import PlannedTraining, check_training
 from .watch import Watch
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run works on.
-
-    Attributes:
-        recipe: checked.
-        device: where stages compute.
-        task: data, loss and metric.
-        tasks: the task before all stages, and after each: with fewer classes behind a stage that keeps only some.
-        base: the model before all stages.
-        base_key: its key.
-        base_sources: sha256 of the files that define the base, by portable name.
-        environment: versions and the like, part of every key.
-        watch: of the files that the keys speak of.
-    """
-
-    recipe: Recipe
-    device: torch.device
-    task: Task
-    tasks: tuple[Task, ...]
-    base: BaseSpec
-    base_key: Key
-    base_sources: Mapping[str, str]
-    environment: dict[str, Json]
-    watch: Watch
 
 
 def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
@@ -223,34 +193,6 @@ def _trainings(recipe: Recipe, tasks: Sequence[Task]) -> Iterator[PlannedTrainin
             yield PlannedTraining(place, training, samples)
 
 
-def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str, Json], tuple[str, ...]]:
-    """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
-
-    Returns:
-        The model, what its first call registers (`late_tensors`), and what the user should know of it.
-
-    Raises:
-        ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
-        DataError: a sample that cannot be read; names it.
-    """
-    name, recipe = inputs.base.name, inputs.recipe
-    notes: list[str] = []
-    model = build_named(recipe, notes=notes)
-    check_model(model, inputs.task, name)
-    late = check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
-    if recipe.export.generator:
-        check_generates(model, inputs.task, name)
-        return model, late, tuple(notes)
-    alone = recipe.benchmark.enabled or not any(stage_named(entry.name).branches for entry in recipe.stages)
-    batch = recipe.export.batch
-    check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
-    for split_name, split in inputs.task.splits.items():
-        read_all = getattr(split, "read_all", None)
-        if read_all is not None:
-            read_all(progress, f"reading every sample of {split_name}")
-    return model, late, tuple(notes)
-
-
 def check_labels(task: Task) -> None:
     """Refuses a task with nothing to tell apart, classes that share a name, and targets that are none of its classes.
 
@@ -390,32 +332,6 @@ def _check_later_phases(recipe: Recipe) -> None:
                 f"{', '.join(onnxruntime.get_available_providers())}: correct it, leave the timing out with "
                 "`benchmark.enabled: false`, or install an ONNX Runtime with that provider"
             )
-
-
-def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None = None) -> nn.Module:
-    """The recipe's model, with the user's weights if there are any, on the CPU in eval mode.
-
-    Args:
-        recipe: names it.
-        seed: of the initial weights, default the recipe's.
-        notes: gets what the user should know of the model and its weights, if it is given.
-
-    Raises:
-        ModelError: it cannot be built, or the weights do not fit.
-    """
-    with seeded(recipe.seed if seed is None else seed):
-        try:
-            model = registry.build(recipe.model.name, dict(recipe.model.args), recipe.folder, notes)
-            if recipe.model.weights is not None:
-                loaded = load_weights(model, recipe.resolve(recipe.model.weights))
-                if notes is not None:
-                    notes += loaded.notes
-        except ValueError as error:
-            raise ModelError(str(error)) from error
-    scripted = scripted_module(model)
-    if scripted is not None:
-        raise ModelError(f"{recipe.model.name}: {scripted}")
-    return model.to("cpu").eval()
 
 
 def example_inputs(recipe: Recipe, shape: tuple[int, ...] | None) -> tuple[Tensor, ...]:

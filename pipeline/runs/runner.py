@@ -31,11 +31,13 @@ from ..store.checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkp
 from ..store.context import FolderContext, Quiet
 from ..store.output import output_folder
 from . import bundles
+from .base_model import build_base
 from .control import CONTROL, check_control, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
 from .exporting import ExportPlan, export_bundles, export_step
+from .inputs import Inputs
 from .measurement import compare_bundles, measure_bundles
-from .preparation import Inputs, build_base, check_bundle_place, prepare, remarks
+from .preparation import check_bundle_place, prepare, remarks
 from .watch import Watch
 
 RUN_SCHEMA_VERSION = 1
@@ -110,9 +112,10 @@ class _Run:
         steps = [
             self._row(position, step, entry) for position, (step, entry) in enumerate(zip(ids, entries, strict=True))
         ]
-        made = export_bundles(self._plan(), steps, entries, self.inputs.tasks)
-        bundle = made[steps[-1].step]
-        steps = [bundles.with_bundle(row, made[row.step]) if row.step in made else row for row in steps]
+        exported = export_bundles(self._plan(), steps, entries, self.inputs.tasks)
+        made = {step: one.path for step, one in exported.items()}
+        bundle, manifest = made[steps[-1].step], exported[steps[-1].step].manifest
+        steps = [bundles.with_bundle(row, exported[row.step]) if row.step in exported else row for row in steps]
         controls: tuple[str, ...] = ()
         if self.recipe.control is not None:
             steps.append(self._control(self.recipe.control, steps[-1].macs, made))
@@ -121,7 +124,16 @@ class _Run:
         comparison = self._compare(made, reference, bundle)
         steps = [_with_latency(row, measured) for row in steps]
         result = RunResult(
-            self.out, self.recipe, tuple(steps), reference, bundle, made, tuple(measured), None, controls, comparison
+            self.out,
+            self.recipe,
+            tuple(steps),
+            reference,
+            bundle,
+            manifest,
+            made,
+            tuple(measured),
+            controls=controls,
+            comparison=comparison,
         )
         result = dataclasses.replace(result, report=write_report(result, self.inputs.tasks, self.root))
         self._record("finished")
@@ -139,8 +151,9 @@ class _Run:
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
             options = recipe.export.model_copy(update={"zip": False})
-            made[CONTROL] = export_step(beside._plan(), row, entry, target, options, beside.inputs.tasks[-1])
-            row = bundles.with_bundle(row, made[CONTROL])
+            exported = export_step(beside._plan(), row, entry, target, options, beside.inputs.tasks[-1])
+            made[CONTROL] = exported.path
+            row = bundles.with_bundle(row, exported)
         return row
 
     def _plan(self) -> ExportPlan:

@@ -8,7 +8,7 @@ import pytest
 from edgewright.edge_runtime import device as device_module
 from edgewright.edge_runtime import doctor, fingerprint
 from edgewright.edge_runtime.machine.processor import emulation, processor_name
-from edgewright.edge_runtime.machine.session_probe import Probe
+from edgewright.edge_runtime.machine.session_probe import Probe, probe_session
 
 JETPACKS = {
     "4": "# R32 (release), REVISION: 7.1, GCID: 29818004, BOARD: t210ref, EABI: aarch64, DATE: Sat Feb 19",
@@ -254,3 +254,7 @@ def test_plug_ins_are_no_second_runtime(tmp_path: Path, monkeypatch: pytest.Monk
     found[1] = whole
     assert device_module.runtime_distributions() == ["onnxruntime", "onnxruntime-qnn"]
     assert doctor(_machine(tmp_path), distributions=["onnxruntime", "onnxruntime-qnn"]).ok
+
+
+def test_a_session_is_tried_in_a_process_of_its_own() -> None:
+    assert probe_session() == Probe(True, None)

@@ -41,7 +41,30 @@ def test_a_row(bundle: Path, tmp_path: Path) -> None:
     assert latency["p90"] <= latency["p90_bound99"]
     text = bench_text(row)
     assert "p50" in text and "exit 2" in text and len(text.splitlines()) < 25
-    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert row.text() == text == bench_text(json.loads(row.to_json())), "a row that was read back"
+    assert json.loads(json.dumps(row.to_dict(), allow_nan=False)) == row.to_dict() == {f: row[f] for f in row.to_dict()}
+    with pytest.raises(KeyError):
+        row["latency"]
+
+
+def test_the_json_of_a_row_has_the_fields_that_its_readers_know(flat_bundle: Path) -> None:
+    found = bench(flat_bundle, min_seconds=0, min_samples=1, threads=1).to_dict()
+    assert list(found) == [
+        *("schema_version", "run_id", "status", "artefact", "target_profile", "ep", "session", "boundary", "scenario"),
+        *("latency_ms", "verdict", "phases_ms", "memory", "exits", "energy", "accuracy", "parity", "device", "reasons"),
+        *("samples_file", "samples_ns", "sample_exits"),
+    ]
+    assert list(found["ep"]) == ["requested", "session", "nodes_per_ep", "strict", "fallback", "method"]
+    assert found["session"] == {
+        "graph_opt_level": "all",
+        "intra": 1,
+        "inter": 1,
+        "io_binding": False,
+        "cuda_graph": False,
+        "thresholds": [],
+        "operating_point": None,
+        "layout": "file",
+    }
 
 
 def _nulls(value: object, path: str = "") -> list[str]:
@@ -55,7 +78,7 @@ def _nulls(value: object, path: str = "") -> list[str]:
 def test_every_null_has_a_reason(bundle: Path, flat_bundle: Path) -> None:
     for path in (bundle, flat_bundle):
         row = bench(path, min_seconds=0, min_samples=20)
-        for null in _nulls(row):
+        for null in _nulls(row.to_dict()):
             covered = null.startswith(("device.facts.", "verdict.")) or null.removesuffix("_bound99") in row["reasons"]
             assert covered or null in ("sample_exits", "session.operating_point"), null
         assert row["reasons"]["latency_ms.p99"].endswith("662 are needed")
@@ -148,7 +171,7 @@ def test_a_crash_is_a_result(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert row["status"] == "crashed" and row["latency_ms"] is None
     assert "SIGABRT" in row["reasons"]["status"] and "last words" in row["reasons"]["status"]
     assert "CRASHED" in bench_text(row)
-    json.dumps(row, allow_nan=False)
+    json.dumps(row.to_dict(), allow_nan=False)
     with pytest.raises(EdgewrightError, match="crashed"):
         interleaved({"a": bundle})
 
@@ -266,6 +289,8 @@ class TestInterleaved:
             ({"a": "bundle"}, {"statistic": "max"}, "use median or mean"),
             ({"a": "bundle"}, {"blocks": 0}, "numbers from 1 to"),
             ({"a": "bundle/model.onnx"}, {}, "is a bare model: give its inputs"),
+            ({"a": "bundle"}, {"thresholds": [0, 0]}, "give them to its Contender"),
+            ({"a": "bundle"}, {"layout": "split"}, "give them to its Contender"),
         ],
     )
     def test_bad_options(self, bundle: Path, contenders, options, message: str) -> None:

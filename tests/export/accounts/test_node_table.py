@@ -17,7 +17,7 @@ from edgewright.export.accounts.operator_costs import Factor, Macs, macs_of
 from edgewright.export.graph.capture import capture
 from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.report.steps import StepRow, measure
-from edgewright.pipeline.runs.bundles import with_bundle
+from edgewright.pipeline.runs.bundles import Exported, with_bundle
 
 
 class EinsumAttention(nn.Module):
@@ -141,10 +141,13 @@ def test_a_step_says_where_the_graph_and_pytorch_count_differently(tmp_path):
     torch.manual_seed(0)
     model = Recurrent(nn.GRU).eval()
     row = StepRow(step="gru", stage="train", **measure(model, task, torch.device("cpu")))
-    export_bundle(model, task, tmp_path / "b", ExportOptions(simplify="none"))
-    after = with_bundle(row, tmp_path / "b")
+    result = export_bundle(model, task, tmp_path / "b", ExportOptions(simplify="none"))
+    made = Exported(result.path, result.manifest)
+    assert made == Exported.found(tmp_path / "b"), "what travels on is what was written"
+    after = with_bundle(row, made)
     assert after.file_bytes > 0
+    assert (row.macs_of, after.macs_of) == ("pytorch", "graph") and after.macs == 12 * 15 * 17 + 20 != row.macs
     (note,) = after.notes
     assert f"{12 * 15 * 17 + 20} MACs" in note and f"{row.macs:.0f}" in note
-    equal = with_bundle(dataclasses.replace(row, macs=12 * 15 * 17 + 20), tmp_path / "b")
+    equal = with_bundle(dataclasses.replace(row, macs=12 * 15 * 17 + 20), made)
     assert equal.notes == (), "nothing is said where both count alike"

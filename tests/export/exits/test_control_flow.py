@@ -12,7 +12,8 @@ from exported import CASES, NETWORKS, share_conv_bases, share_linear_bases, with
 from tiny import CLASSES
 from torch import nn
 
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export.accounts.ledger import graphs, stored_bytes, torch_unique_bytes
 from edgewright.export.exits.control_flow import levels, sink
 from edgewright.export.exits.policy_graph import policy_graphs, splice

@@ -10,7 +10,8 @@ import torch
 from tiny import CLASSES
 from torch import nn
 
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.edge_runtime.inference.split_session import SplitSession
 from edgewright.export.accounts.ledger import graphs
 from edgewright.export.exits.control_flow import sink

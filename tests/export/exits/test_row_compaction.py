@@ -19,7 +19,8 @@ from sequences import sequence_model
 from torch import nn
 
 from edgewright.edge_runtime.errors import ExportError
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export import ExportOptions
 from edgewright.export.accounts.ledger import graphs, stored_bytes, torch_unique_bytes
 from edgewright.export.bundle import batch_of

@@ -14,7 +14,16 @@ from exported import share_conv_bases, with_exits
 from sequences import sequence_model
 from tiny import CLASSES
 
-from edgewright.edge_runtime import latency_table, load, open_bundle, record_latency, session_on, verify, write_manifest
+from edgewright.edge_runtime import (
+    SessionOptions,
+    latency_table,
+    load,
+    open_bundle,
+    record_latency,
+    session_on,
+    verify,
+    write_manifest,
+)
 from edgewright.edge_runtime.bundle.consistency import check_consistency
 from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.errors import BundleError, InputError, ParityError
@@ -258,7 +267,7 @@ def test_a_bundle_without_the_files_says_how_to_get_them(exported):
     with open_bundle(path) as bundle:
         manifest = dataclasses.replace(bundle.manifest, split=None)
         with pytest.raises(InputError, match="no split layout: export it with"):
-            bundle_session(bundle.folder, manifest, "split")
+            bundle_session(bundle.folder, manifest, SessionOptions(layout="split"))
 
 
 def test_a_split_layout_that_answers_otherwise_is_refused(exported, tmp_path):

@@ -14,7 +14,8 @@ from torch import nn
 
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES
 from edgewright.edge_runtime.errors import ExportError, ParityError
-from edgewright.edge_runtime.inference.session import OPTIMIZATION_LEVELS, session_on
+from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
+from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export import ExportOptions, ToleranceOptions, export_bundle
 from edgewright.export.proof import subject as parity_subject
 from edgewright.export.proof.agreement import SMALLEST_SHIFT, Agreement, possible_shifts

@@ -15,7 +15,7 @@ import pytest
 from edgewright.edge_runtime.bundle.manifest import ExitSpec
 from edgewright.pipeline.errors import QualityFloorError
 from edgewright.pipeline.recipe.recipe import Requirements
-from edgewright.pipeline.report.report import _marked, render_html
+from edgewright.pipeline.report.report import _marked, _two_counters, render_html
 from edgewright.pipeline.runs.requirements import check_requirements
 from edgewright.pipeline.section import FinishedStage, Section
 from edgewright.pipeline.stages.class_aware_pruning.report import class_counts
@@ -30,6 +30,7 @@ def step(name: str, accuracy: float, macs: float, control: bool = False) -> dict
         "accuracy": accuracy,
         "worst_class_accuracy": accuracy - 0.1,
         "macs": macs,
+        "macs_of": "graph",
         "parameters": 1000,
         "unique_weight_bytes": 4000,
         "file_bytes": None,
@@ -126,6 +127,20 @@ def test_the_page_shows_what_there_is_and_escapes_what_users_wrote() -> None:
     assert "<td>b</td><td>a</td><td>1</td><td>1</td>" in page, "confusion caused by exclusion"
     assert "<td>b</td><td>100.00 %, 80.00 % right</td><td>–</td><td>80.00 %</td>" in page
     assert "mean latency</span><b>÷ 2.00</b>95 % 1.60 to 2.50" in page, "what was measured is what it is called"
+
+
+def test_steps_that_pytorch_counted_are_marked() -> None:
+    assert "°" not in render_html(REPORT), "all by the graph"
+    steps = [{**row, "macs_of": "pytorch"} if row["step"] == "train" else row for row in REPORT["steps"]]
+    page = render_html({**REPORT, "steps": steps})
+    assert page.count("°") == 2 and "° not exported: counted by PyTorch" in page
+
+
+def test_a_reduction_between_two_counters_is_noted() -> None:
+    rows = {name: types.SimpleNamespace(step=name, macs_of=name) for name in ("pytorch", "graph")}
+    (note,) = _two_counters(rows["pytorch"], rows["graph"])
+    assert "PyTorch's count of pytorch" in note and "graph's of graph" in note
+    assert _two_counters(rows["graph"], rows["graph"]) == []
 
 
 def test_a_run_without_sections_shows_none() -> None:
