@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx, nn
 
-from edgewright.export.graph.capture import HeadLogits
+from edgewright.export.graph.capture import Outputs
 from edgewright.models.layers.multi_exit import MultiExit
 
 
@@ -28,7 +28,7 @@ class _Level(nn.Module):
 
 def cut(model: MultiExit, x: Tensor) -> list[_Level]:
     """The levels between the heads; each gives its logits and what later levels read."""
-    whole = torch.export.export(HeadLogits(model).eval(), (x,)).module()
+    whole = torch.export.export(Outputs(model).eval(), (x,)).module()
     assert isinstance(whole, fx.GraphModule)
     (answers,) = next(n for n in whole.graph.nodes if n.op == "output").args
     assert isinstance(answers, tuple | list)

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from .bundle.bundle import Bundle, file_sha256, open_bundle, pack_zip, write_manifest
     from .bundle.golden import read_golden, write_golden
     from .bundle.latency_record import record_latency
-    from .bundle.manifest import GoldenCase, Manifest
+    from .bundle.manifest import AnswerSpec, GoldenCase, Manifest
     from .device import DoctorReport, doctor, fingerprint
     from .errors import BundleError, EdgewrightError, InputError, ParityError, ProviderError, QualityFloorError
     from .inference.image_file import load_image
     from .inference.options import SessionOptions
+    from .inference.prediction import ClassMap, Prediction, Tokens, Values
     from .inference.providers import Placement, ProviderFallbackWarning
-    from .inference.runner import Prediction, Runner
+    from .inference.runner import Runner
     from .inference.session import load, session_on
     from .measure.benchmark import BenchRow, bench, bench_text
     from .measure.exit_latency import latency_table
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from .proof.verification import VerifyReport, verify
 
 _WHERE = {
+    "AnswerSpec": "bundle.manifest",
     "BenchRow": "measure.benchmark",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
+    "ClassMap": "inference.prediction",
     "Comparison": "proof.comparison",
     "Contender": "measure.interleave",
     "DoctorReport": "device",
@@ -51,13 +54,15 @@ _WHERE = {
     "Manifest": "bundle.manifest",
     "ParityError": "errors",
     "Placement": "inference.providers",
-    "Prediction": "inference.runner",
+    "Prediction": "inference.prediction",
     "ProviderError": "errors",
     "ProviderFallbackWarning": "inference.providers",
     "QualityFloorError": "errors",
     "RawReport": "proof.raw_check",
     "Runner": "inference.runner",
     "SessionOptions": "inference.options",
+    "Tokens": "inference.prediction",
+    "Values": "inference.prediction",
     "VerifyReport": "proof.verification",
     "bench": "measure.benchmark",
     "bench_text": "measure.benchmark",
@@ -84,9 +89,11 @@ _WHERE = {
 # here would take its place in the package as soon as anything imports it.
 
 __all__ = [
+    "AnswerSpec",
     "BenchRow",
     "Bundle",
     "BundleError",
+    "ClassMap",
     "Comparison",
     "Contender",
     "DoctorReport",
@@ -104,6 +111,8 @@ __all__ = [
     "RawReport",
     "Runner",
     "SessionOptions",
+    "Tokens",
+    "Values",
     "VerifyReport",
     "bench",
     "bench_text",

@@ -17,21 +17,18 @@ from typing import TYPE_CHECKING, Any
 from .bundle.replacing import check_place
 from .errors import EdgewrightError, InputError, ParityError, ProviderError
 from .language.command import add_arguments
-from .process.plain_text import printable, printable_lines
+from .process.plain_text import printable_lines
 from .process.standard_streams import lost_output, standard_streams
 from .process.termination import Terminated, terminable
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from .bundle.bundle import Bundle
     from .bundle.manifest import Manifest
     from .inference.options import SessionOptions
-    from .inference.runner import Prediction
 
 COMMANDS = {
     "verify": "Run every recorded case of a BUNDLE here and compare.",
-    "predict": "Answer an INPUT (.npy, .npz or image) with a BUNDLE: labels, or values where there are no classes.",
+    "predict": "Answer an INPUT (.npy, .npz or image) with a BUNDLE: labels, values, or a class for each pixel.",
     "bench": "Measure the latency of a BUNDLE here.",
     "latency-table": "Measure what a row costs that leaves a BUNDLE at each of its exits, for the threshold search.",
     "generate": "Continue prompts with a language MODEL that has its cache.",
@@ -43,7 +40,6 @@ _NEEDED = {
     "numpy": "install numpy",
     "onnxruntime": "install onnxruntime, or the build for your accelerator; `doctor` says which",
 }
-_SHOWN_VALUES = 8
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "edge_runtime") -> int:
@@ -168,7 +164,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
             name, parents=parents.get(name, [common, session, exits, layout]), help=what, description=what
         )
         # what not every command has
-        made[name].set_defaults(command=run[name], bundle=None, samples_file=None, record=None)
+        made[name].set_defaults(command=run[name], bundle=None, samples_file=None, record=None, save=None)
         made[name].set_defaults(thresholds=None, operating_point=None, layout="file")
         if name not in ("doctor", "generate"):
             made[name].add_argument("bundle", type=Path, metavar="BUNDLE", help="folder or zip")
@@ -192,6 +188,9 @@ def _parser(program: str) -> argparse.ArgumentParser:
         help=".npy with what you made of these images: say whether it is the same, and which step differs",
     )
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
+    predict.add_argument(
+        "--save", metavar="FILE", type=Path, help=".png for the class map of a segmentation, a color for each class"
+    )
     for measuring in (bench, table):
         measuring.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
         measuring.add_argument("--seed", type=int, default=0, help="of the order of the inputs")
@@ -257,17 +256,25 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from .inference.class_map_image import check_class_map, save_class_map
+    from .inference.prediction_text import result_dict, result_lines
     from .inference.session import load
 
     with _opened(options) as bundle, load(bundle, _session(options)) as runner:
-        prediction = runner.predict(_read_input(options.input, bundle.manifest))
-    for line in _prediction_lines(prediction):
+        if options.save is not None:
+            check_class_map(runner.answers, options.save)
+        found = runner.predict(_read_input(options.input, bundle.manifest))
+        results = found if isinstance(found, dict) else {runner.answers[0].name: found}
+    for line in result_lines(results):
         print(line)
-    _write_json(options.json, _prediction_dict(prediction))
-    if not prediction.refused:
+    _write_json(options.json, result_dict(results))
+    if options.save is not None:
+        save_class_map(results, options.save)
+    refused = {row for result in results.values() for row in result.refused}
+    if not refused:
         return 0
-    rows = len(prediction.exit_index)
-    print(f"error: {options.input}: {len(prediction.refused)} of {rows} rows were refused, see above", file=sys.stderr)
+    rows = len(next(iter(results.values()))[0])
+    print(f"error: {options.input}: {len(refused)} of {rows} rows were refused, see above", file=sys.stderr)
     return InputError.exit_code
 
 
@@ -348,67 +355,6 @@ def _read_input(path: Path, manifest: Manifest) -> Any:
     return load_image(path, preprocessing)
 
 
-def _prediction_lines(prediction: Prediction) -> list[str]:
-    if prediction.outputs:
-        return [f"row {row}: {_values_text(prediction, row)}" for row in range(len(prediction.exit_index))]
-    if prediction.label.ndim != 1:
-        return [f"labels {prediction.label.tolist()}"]
-    return [f"row {row}: {_row_text(prediction, row, kind)}" for row, kind in enumerate(prediction.score_kinds)]
-
-
-def _row_text(prediction: Prediction, row: int, kind: str) -> str:
-    if kind == "none":
-        return f"refused: {prediction.refused[row]}"
-    index, scores = int(prediction.exit_index[row]), prediction.scores[row]
-    name = printable(prediction.label_names[row])
-    exit_name = f" ({printable(prediction.exits[index])})" if len(prediction.exits) > 1 else ""
-    if kind == "exclusion":
-        return f"{name}  decided by exclusion of every other class, no probability  exit {index}{exit_name}"
-    remaining = f" among the {int((scores > 0).sum())} classes not excluded" if kind != "probability" else ""
-    return f"{name}  score {float(scores[prediction.label[row]]):.4f}{remaining}  exit {index}{exit_name}"
-
-
-def _values_text(prediction: Prediction, row: int) -> str:
-    """The first numbers of every output, as the graph gave them."""
-    if row in prediction.refused:
-        return f"refused: {prediction.refused[row]}"
-    parts = []
-    for name, value in prediction.outputs.items():
-        numbers = value[row].ravel()
-        shown = " ".join(f"{number:.6g}" for number in numbers[:_SHOWN_VALUES].tolist())
-        more = f" ... {list(value[row].shape)}" if numbers.size > _SHOWN_VALUES else ""
-        # the only output needs no name, which would call numbers of any kind logits
-        parts.append((f"{printable(name)} " if len(prediction.outputs) > 1 else "") + shown + more)
-    return ", ".join(parts)
-
-
-def _json_numbers(values: NDArray[Any]) -> Any:
-    import numpy as np
-
-    numbers = values.astype(object)
-    if values.dtype.kind in "fc":
-        numbers[~np.isfinite(values)] = None  # JSON has no NaN
-    return numbers.tolist()
-
-
-def _prediction_dict(prediction: Prediction) -> dict[str, Any]:
-    refused = {str(row): reason for row, reason in prediction.refused.items()}
-    if prediction.outputs:
-        outputs = {name: _json_numbers(value) for name, value in prediction.outputs.items()}
-        return {"schema_version": 1, "outputs": outputs, "refused": refused}
-    exits = prediction.exits
-    return {
-        "schema_version": 1,
-        "label": prediction.label.tolist(),
-        "label_names": prediction.label_names,
-        "scores": _json_numbers(prediction.scores),
-        "score_kinds": prediction.score_kinds,
-        "exit_index": prediction.exit_index.tolist(),
-        "exit_names": [exits[i] if 0 <= i < len(exits) else None for i in prediction.exit_index.ravel().tolist()],
-        "refused": refused,
-    }
-
-
 def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
@@ -433,7 +379,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
         InputError: a folder that does not exist, a place inside the bundle, which would be altered by it, or one place
             for two results.
     """
-    places = [path for path in (options.json, options.samples_file, options.record) if path is not None]
+    places = [path for path in (options.json, options.samples_file, options.record, options.save) if path is not None]
     for path in places:
         check_place(path, options.bundle)
     if len({path.resolve() for path in places}) < len(places):

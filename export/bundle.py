@@ -19,9 +19,9 @@ from edgewright.edge_runtime.bundle.archive import write_runtime_archive
 from edgewright.edge_runtime.bundle.bundle import pack_zip, write_manifest
 from edgewright.edge_runtime.bundle.golden import write_golden
 from edgewright.edge_runtime.bundle.manifest import (
+    ANSWERS,
     GOLDEN_FILE,
     LABELS,
-    LOGITS,
     MODEL_FILE,
     RUNTIME_FILE,
     Ledger,
@@ -45,13 +45,14 @@ from .exits.policy_graph import PolicyGraphs, policy_graphs
 from .exits.row_compaction import compact
 from .exits.split_files import prove_split, write_split
 from .exits.split_levels import split_levels
-from .graph.capture import capture, logits_name
+from .graph.capture import capture, flat_name
 from .graph.model_file import check_file, save_external, save_model
 from .graph.simplify import Feeds, simplify
 from .options import Batch, ExportOptions
 from .proof.empty_batch import takes_no_rows
 from .proof.parity import ParityResult, check_parity
-from .source import Source
+from .proof.subject import answers_in
+from .source import Source, answers_of
 from .target import held_to
 
 
@@ -64,7 +65,7 @@ class ExportResult:
         manifest: as written.
         split: the split.
         rows: its number of rows that were run.
-        label: int64 [rows], from the exported file; empty for a task without classes.
+        label: int64 [rows], from the exported file, of the first answer that gives each row a class; empty without one.
         exit_index: int64 [rows], from the exported file.
     """
 
@@ -99,7 +100,8 @@ def export_bundle(
     A failed proof writes nothing, and leaves what was at `out` as it was.
 
     Args:
-        model: a classifier called positionally that returns logits [N, C], or a `MultiExit`; not changed.
+        model: called positionally; returns what `answers_of` the source says, logits [N, C] of a classifier or any
+            other answer, or is a `MultiExit`; not changed.
         source: names, labels and real inputs; a `pipeline.Task` is one.
         out: folder of the bundle; replaced if it is a bundle already.
         options: see `ExportOptions`.
@@ -200,7 +202,7 @@ def _flat_graph(
     axes: list[Mapping[int, str]] | None = None if single else list(source.dynamic_axes)
     if single and any(set(a) - {0} for a in source.dynamic_axes):
         axes = [{axis: name for axis, name in a.items() if axis != 0} for a in source.dynamic_axes]
-    raw = capture(model, inputs, source.input_names, axes, options.opset)
+    raw = capture(model, inputs, source.input_names, axes, options.opset, answers_of(source))
     feeds = {name: x.numpy() for name, x in zip(source.input_names, inputs, strict=True)}
     flat, note = simplify(
         raw, options.simplify, feeds, abs_tolerance=options.tolerance.abs, rel_tolerance=options.tolerance.rel
@@ -218,7 +220,12 @@ def _final_graph(
 ) -> tuple[ir.Model, tuple[str, ...]]:
     if not isinstance(model, MultiExit):
         final = flat.clone()
-        next(v for v in final.graph.outputs if v.name == logits_name(0)).name = LOGITS
+        named = {flat_name(index): spec.name for index, spec in enumerate(answers_of(source))}
+        for value in final.graph.outputs:
+            name = named[value.name or ""]
+            if name in final.graph.initializers:
+                raise ExportError(f"the answer {name!r} has the name of a parameter of the model: give it another")
+            value.name = name
         return final, ()
     policy, thresholds = _exits_of(model, flat, batch)
     feeds = _row_feeds(batch, source, split)
@@ -247,6 +254,7 @@ def _write_metadata(final: ir.Model, source: Source, model: nn.Module) -> None:
     final.metadata_props.update(
         {
             LABELS: json.dumps(list(source.labels)),
+            ANSWERS: json.dumps([asdict(spec) for spec in answers_in(model, source)], sort_keys=True),
             "edgewright.preprocessing": json.dumps(asdict(source.preprocessing), sort_keys=True),
             "edgewright.exits": json.dumps(exits),
         }
@@ -290,7 +298,7 @@ def _manifest(
         batch=batch,
         inputs=parity.inputs,
         outputs=parity.outputs,
-        labels=tuple(source.labels),
+        answers=answers_in(model, source),
         preprocessing=source.preprocessing,
         exits=exits,
         policy=policy,

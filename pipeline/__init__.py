@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .store.context import FolderContext
     from .task import Batch, Split, Task
     from .tasks.image_classification import ImageClassification
+    from .tasks.regression import Regression
+    from .tasks.segmentation import Segmentation
     from .tasks.splits import DatasetSplit, TensorSplit
     from .training.training import TrainingConfig
 
@@ -30,8 +32,10 @@ _WHERE = {
     "ImageClassification": "tasks.image_classification",
     "Metric": "metric",
     "Recipe": "recipe.recipe",
+    "Regression": "tasks.regression",
     "RunResult": "report.result",
     "Score": "metric",
+    "Segmentation": "tasks.segmentation",
     "Split": "task",
     "Stage": "stage",
     "StageConfig": "stage",
@@ -55,8 +59,10 @@ __all__ = [
     "ImageClassification",
     "Metric",
     "Recipe",
+    "Regression",
     "RunResult",
     "Score",
+    "Segmentation",
     "Split",
     "Stage",
     "StageConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -17,8 +17,8 @@ from .errors import DataError
 IGNORED = -100
 """The target of a position where nothing is predicted, torch's own."""
 
-Output: TypeAlias = Tensor | ExitOutput
-"""What a model answers: logits, or with exits the decision of every row."""
+Output: TypeAlias = Tensor | ExitOutput | Mapping[str, Tensor]
+"""What a model answers: one tensor, with exits the decision of every row, or of several answers a tensor by name."""
 
 
 class Answer(NamedTuple):
@@ -185,4 +185,7 @@ def within(metric: Metric, before: float, after: float, tolerance: float) -> boo
 
 def labels_of(output: Output) -> Tensor:
     """Class indices int64 [N] of logits [N, C] or of decisions."""
-    return output.label if isinstance(output, ExitOutput) else output.argmax(dim=1)
+    if isinstance(output, ExitOutput):
+        return output.label
+    assert isinstance(output, Tensor), "of several answers the task's own metric picks one"
+    return output.argmax(dim=1)

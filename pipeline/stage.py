@@ -192,6 +192,8 @@ class Stage(Generic[C]):
             for the stage's own; each is tried for one step before any compute. None: every `TrainingConfig` in it.
         classes_alone: a configuration of the same stage that keeps the same classes and does nothing else to the model;
             what a control is given. Required with `classes`.
+        answers: the kinds of answers (`edge_runtime.bundle.answer`) that it serves, all if None; it is given a model of
+            one tensor then. Others are refused before any compute.
     """
 
     name: str
@@ -216,6 +218,7 @@ class Stage(Generic[C]):
     expected_macs: Callable[[Mapping[str, Json], float], ExpectedMacs | None] | None = None
     requirements: Mapping[str, Requirement] = field(default_factory=dict)
     report: Callable[[FinishedStage], Section | None] | None = None
+    answers: frozenset[str] | None = None
 
     def needs_classes(self, config: C, task: Task) -> bool:
         """Whether `task` must have classes with samples under `config`."""

@@ -2,7 +2,8 @@
 
 A task has up to four splits that never share a sample: `train` (fit), `calibration` (statistics),
 `validation` (thresholds, ranks, floors), `test` (claims). A model is called positionally with a batch's
-inputs and returns one tensor of logits.
+inputs and returns one tensor, or a tuple or mapping of tensors of which the task's `answers` name the outputs
+(`export.source.Answering`); without `answers` it is one tensor of logits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
+from edgewright.edge_runtime.errors import ExportError
+from edgewright.export.graph.leaves import leaves_of
 from edgewright.export.source import Source, SourceSplit
 
-from .errors import DataError
+from .errors import DataError, ModelError
 from .metric import Metric
 
 SplitName: TypeAlias = Literal["train", "calibration", "validation", "test"]
@@ -76,8 +80,8 @@ class Task(Source, Protocol):
         """The splits that exist."""
         ...
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean training loss, scalar."""
+    def loss(self, logits: Any, targets: Tensor) -> Tensor:
+        """Mean training loss, scalar, of the tensor of the answer; of several answers of a dict of tensors by name."""
         ...
 
     @property
@@ -98,6 +102,23 @@ class FromFiles(Protocol):
     def file_digests(self) -> Mapping[Path, str]:
         """Every file, with the `pipeline.sources.content_digest` of what was read."""
         ...
+
+
+def named_outputs(output: Any, specs: Sequence[AnswerSpec]) -> Any:
+    """What the task's loss and metric get of a model's `output`: the tensor of the answer; of several a dict by name.
+
+    Raises:
+        ModelError: there is no tensor where an answer should be.
+    """
+    if len(specs) == 1 and specs[0].leaf is None:
+        return output
+    try:
+        leaves = leaves_of(output, specs)
+    except ExportError as error:
+        raise ModelError(str(error)) from None
+    if len(specs) == 1:
+        return leaves[0]
+    return {spec.name: leaf for spec, leaf in zip(specs, leaves, strict=True)}
 
 
 def batches(

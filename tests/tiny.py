@@ -148,3 +148,16 @@ class TinySignal(nn.Module):
 def tiny_signal() -> nn.Module:
     torch.manual_seed(0)
     return TinySignal().eval()
+
+
+def tiny_values() -> nn.Module:
+    """Three numbers for each row [N, 8]."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+
+
+def tiny_map() -> nn.Module:
+    """Logits [N, 3, H, W] of images [N, 1, H, W]."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, 1, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(12, 3, 1)).eval()

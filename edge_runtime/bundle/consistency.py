@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from ..errors import BundleError
 from ..inference.feeds import KNOWN_DTYPES
+from .answer import EXITS, kind_of
 from .manifest import (
     APPLIED,
     DROPPED,
     EXIT_INDEX,
     IGNORED,
     LABEL,
-    LOGITS,
+    PRESENT,
     SCORES,
     DeviceLatency,
     Manifest,
@@ -36,9 +37,11 @@ def check_consistency(manifest: Manifest) -> None:
     Raises:
         BundleError: two of them contradict each other, or one has a value that means nothing; both are named.
     """
+    for spec in manifest.answers:
+        kind_of(spec)  # of a kind that is not known everything else may contradict what is
     _check_tensors(manifest)
-    _check_labels(manifest)
     _check_exits(manifest)
+    _check_answers(manifest)
     _check_preprocessing(manifest)
     _check_split(manifest)
     _check_measured(manifest)
@@ -101,19 +104,28 @@ def _check_tensors(manifest: Manifest) -> None:
             raise _contradiction(f"input {spec.name!r} has the dtype {spec.dtype!r}, and numpy can give {known}")
 
 
-def _check_labels(manifest: Manifest) -> None:
-    twice = next((label for i, label in enumerate(manifest.labels) if label in manifest.labels[:i]), None)
-    if twice is not None:
-        raise _contradiction(f"labels has {twice!r} twice, so that an answer could be either class")
-    for spec in manifest.outputs:
-        if spec.name not in (LOGITS, SCORES) or not manifest.labels or not spec.shape:
-            continue
-        width = spec.shape[-1]
-        if isinstance(width, int) and width != len(manifest.labels):
-            raise _contradiction(
-                f"labels has {len(manifest.labels)} names and the output {spec.name!r} is {width} wide "
-                f"(shape {list(spec.shape)}), so names and classes cannot be matched"
-            )
+def _check_answers(manifest: Manifest) -> None:
+    if not manifest.answers:
+        raise _contradiction("answers is empty")
+    tensors = {spec.name: spec for spec in manifest.outputs}
+    meant: list[str] = []
+    for spec in manifest.answers:
+        kind = kind_of(spec)
+        meant += kind.outputs(spec)
+        missing = [name for name in kind.outputs(spec) if name not in tensors]
+        if missing:
+            raise _contradiction(f"the answer {spec.name!r} ({spec.kind}) has no output {missing[0]!r}")
+        again = [label for label, count in Counter(spec.labels).items() if count > 1]
+        if again:
+            raise _contradiction(f"labels has {again[0]!r} twice, so that an answer could be either class")
+        if reason := kind.unfit(spec, tensors):
+            raise _contradiction(reason)
+    twice = [name for name, count in Counter(meant).items() if count > 1]
+    if twice:
+        raise _contradiction(f"the output {twice[0]!r} is two answers")
+    unknown = [name for name in tensors if name not in meant and not name.startswith(PRESENT)]
+    if unknown:
+        raise _contradiction(f"no answer says what the output {unknown[0]!r} means")
 
 
 def _check_exits(manifest: Manifest) -> None:
@@ -122,10 +134,14 @@ def _check_exits(manifest: Manifest) -> None:
         raise _contradiction(f"exits are numbered {indices}, not from 0 on")
     policy = manifest.policy
     if policy is None:
+        if any(spec.kind == EXITS for spec in manifest.answers):
+            raise _contradiction("an answer is the decision of exits and there is no exit policy")
         return
     missing = {LABEL, SCORES, EXIT_INDEX} - {spec.name for spec in manifest.outputs}
     if missing:
         raise _contradiction(f"there is an exit policy and no output {sorted(missing)[0]!r}")
+    if [spec.kind for spec in manifest.answers] != [EXITS]:
+        raise _contradiction("there is an exit policy, and answers is not the decision of exits alone")
     early = len(indices) - 1
     if early < 1:
         raise _contradiction(f"there is an exit policy and {len(indices)} exits")

@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import BundleError
-from .typed_json import strict_json, typed
+from .typed_json import DAMAGED, strict_json, typed
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, SCHEMA_VERSION)
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_HASH_FILE = "manifest.sha256"
@@ -37,7 +38,7 @@ SPLIT_FOLDER = "split"
 TOKENIZER_FILE = "tokenizer.json"
 
 LABEL, SCORES, EXIT_INDEX, LOGITS = "label", "scores", "exit_index", "logits"
-"""Output names. A model with exits has LABEL, SCORES, EXIT_INDEX; one without has LOGITS."""
+"""Output names: a model with exits has LABEL, SCORES, EXIT_INDEX; LOGITS where a task does not name its outputs."""
 
 DECIDED = "decided"
 """Output of a file of `SplitSpec`, bool [N]: which rows leave behind it. The last file has none."""
@@ -57,6 +58,9 @@ POSITIONS_REASON = "edgewright.positions_reason"
 LABELS = "edgewright.labels"
 """Metadata key of model.onnx, JSON: names of the classes, none for a task without classes."""
 
+ANSWERS = "edgewright.answers"
+"""Metadata key of model.onnx, JSON: the manifest's answers. Files of the first schema have none."""
+
 THRESHOLDS = "thresholds"
 """Name of the outer initializer, float32 [K], whose values the runtime may replace when it loads the model.
 
@@ -75,6 +79,26 @@ class TensorSpec:
     dtype: str
     """numpy name: float32, int64, ..."""
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class AnswerSpec:
+    """One answer of a model, as a task declares it and a manifest records it."""
+
+    name: str
+    """Of the answer, and of the graph's output; the outputs of ``exits`` have names of their own."""
+    kind: str
+    """A key of `answer.KINDS`, which says what it means."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes, or of the columns of ``values``."""
+    unit: str = ""
+    """Of ``values``, once `scale` and `offset` are applied; text for people."""
+    scale: tuple[float, ...] = ()
+    """Of ``values``: what `predict` multiplies the output by, one number or one for each column (axis 1)."""
+    offset: tuple[float, ...] = ()
+    """Of ``values``: what `predict` adds after that; so standardised targets come back in the unit of the data."""
+    leaf: int | str | None = None
+    """Where the answer lies in what the model returns: an index of a tuple, a key of a mapping; None: it is all."""
 
 
 @dataclass(frozen=True)
@@ -235,9 +259,14 @@ class Flip:
     torch: int
     onnx: int
     margin: float
+    """of several places of a row, such as pixels, the widest."""
     case: str = ""
     """how the row was run, e.g. ``"exit 1 forced"`` or ``"batch of 7"``; empty for the plain split, at ONNX Runtime's
     default optimization level."""
+    answer: str = ""
+    """name of the answer, where the model has several."""
+    places: int = 1
+    """how many places of the row differ, such as pixels of a class map."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +278,8 @@ class ParityReport:
     """share of elements outside the torch tolerance (trtexec's l0)."""
     rows: int
     label_agreement: float | None
-    """share of rows, excused flips counted as disagreeing; None: a task without classes has no labels to agree on."""
+    """share of rows (of pixels in a class map, of positions where tokens follow), excused flips counted as
+    disagreeing; None: nothing is decided, so that there is nothing to agree on."""
     exit_agreement: float
     exits_covered: int
     exits_total: int
@@ -313,7 +343,8 @@ class Manifest:
     none included, and rows that an exit decides leave before the next level."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    labels: tuple[str, ...]
+    answers: tuple[AnswerSpec, ...]
+    """what the outputs mean; a generator's cache is among the outputs and no answer."""
     preprocessing: Preprocessing
     exits: tuple[ExitSpec, ...]
     policy: PolicySpec | None
@@ -337,6 +368,13 @@ class Manifest:
     files: Mapping[str, FileEntry] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes of the first answer that has any; empty if none has."""
+        from .answer import KINDS  # needs NumPy, which a command's help does without
+
+        return next((a.labels for a in self.answers if a.labels and KINDS[a.kind].decides), ())
+
     def to_json(self) -> str:
         """Canonical JSON text: sorted keys, two spaces, newline at the end, no timestamps."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, indent=2, allow_nan=False) + "\n"
@@ -358,24 +396,56 @@ class Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"{MANIFEST_FILE} does not hold an object; the bundle is damaged: export it again")
         version = data.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if isinstance(version, bool) or version not in _READ:
             raise BundleError(
-                f"{MANIFEST_FILE} has schema_version {version!r}, this runtime reads {SCHEMA_VERSION}: "
+                f"{MANIFEST_FILE} has schema_version {version!r}, this runtime reads {' and '.join(map(str, _READ))}: "
                 "use the edge_runtime.pyz that lies in the bundle, or export again"
             )
+        if version == 1:
+            data = _from_first_schema(data)
         if isinstance(preprocessing := data.get("preprocessing"), dict):
             # exported before the field existed: trained on pixels as stored
             preprocessing.setdefault("orientation", IGNORED)
         return typed(cls, data, MANIFEST_FILE)  # type: ignore[no-any-return]
 
 
+def _from_first_schema(data: dict[str, Any]) -> dict[str, Any]:
+    """The same as the schema of today has it: labels were the manifest's, and the only answer had no kind.
+
+    Raises:
+        BundleError: a field that is needed for it is missing or of a wrong type.
+    """
+    from .answer import answers_by_names  # as above
+
+    for name in ("labels", "outputs", "inputs"):
+        if name not in data:
+            raise BundleError(f"{MANIFEST_FILE} lacks the field {name!r}{DAMAGED}")
+    labels = typed(tuple[str, ...], data["labels"], f"{MANIFEST_FILE}.labels")
+    inputs, outputs = (
+        typed(tuple[TensorSpec, ...], data[name], f"{MANIFEST_FILE}.{name}") for name in ("inputs", "outputs")
+    )
+    answers = answers_by_names(
+        {spec.name: len(spec.shape) for spec in outputs if not spec.name.startswith(PRESENT)},
+        labels,
+        exits=data.get("policy") is not None,
+        tokens=any(spec.dtype == "int64" for spec in inputs),
+    )
+    rest = {key: value for key, value in data.items() if key != "labels"}
+    tolerances = data.get("tolerances")
+    if any(spec.name.startswith(PRESENT) for spec in outputs) and isinstance(tolerances, dict):
+        # tokens were compared as numbers alone: a flip within their tolerance is no news
+        rest["tolerances"] = {**tolerances, "flip_margin": tolerances.get("torch_abs", 0.0)}
+    return {**rest, "answers": json.loads(json.dumps([*map(dataclasses.asdict, answers)])), "schema_version": 2}
+
+
 @dataclass(frozen=True)
 class GoldenCase:
     """One recorded run. In golden.npz its arrays are ``<index:04d>/<group>/<name>``.
 
-    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, ``margin`` (float32
-    [N]: every logit of the row may move by less than this and its exit, label and excluded classes stay; a logit
-    of a head whose measured error is a part of the largest one, by less than that part of it), and for models with
+    Groups: ``input/<input name>``, ``torch/<output name>``, ``reference/<output name>``, ``margin`` (float32 [N], of
+    the kinds ``classes`` and ``exits``, other margins are told by the outputs: every logit of the row may move by less
+    than this and its exit, label and excluded classes stay; a logit of a head whose measured error is a part of the
+    largest one, by less than that part of it), and for models with
     exits ``thresholds`` (float32 [K], the values this case ran with). `inputs` hold what the graph takes, already
     preprocessed.
     """

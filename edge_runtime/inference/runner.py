@@ -4,77 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..bundle.answer import Meaning, answers_by_names, kind_of
 from ..bundle.bundle import Bundle
 from ..bundle.consistency import unknown_exit, unlike
-from ..bundle.manifest import EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, Manifest
+from ..bundle.manifest import ANSWERS, EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, AnswerSpec, Manifest
+from ..bundle.typed_json import strict_json, typed
 from ..errors import BundleError, EdgewrightError, InputError
 from .feeds import FeedChecker, as_array, is_finite, prepare, specs_of, unusable_rows
 from .providers import Placement
 
 _MOST_KNOWN = 256
 """Forms of input that `Runner.predict` remembers."""
-
-
-class Prediction(NamedTuple):
-    """What a network said about N rows: a classifier in labels and scores, any other in `outputs`.
-
-    Attributes:
-        label: int64 [N]; -1 for a row that was refused. Empty where the task has no classes.
-        scores: float32 [N, C], see `score_kinds` for what they are; NaN for a row that was refused. [N, 0] where the
-            task has no classes.
-        exit_index: int64 [N], 0 for a model without exits; -1 for a row that was refused.
-        labels: the C names, empty if the manifest has none.
-        exits: name of every exit, in the order of `exit_index`; empty if there is no manifest.
-        excludes: whether the exits rule classes out, whose scores are then exactly 0.
-        refused: row -> why it has no answer; such a row changes nothing in the others.
-        outputs: of a task without classes: output name -> what the graph gave, [N, ...], in its own dtype and unit; for
-            a row that was refused NaN, or 0 where that is no float. Empty for a classifier.
-    """
-
-    label: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    exit_index: NDArray[np.int64]
-    labels: tuple[str, ...] = ()
-    exits: tuple[str, ...] = ()
-    excludes: bool = False
-    refused: Mapping[int, str] = MappingProxyType({})
-    outputs: Mapping[str, NDArray[Any]] = MappingProxyType({})
-
-    @property
-    def label_names(self) -> list[str]:
-        """Name of every label; the number as text where the manifest has no name, ``refused`` for -1."""
-        return [_label_name(i, self.labels) for i in self.label.ravel().tolist()]
-
-    @property
-    def score_kinds(self) -> list[str]:
-        """What the scores of every row are.
-
-        - ``probability``: a softmax over all classes.
-        - ``probability_of_remaining``: a softmax over the classes that no exit has excluded.
-        - ``exclusion``: the row left early because every other class was excluded. The survivor has 1 as a mark of
-          that; it is no probability.
-        - ``value``: the task has no classes: there are no scores, `outputs` are the answer.
-        - ``none``: the row was refused.
-        """
-        last = len(self.exits) - 1
-        kinds = []
-        for row, exit_index in enumerate(self.exit_index.reshape(len(self.exit_index), -1)[:, 0].tolist()):
-            if row in self.refused:
-                kinds.append("none")
-            elif self.outputs:
-                kinds.append("value")
-            elif not self.excludes or bool((self.scores[row] > 0).all()):
-                kinds.append("probability")
-            else:
-                alone = exit_index < last and int((self.scores[row] > 0).sum()) == 1
-                kinds.append("exclusion" if alone else "probability_of_remaining")
-        return kinds
 
 
 class Runner:
@@ -87,6 +33,7 @@ class Runner:
         thresholds: the values this session runs with; None: those stored in the graph of a bare model.
         threads: intra-op threads; None: ONNX Runtime's choice.
         manifest: of the bundle; None for a bare model.
+        answers: what the outputs mean.
         owned_bundle: the bundle that `close` closes too.
     """
 
@@ -112,15 +59,16 @@ class Runner:
         self._wanted = list(self.output_names)  # given by name: ONNX Runtime would collect them again at every run
         # what `predict` needs at every call, found once
         self._known_forms: dict[tuple[tuple[int, ...], np.dtype[Any]], bool] = {}
-        answer = (LABEL, SCORES, EXIT_INDEX)
-        self._answer_at = (
-            tuple(self._wanted.index(name) for name in answer) if set(answer) <= set(self._wanted) else None
-        )
+        self.answers = manifest.answers if manifest is not None else _answers_of(session, path)
+        self._answers = [(spec, kind_of(spec)) for spec in self.answers]
         self._preprocessing = manifest.preprocessing if manifest is not None else None
-        self._meaning = _meaning(manifest)
-        self._without_classes = self._answer_at is None and _without_classes(manifest, session)
-        specs = manifest.outputs if manifest is not None else ()
-        self._answers = tuple((self._wanted.index(s.name), s) for s in specs if s.name in (LOGITS, SCORES))
+        exits = () if manifest is None else tuple(exit_.name for exit_ in manifest.exits)
+        excludes = manifest is not None and manifest.policy is not None and manifest.policy.excludes
+        self._meaning = Meaning(exits, excludes, path.name)
+        specs = {spec.name: spec for spec in manifest.outputs} if manifest is not None else {}
+        names = [name for spec, kind in self._answers for name in kind.outputs(spec) if name in specs]
+        self._promised = tuple((self._wanted.index(name), specs[name]) for name in names)
+        self._exit_at = self._wanted.index(EXIT_INDEX) if EXIT_INDEX in names else None
         # with exits and any number of rows, all rows may have left: such a graph also takes none
         self._checked = FeedChecker(self.inputs, no_rows=EXIT_INDEX in self._wanted and not self.takes_single_rows)
 
@@ -169,16 +117,21 @@ class Runner:
         parts = [self.run({k: v[i : i + 1] for k, v in arrays.items()}) for i in range(rows.pop())]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.output_names}
 
-    def predict(self, x: ArrayLike | Mapping[str, ArrayLike]) -> Prediction:
-        """Answers one row or many: with labels and scores, or with the graph's outputs where the task has no classes.
+    def predict(self, x: ArrayLike | Mapping[str, ArrayLike]) -> Any:
+        """Answers one row or many.
 
         NaN or infinity in the input has no answer: one row is refused with an error, and of many rows the unusable
-        ones are marked in `Prediction.refused` while the others are answered. (`run` passes such values on.)
+        ones are marked in the result's `refused` while the others are answered. (`run` passes such values on.)
 
         Args:
             x: images [H, W, C] or [N, H, W, C], uint8 or, where the manifest's preprocessing has a `max_value`, deeper
                 integers, which are preprocessed as the manifest says; or what
                 the graph takes, with or without the batch axis; or a mapping of input names to the latter.
+
+        Returns:
+            What the kind of the answer is (`Runner.answers`): `Prediction` of ``classes`` and ``exits``, `Values` of
+            ``values``, `ClassMap` of ``class_map``, `Tokens` of ``tokens``. Of a model with several answers a dict of
+            them by name.
 
         Raises:
             InputError: `x` fits none of these, no row of it is finite, or a bare model has none of the known outputs.
@@ -188,17 +141,17 @@ class Runner:
             add_axis = self._known_forms.get((x.shape, x.dtype))
             if add_axis is not None and is_finite(x):
                 # of a form that has been here before: nothing is left to prepare or to check
-                return self._prediction(self._outputs({self.inputs[0].name: x[None] if add_axis else x}), {})
+                return self._results(self._outputs({self.inputs[0].name: x[None] if add_axis else x}), {})
         feeds = prepare(x, self.inputs, self._preprocessing)
         refused: dict[int, str] = {}
         for value in feeds.values():
             if not is_finite(value):
                 feeds, refused = _with_stand_ins(feeds, unusable_rows(feeds))
                 break
-        prediction = self._prediction(list(self.run_rows(feeds).values()), refused)
+        results = self._results(list(self.run_rows(feeds).values()), refused)
         if type(x) is np.ndarray and not refused:
             self._remember(x, next(iter(feeds.values())))
-        return prediction
+        return results
 
     def _remember(self, given: NDArray[Any], fed: NDArray[Any]) -> None:
         """Keeps the form of an array that needs no more than a batch axis to be run at once."""
@@ -230,51 +183,25 @@ class Runner:
         if self.manifest is None:
             return
         reason = None
-        for at, spec in self._answers:
+        for at, spec in self._promised:
             reason = reason or unlike((*spec.shape[:1], *outputs[at].shape[1:]), spec)
-        if reason is None and self._answer_at is not None:
-            reason = unknown_exit(outputs[self._answer_at[2]], self.manifest.exits)
+        if reason is None and self._exit_at is not None:
+            reason = unknown_exit(outputs[self._exit_at], self.manifest.exits)
         if reason is not None:
             raise BundleError(f"{self.path}: {reason}: the bundle does not belong together, export it again")
 
-    def _prediction(self, outputs: list[NDArray[Any]], refused: dict[int, str]) -> Prediction:
+    def _results(self, outputs: list[NDArray[Any]], refused: dict[int, str]) -> Any:
         self.require_known(outputs)
-        if self._answer_at is not None:
-            at_label, at_scores, at_exit = self._answer_at
-            label, scores, exit_index = outputs[at_label], outputs[at_scores], outputs[at_exit]
-        elif self._without_classes:
-            return self._raw(outputs, refused)
-        elif LOGITS in self._wanted:
-            scores = softmax(outputs[self._wanted.index(LOGITS)])
-            label = np.asarray(scores.argmax(axis=-1), np.int64)
-            exit_index = np.zeros(label.shape, np.int64)
-        else:
+        if not self._answers:
             raise InputError(
-                f"{self.path} has neither {LABEL!r} nor {LOGITS!r} among its outputs "
-                f"({', '.join(self.output_names)}): use run() instead of predict()"
+                f"{self.path} does not say what its outputs mean ({', '.join(self.output_names)}), and has neither "
+                f"{LABEL!r} nor {LOGITS!r}: use run() instead of predict()"
             )
-        if refused or not is_finite(scores):
-            label, scores, exit_index = label.copy(), scores.copy(), exit_index.copy()
-            refused = {**_overflown(scores, self.path), **refused}
-            rows = list(refused)
-            label[rows], scores[rows], exit_index[rows] = -1, np.nan, -1
-        return Prediction(label, scores, exit_index, *self._meaning, refused)
-
-    def _raw(self, outputs: list[NDArray[Any]], refused: dict[int, str]) -> Prediction:
-        """What the graph gave, as it is."""
-        for value in outputs:
-            if not is_finite(value):
-                refused = {**_overflown(value, self.path), **refused}
-        rows = list(refused)
-        if rows:
-            outputs = [value.copy() for value in outputs]
-            for value in outputs:
-                value[rows] = np.nan if value.dtype.kind in "fc" else 0
-        exit_index = np.zeros(len(outputs[0]), np.int64)
-        exit_index[rows] = -1
-        label, scores = np.zeros(0, np.int64), np.zeros((len(outputs[0]), 0), np.float32)
-        found = dict(zip(self._wanted, outputs, strict=True))
-        return Prediction(label, scores, exit_index, *self._meaning, refused, found)
+        named = dict(zip(self._wanted, outputs, strict=True))
+        if len(self._answers) == 1:
+            spec, kind = self._answers[0]
+            return kind.predict(spec, named, refused, self._meaning)
+        return {spec.name: kind.predict(spec, named, refused, self._meaning) for spec, kind in self._answers}
 
     def close(self) -> None:
         """Releases the session and the temporary folder of a zip."""
@@ -292,25 +219,29 @@ class Runner:
         self.close()
 
 
-def _meaning(manifest: Manifest | None) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """What `Prediction` takes from the manifest: labels, exits, excludes."""
-    if manifest is None:
-        return (), (), False
-    excludes = manifest.policy is not None and manifest.policy.excludes
-    return manifest.labels, tuple(exit_.name for exit_ in manifest.exits), excludes
+def _answers_of(session: Any, path: Path) -> tuple[AnswerSpec, ...]:
+    """What the outputs of a bare model mean; one of ours says so in its metadata.
 
-
-def _without_classes(manifest: Manifest | None, session: Any) -> bool:
-    """Whether the task has no labels, so that outputs are no logits; a bare model of ours says so in its metadata."""
-    if manifest is not None:
-        return not manifest.labels
-    return str(session.get_modelmeta().custom_metadata_map.get(LABELS, "")).strip() == "[]"
-
-
-def _label_name(index: int, labels: tuple[str, ...]) -> str:
-    if index < 0:
-        return "refused"
-    return labels[index] if index < len(labels) else str(index)
+    Raises:
+        BundleError: the metadata are damaged, or name a kind that is not known.
+    """
+    metadata = session.get_modelmeta().custom_metadata_map
+    if ANSWERS in metadata:
+        try:
+            data = strict_json(metadata[ANSWERS])
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{path}: its metadata {ANSWERS} are not JSON ({error}): export it again") from None
+        answers: tuple[AnswerSpec, ...] = typed(tuple[AnswerSpec, ...], data, f"{path}: {ANSWERS}")
+        for spec in answers:
+            kind_of(spec)
+        return answers
+    outputs = {output.name: len(output.shape) for output in session.get_outputs()}
+    return answers_by_names(
+        outputs,
+        () if str(metadata.get(LABELS, "")).strip() == "[]" else None,
+        exits={LABEL, SCORES, EXIT_INDEX} <= outputs.keys(),
+        tokens=any(given.type == "tensor(int64)" for given in session.get_inputs()),
+    )
 
 
 def _with_stand_ins(
@@ -329,25 +260,3 @@ def _with_stand_ins(
     for value in clean.values():
         value[list(refused)] = value[usable]
     return clean, refused
-
-
-def _overflown(scores: NDArray[Any], path: Path) -> dict[int, str]:
-    """Rows without finite scores although their input is finite.
-
-    Raises:
-        EdgewrightError: every row is like that.
-    """
-    bad = np.flatnonzero(~np.isfinite(scores.reshape(len(scores), -1)).all(axis=1)).tolist()
-    text = f"{path.name} gave scores that are not finite for a finite input: it overflows, `verify` shows where"
-    if len(bad) == len(scores):
-        raise EdgewrightError(text)
-    return dict.fromkeys(bad, text)
-
-
-def softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
-    """Probabilities along the last axis, float32; NaN stays NaN."""
-    # the ufuncs themselves: for a row of classes numpy's methods take longer than the arithmetic
-    values = logits.astype(np.float32, copy=False)
-    exponentials = np.exp(values - np.maximum.reduce(values, axis=-1, keepdims=True))
-    exponentials /= np.add.reduce(exponentials, axis=-1, keepdims=True)
-    return np.asarray(exponentials, np.float32)

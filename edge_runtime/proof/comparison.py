@@ -123,23 +123,6 @@ def compare(
     )
 
 
-def exclusion_differs(got: NDArray[Any], want: NDArray[Any]) -> NDArray[np.bool_]:
-    """Rows in which another set of classes is excluded, which is where a score is exactly 0.
-
-    Rows with NaN or infinity on either side are not among them: no excluded class explains those.
-
-    Args:
-        got: scores, float [N, C].
-        want: scores, float [N, C].
-
-    Returns:
-        bool [N].
-    """
-    finite = np.isfinite(got).all(axis=1) & np.isfinite(want).all(axis=1)
-    differs: NDArray[np.bool_] = ((got == 0) != (want == 0)).any(axis=1) & finite
-    return differs
-
-
 def _incomparable(got: NDArray[Any], want: NDArray[Any]) -> str | None:
     if got.shape != want.shape:
         return f"shape {list(got.shape)}, wanted {list(want.shape)}"

@@ -17,20 +17,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..bundle.answer import EXCLUDED_DIFFERS, EXIT_DIFFERS, LABEL_DIFFERS, Difference, kind_of
 from ..bundle.bundle import Bundle, open_bundle
-from ..bundle.manifest import EXIT_INDEX, LABEL, SCORES, GoldenCase, Manifest, Tolerances
+from ..bundle.manifest import EXIT_INDEX, LABEL, AnswerSpec, GoldenCase, Manifest, Tolerances
 from ..errors import InputError, ParityError
 from ..inference.options import SessionKeywords, SessionOptions
 from ..inference.providers import Placement
 from ..inference.session import load
 from ..process.plain_text import printable
-from .comparison import Comparison, compare, exclusion_differs
+from .comparison import Comparison, compare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-EXCLUDED = "excluded"
+EXCLUDED = EXCLUDED_DIFFERS
 """`ExcusedFlip.output` where only the set of excluded classes differs."""
+
+_OUTPUTS = {LABEL_DIFFERS: LABEL, EXIT_DIFFERS: EXIT_INDEX}
 
 _MOST_LINES = 12
 
@@ -61,14 +64,17 @@ class ExcusedFlip:
     case: int
     against: str
     output: str
-    """``"label"``, ``"exit_index"``, or ``"excluded"``: label and exit are equal and only the set of excluded
-    classes differs."""
+    """name of the answer; with exits ``"label"``, ``"exit_index"``, or ``"excluded"``: label and exit are equal and
+    only the set of excluded classes differs."""
     row: int
     expected: int
     """label or exit; -1 for ``"excluded"``."""
     got: int
     """label or exit; -1 for ``"excluded"``."""
     margin: float
+    """of several places of a row, such as pixels, the widest."""
+    places: int = 1
+    """how many places of the row differ."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,8 @@ class VerifyReport:
     """against ``reference`` and ``torch``, over all float outputs."""
     fraction_outside: Mapping[str, float]
     label_agreement: float | None
-    """share of rows equal in label, excused flips counted as different; None: the model has no labels."""
+    """share of rows (of pixels in a class map, of positions where tokens follow) equal in label, excused flips counted
+    as different; None: nothing is decided."""
     exit_agreement: float | None
     exits_covered: int
     exits_total: int
@@ -206,8 +213,8 @@ def verify(
         rows=check.rows,
         max_abs_diff=check.max_abs,
         fraction_outside={k: check.outside[k] / max(n, 1) for k, n in check.elements.items()},
-        label_agreement=check.agreement(LABEL),
-        exit_agreement=check.agreement(EXIT_INDEX),
+        label_agreement=check.agreement(LABEL_DIFFERS),
+        exit_agreement=check.agreement(EXIT_DIFFERS),
         exits_covered=len(check.exits_seen & set(check.exits_wanted)),
         exits_total=len(check.exits_wanted),
         findings=tuple(check.findings),
@@ -221,6 +228,7 @@ class _Check:
 
     def __init__(self, manifest: Manifest) -> None:
         self.tolerances = manifest.tolerances
+        self.answers = manifest.answers
         self.exits_wanted = [exit_.index for exit_ in manifest.exits] if manifest.policy is not None else []
         self.rows = 0
         self.findings: list[Finding] = []
@@ -231,8 +239,8 @@ class _Check:
         self.elements: dict[str, int] = {}
         self._binding: dict[tuple[str, str], bool] = {}
         self._largest_margin = -1.0
-        self._compared = {LABEL: 0, EXIT_INDEX: 0}
-        self._equal = {LABEL: 0, EXIT_INDEX: 0}
+        self._compared = {LABEL_DIFFERS: 0, EXIT_DIFFERS: 0}
+        self._equal = {LABEL_DIFFERS: 0, EXIT_DIFFERS: 0}
 
     def case(self, index: int, case: GoldenCase, got: Mapping[str, NDArray[Any]]) -> None:
         """Compares one case with everything that was recorded for it."""
@@ -251,10 +259,11 @@ class _Check:
             for name in sorted(set(got) ^ set(expected)) if expected else ():
                 what = "is not among the recorded ones" if name in got else "is missing from the model"
                 self._find(index, against, name, None, f"the output {what}")
-            apart = self._decisions(index, against, case, expected, got)
-            apart |= self._exclusions(index, against, case, expected, got, apart)
-            for name in sorted(set(got) & set(expected) - {LABEL, EXIT_INDEX}):
-                self._numbers(index, against, name, got[name], expected[name], apart, abs_tol, rel_tol)
+            for spec in self.answers:
+                self._answer(index, against, spec, case, expected, got, (abs_tol, rel_tol))
+            meant = {name for spec in self.answers for name in kind_of(spec).outputs(spec)}
+            for name in sorted((set(got) & set(expected)) - meant):  # a generator's cache
+                self._numbers(index, against, name, got[name], expected[name], set(), abs_tol, rel_tol)
 
     def coverage(self) -> None:
         """Every exit must have been taken by some case."""
@@ -263,9 +272,9 @@ class _Check:
                 message = f"no case leaves by exit {exit_index}, so its branch is unproven"
                 self._find(-1, "bundle", EXIT_INDEX, None, message)
 
-    def agreement(self, output: str) -> float | None:
-        """Share of compared rows that were equal; None if there was none."""
-        return self._equal[output] / self._compared[output] if self._compared[output] else None
+    def agreement(self, what: str) -> float | None:
+        """Share of compared decisions that were equal; None if there was none."""
+        return self._equal[what] / self._compared[what] if self._compared[what] else None
 
     def allowed(self) -> Iterator[str]:
         """Where nothing that was compared could have failed."""
@@ -281,59 +290,68 @@ class _Check:
                 "larger one: every label and exit would pass"
             )
 
+    def _answer(
+        self,
+        index: int,
+        against: str,
+        spec: AnswerSpec,
+        case: GoldenCase,
+        expected: Mapping[str, NDArray[Any]],
+        got: Mapping[str, NDArray[Any]],
+        tolerance: tuple[float, float],
+    ) -> None:
+        """Compares the decisions of one answer, then its numbers, but not those of rows that were decided otherwise."""
+        kind = kind_of(spec)
+        names = [name for name in kind.outputs(spec) if name in got and name in expected]
+        wrong = {name: error for name in names if (error := compare(got[name], expected[name]).error)}
+        numbers = [name for name in kind.numbers(spec) if name in names]
+        for name, error in wrong.items():
+            if name not in numbers:  # of those the comparison says it
+                self._find(index, against, name, None, error)
+        apart: set[int] = set()
+        if len(names) == len(kind.outputs(spec)) and not wrong:
+            apart = self._decisions(index, against, spec, case, expected, got)
+        for name in numbers:
+            self._numbers(index, against, name, got[name], expected[name], apart, *tolerance)
+
     def _decisions(
         self,
         index: int,
         against: str,
+        spec: AnswerSpec,
         case: GoldenCase,
         expected: Mapping[str, NDArray[Any]],
         got: Mapping[str, NDArray[Any]],
     ) -> set[int]:
-        """Compares label and exit; returns the rows that were decided otherwise and so have other scores."""
+        """Compares what was decided; returns the rows whose numbers therefore mean something else."""
+        kind = kind_of(spec)
+        wanted, found = kind.decisions(spec, expected), kind.decisions(spec, got)
+        for what, values in wanted.items():
+            self._compared[what] += values.size
+            self._equal[what] += int((values == found[what]).sum())
         apart: set[int] = set()
-        for output in (EXIT_INDEX, LABEL):
-            if output not in got or output not in expected:
-                continue
-            a, b = got[output], expected[output]
-            shape_error = compare(a, b).error
-            if shape_error is not None:
-                self._find(index, against, output, None, shape_error)
-                continue
-            a, b = a.ravel(), b.ravel()
-            self._compared[output] += a.size
-            self._equal[output] += int((a == b).sum())
-            for row in np.flatnonzero(a != b).tolist():
-                margin = _margin(case, row)
-                if margin is not None and margin <= self.tolerances.flip_margin:
-                    flip = ExcusedFlip(index, against, output, row, int(b[row]), int(a[row]), margin)
-                    self.excused.append(flip)
-                else:
-                    self._find(index, against, output, row, _flip_text(b[row], a[row], margin, self.tolerances))
-                apart.add(row)
+        margin = case.margin if len(self.answers) == 1 else None
+        for difference in kind.differences(spec, got, expected, margin, self.tolerances.flip_margin):
+            output = _OUTPUTS.get(difference.what, difference.what) if kind.numbers_follow else spec.name
+            if difference.excused:
+                assert difference.margin is not None
+                self.excused.append(
+                    ExcusedFlip(
+                        index,
+                        against,
+                        output,
+                        difference.row,
+                        difference.expected,
+                        difference.got,
+                        difference.margin,
+                        difference.places,
+                    )
+                )
+            else:
+                self._find(index, against, output, difference.row, _flip_text(difference, self.tolerances))
+            if kind.numbers_follow:
+                apart.add(difference.row)
         return apart
-
-    def _exclusions(
-        self,
-        index: int,
-        against: str,
-        case: GoldenCase,
-        expected: Mapping[str, NDArray[Any]],
-        got: Mapping[str, NDArray[Any]],
-        apart: set[int],
-    ) -> set[int]:
-        """Rows in which only the set of excluded classes differs, as closely decided as an excused flip."""
-        if SCORES not in got or SCORES not in expected or not {LABEL, EXIT_INDEX} <= set(got) & set(expected):
-            return set()
-        a, b = got[SCORES], expected[SCORES]
-        if a.ndim != 2 or compare(a, b).error is not None:
-            return set()
-        excused = set()
-        for row in np.flatnonzero(exclusion_differs(a, b)).tolist():
-            margin = _margin(case, row)
-            if row not in apart and margin is not None and margin <= self.tolerances.flip_margin:
-                self.excused.append(ExcusedFlip(index, against, EXCLUDED, row, -1, -1, margin))
-                excused.add(row)
-        return excused
 
     def _numbers(
         self,
@@ -407,11 +425,6 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
-def _margin(case: GoldenCase, row: int) -> float | None:
-    margin = None if case.margin is None else np.asarray(case.margin).ravel()
-    return float(margin[row]) if margin is not None and row < margin.size else None
-
-
 def _tolerances_text(tolerances: Tolerances) -> str:
     return (
         f"reference {tolerances.reference_abs:g} + {tolerances.reference_rel:g} * |wanted|, "
@@ -420,9 +433,12 @@ def _tolerances_text(tolerances: Tolerances) -> str:
     )
 
 
-def _flip_text(expected: int, got: int, margin: float | None, tolerances: Tolerances) -> str:
-    known = "no margin was recorded" if margin is None else f"margin {margin:.3g}"
-    return f"{got}, wanted {expected} ({known}, flips are excused up to {tolerances.flip_margin:.3g})"
+def _flip_text(difference: Difference, tolerances: Tolerances) -> str:
+    known = "no margin was recorded" if difference.margin is None else f"margin {difference.margin:.3g}"
+    return (
+        f"{difference.got}, wanted {difference.expected}{_places(difference.places)} ({known}, flips are excused up to "
+        f"{tolerances.flip_margin:.3g})"
+    )
 
 
 def _excuse(flip: ExcusedFlip) -> str:
@@ -431,8 +447,12 @@ def _excuse(flip: ExcusedFlip) -> str:
         return f"case {flip.case:04d}, against {flip.against}, {what}, margin {flip.margin:.3g}"
     return (
         f"case {flip.case:04d}, against {flip.against}, {flip.output} of row {flip.row}: {flip.got}, "
-        f"wanted {flip.expected}, margin {flip.margin:.3g}"
+        f"wanted {flip.expected}{_places(flip.places)}, margin {flip.margin:.3g}"
     )
+
+
+def _places(count: int) -> str:
+    return f" at one of {count} places that differ" if count > 1 else ""
 
 
 def _shortened(lines: list[str], what: str) -> list[str]:

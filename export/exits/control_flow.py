@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, SCORES, THRESHOLDS
 
-from ..graph.capture import MODULE_KEY, logits_name
+from ..graph.capture import MODULE_KEY, flat_name
 from ..graph.nested_graphs import nodes_in, reads
 from .branch_layout import block_captured_maps
 from .policy_graph import PolicyGraphs, splice
@@ -38,7 +38,7 @@ def levels(graph: ir.Graph, heads: int) -> dict[ir.Node, int]:
     outputs = {v.name: v for v in graph.outputs}
     level: dict[ir.Node, int] = {}
     for head in range(heads):
-        pending = [outputs[logits_name(head)].producer()]
+        pending = [outputs[flat_name(head)].producer()]
         while pending:
             node = pending.pop()
             if node is None or node in level:
@@ -90,7 +90,7 @@ def take_apart(model: ir.Model) -> TakenApart:
     apart = TakenApart(
         model,
         level,
-        tuple(next(v for v in flat.outputs if v.name == logits_name(i)) for i in range(heads)),
+        tuple(next(v for v in flat.outputs if v.name == flat_name(i)) for i in range(heads)),
         tuple([node for node in flat if level.get(node) == k] for k in range(heads)),
         tuple(flat.initializers.values()),
         tuple(flat.inputs),

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.sources.capturable import batched_experts
@@ -21,6 +22,7 @@ from edgewright.models.sources.module_state import scripted_module, untouched
 from edgewright.models.sources.precision import HALF
 
 from .exporter_faults import mend
+from .leaves import ONE_TENSOR, leaves_of
 from .nested_graphs import graphs_in
 
 MODULE_KEY = "edgewright.module"
@@ -49,23 +51,26 @@ _KNOWN_FIXES = (
 )
 
 
-class HeadLogits(nn.Module):
-    """What gets captured: positional inputs to a tuple of logits [N, C], one per head, the network's own last."""
+class Outputs(nn.Module):
+    """What gets captured: positional inputs to a tuple of tensors, those of the answers in their order.
 
-    def __init__(self, model: nn.Module) -> None:
+    Of a network with exits the logits [N, C] of every head, the network's own last.
+    """
+
+    def __init__(self, model: nn.Module, answers: Sequence[AnswerSpec] = ONE_TENSOR) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.answers = model, tuple(answers)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits of every head."""
+        """The tensors."""
         if isinstance(self.model, MultiExit):
             return tuple(self.model.all_logits(*inputs))
-        return (self.model(*inputs),)
+        return leaves_of(self.model(*inputs), self.answers)
 
 
-def logits_name(head: int) -> str:
-    """Name of the flat graph's output for head `head`."""
-    return f"logits.{head}"
+def flat_name(index: int) -> str:
+    """Name of the flat graph's output for head or answer `index`."""
+    return f"logits.{index}"
 
 
 def capture(
@@ -74,6 +79,7 @@ def capture(
     input_names: Sequence[str],
     dynamic_axes: Sequence[Mapping[int, str]] | None = None,
     opset: int | None = None,
+    answers: Sequence[AnswerSpec] = ONE_TENSOR,
 ) -> ir.Model:
     """Exports `model` with torch's dynamo exporter, without any optimization.
 
@@ -87,9 +93,10 @@ def capture(
         input_names: names of the graph's inputs.
         dynamic_axes: per input, axis -> name; None makes every axis as the example's.
         opset: ONNX opset, None for the exporter's own.
+        answers: of a model without exits: where the outputs lie in what it returns.
 
     Returns:
-        A graph with outputs ``logits.0`` ... ``logits.K``.
+        A graph with outputs ``logits.0`` ... ``logits.K``, of the heads or of the answers.
 
     Raises:
         ExportError: torch cannot export the model; names the step and, where known, the remedy.
@@ -97,7 +104,7 @@ def capture(
     scripted = scripted_module(model)
     if scripted is not None:
         raise ExportError(f"{type(model).__name__} cannot be exported: {scripted}")
-    heads = len(model.specs) + 1 if isinstance(model, MultiExit) else 1
+    heads = len(model.specs) + 1 if isinstance(model, MultiExit) else len(answers)
     shapes = (
         None
         if dynamic_axes is None
@@ -105,7 +112,7 @@ def capture(
     )
     try:
         with quietly(), torch.no_grad(), untouched(model), batched_experts(model):
-            wrapper = HeadLogits(model).eval()
+            wrapper = Outputs(model, answers).eval()
             # what the first call makes and keeps must be there: the tracer would keep a fake of it
             _first_call(wrapper, inputs)
             program = torch.onnx.export(
@@ -116,7 +123,7 @@ def capture(
                 verbose=False,
                 external_data=False,
                 input_names=list(input_names),
-                output_names=[logits_name(i) for i in range(heads)],
+                output_names=[flat_name(i) for i in range(heads)],
                 dynamic_shapes=shapes,
                 opset_version=opset,
             )
@@ -135,7 +142,7 @@ def capture(
     return captured
 
 
-def _first_call(wrapper: HeadLogits, inputs: Sequence[Tensor]) -> None:
+def _first_call(wrapper: Outputs, inputs: Sequence[Tensor]) -> None:
     kind = type(wrapper.model).__name__
     halves = [name for name, value in wrapper.model.state_dict().items() if value.dtype in HALF]
     if halves:
@@ -145,6 +152,8 @@ def _first_call(wrapper: HeadLogits, inputs: Sequence[Tensor]) -> None:
         )
     try:
         outputs = wrapper(*inputs)
+    except ExportError:
+        raise
     except Exception as error:  # a user's forward may raise anything
         shapes = ", ".join(str(list(x.shape)) for x in inputs)
         raise ExportError(

@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgewright.edge_runtime.bundle.answer import LABEL_DIFFERS, TOKENS, kind_of
 from edgewright.edge_runtime.bundle.manifest import (
     LOGITS,
     PAST,
     PRESENT,
+    AnswerSpec,
     GoldenCase,
     Ledger,
     Manifest,
@@ -117,21 +119,23 @@ def manifest_of(
     nodes = node_table(written, costs, level)
     wide = tolerance if quantization is None else max(tolerance, _MARGIN * _largest(cases))
     session = session_on(path).session
+    answer = AnswerSpec(LOGITS, TOKENS)
     tokens = [(case.torch[LOGITS], case.reference[LOGITS]) for case in cases]
-    equal = np.concatenate([(a[:, -1].argmax(-1) == b[:, -1].argmax(-1)) for a, b in tokens])
+    equal = np.concatenate([_following(answer, a) == _following(answer, b) for a, b in tokens])
     outside = [compare(b, a, abs_tol=wide, rel_tol=0.0) for a, b in tokens]
     return Manifest(
         name="generator",
         batch="dynamic",
         inputs=specs_of(session.get_inputs()),
         outputs=specs_of(session.get_outputs()),
-        labels=(),
+        answers=(answer,),
         preprocessing=Preprocessing(),
         # from the costs, not the nodes: a rounded product is another operator
         exits=exit_specs(node_table(flat, costs, level), ["final"]),
         policy=None,
         operating_points=(),
-        tolerances=Tolerances(tolerance, 0.0, wide, 0.0),
+        # a token may flip where the numbers may: rounded weights move them further than any runtime does
+        tolerances=Tolerances(tolerance, 0.0, wide, 0.0, flip_margin=wide),
         parity=ParityReport(
             max_abs_diff=max_abs_diff,
             fraction_outside=sum(c.outside for c in outside) / max(1, sum(c.elements for c in outside)),
@@ -149,6 +153,11 @@ def manifest_of(
         versions=versions(DISTRIBUTIONS),
         notes=(*notes, *uncounted(flat)),
     )
+
+
+def _following(answer: AnswerSpec, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The token after the last position of each row, int64 [N]."""
+    return kind_of(answer).decisions(answer, {answer.name: logits[:, -1:]})[LABEL_DIFFERS][:, 0]
 
 
 def _largest(cases: Sequence[GoldenCase]) -> float:

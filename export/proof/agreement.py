@@ -7,14 +7,16 @@ rule 8).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, Flip
-from edgewright.edge_runtime.proof.comparison import compare, exclusion_differs
+from edgewright.edge_runtime.bundle.answer import EXIT_DIFFERS, LABEL_DIFFERS, kind_of
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Flip
+from edgewright.edge_runtime.proof.comparison import compare
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 
@@ -27,36 +29,31 @@ def possible_shifts(errors: Sequence[float]) -> tuple[float, ...]:
     return tuple(max(2.0 * error, SMALLEST_SHIFT) for error in errors)
 
 
-def label_of(outputs: Arrays) -> NDArray[np.int64]:
-    """Class of every row, from either kind of output."""
-    label: NDArray[np.int64] = outputs[LABEL] if LABEL in outputs else outputs[LOGITS].argmax(axis=-1)
-    return label
-
-
 class Agreement:
     """Compares batches and collects what differs.
 
     Args:
         abs_tol: of numbers.
         rel_tol: of numbers.
-        decides: whether the largest output is a decision; without classes numbers are compared alone.
+        specs: what the outputs mean.
 
     Attributes:
         max_abs: largest difference of two numbers.
         elements: numbers compared.
         outside: of these, beyond the tolerance.
         rows: rows that were compared, those of `beside` left out; so are its flips.
-        label_flips: rows that differ in label.
+        decided: labels among these rows: one each, or one for each pixel or position.
+        label_flips: of them, those that differ.
         exit_flips: rows that differ in exit.
         flips: what was excused.
         failures: what was not.
     """
 
-    def __init__(self, abs_tol: float, rel_tol: float, decides: bool = True) -> None:
-        self.abs_tol, self.rel_tol, self.decides = abs_tol, rel_tol, decides
+    def __init__(self, abs_tol: float, rel_tol: float, specs: Sequence[AnswerSpec]) -> None:
+        self.abs_tol, self.rel_tol, self.specs = abs_tol, rel_tol, tuple(specs)
         self.max_abs = 0.0
         self.elements = self.outside = 0
-        self.rows = self.label_flips = self.exit_flips = 0
+        self.rows = self.decided = self.label_flips = self.exit_flips = 0
         self.flips: list[Flip] = []
         self.failures: list[str] = []
 
@@ -78,10 +75,10 @@ class Agreement:
         indices: Sequence[int],
         got: Arrays,
         want: Arrays,
-        margin: NDArray[np.float32],
+        margin: NDArray[np.float32] | None,
         flip_margin: float,
     ) -> None:
-        """Labels and exits exactly, numbers on the rows where both are equal.
+        """Decisions exactly; numbers, where they mean something else after another decision, only on the other rows.
 
         Args:
             case: how the rows were run, ``""`` for the plain split.
@@ -89,40 +86,55 @@ class Agreement:
             indices: of the rows in the split.
             got: what ONNX Runtime answered, N rows.
             want: what PyTorch answered.
-            margin: float32, one per label.
+            margin: float32 of the decisions; None: what the outputs tell.
             flip_margin: up to which a flip is excused.
         """
         where = f"split {split}" + (f", {case}" if case else "")
         self.rows += len(indices)
-        if not self.decides:
-            self.numbers(f"{where}, {LOGITS}", got[LOGITS], want[LOGITS])
+        for spec in self.specs:
+            self._answer(spec, where, case, split, indices, got, want, margin, flip_margin)
+
+    def _answer(
+        self,
+        spec: AnswerSpec,
+        where: str,
+        case: str,
+        split: str,
+        indices: Sequence[int],
+        got: Arrays,
+        want: Arrays,
+        margin: NDArray[np.float32] | None,
+        flip_margin: float,
+    ) -> None:
+        kind = kind_of(spec)
+        wrong = [name for name in kind.outputs(spec) if got[name].shape != want[name].shape]
+        if wrong:
+            for name in wrong:
+                self.failures.append(f"{where}, {name}: {compare(got[name], want[name]).text()}")
             return
-        label_got, label_want = label_of(got), label_of(want)
-        exits_got = got.get(EXIT_INDEX, np.zeros_like(label_got))
-        exits_want = want.get(EXIT_INDEX, np.zeros_like(label_want))
-        same = np.ones(len(label_want), dtype=bool)
-        for kind, a, b in (("label", label_want, label_got), ("exit", exits_want, exits_got)):
-            for i in np.flatnonzero(a != b).tolist():
-                same[i] = False
-                self.label_flips += kind == "label"
-                self.exit_flips += kind == "exit"
-                if margin[i] <= flip_margin:
-                    self.flips.append(Flip(split, indices[i], kind, int(a[i]), int(b[i]), float(margin[i]), case))
-                else:
-                    self.failures.append(
-                        f"{where}, row {indices[i]}: {kind} {int(a[i])} in PyTorch, {int(b[i])} in ONNX, "
-                        f"margin {margin[i]:.3g} against a possible numeric shift of {flip_margin:.3g}"
-                    )
-        if LOGITS in want:
-            self.numbers(f"{where}, {LOGITS}", got[LOGITS], want[LOGITS])
-            return
-        # a class may be excluded on one side only without a change of label or exit: the same closeness excuses it
-        other = exclusion_differs(got[SCORES], want[SCORES]) & same & (margin <= flip_margin)
-        self.flips += [
-            Flip(split, indices[i], "excluded", -1, -1, float(margin[i]), case) for i in np.flatnonzero(other).tolist()
-        ]
-        same &= ~other
-        self.numbers(f"{where}, {SCORES}", got[SCORES][same], want[SCORES][same])
+        wanted, found = kind.decisions(spec, want), kind.decisions(spec, got)
+        if LABEL_DIFFERS in wanted:
+            self.decided += wanted[LABEL_DIFFERS].size
+            self.label_flips += int((wanted[LABEL_DIFFERS] != found[LABEL_DIFFERS]).sum())
+        if EXIT_DIFFERS in wanted:
+            self.exit_flips += int((wanted[EXIT_DIFFERS] != found[EXIT_DIFFERS]).sum())
+        same = np.ones(len(indices), dtype=bool)
+        answer = spec.name if len(self.specs) > 1 else ""
+        for apart in kind.differences(spec, got, want, margin, flip_margin):
+            same[apart.row] = same[apart.row] and not kind.numbers_follow
+            row, wide = indices[apart.row], math.inf if apart.margin is None else apart.margin
+            if apart.excused:
+                flip = Flip(split, row, apart.what, apart.expected, apart.got, wide, case, answer, apart.places)
+                self.flips.append(flip)
+            else:
+                many = f", at the widest of {apart.places} places" if apart.places > 1 else ""
+                self.failures.append(
+                    f"{where}, row {row}: {f'{answer} ' if answer else ''}{apart.what} {apart.expected} in PyTorch, "
+                    f"{apart.got} in ONNX{many}, margin {wide:.3g} against a possible numeric shift of "
+                    f"{flip_margin:.3g}"
+                )
+        for name in kind.numbers(spec):
+            self.numbers(f"{where}, {name}", got[name][same], want[name][same])
 
     def beside(self, other: Agreement) -> None:
         """Takes over what `other` found, except its count of rows: they are no part of the agreement over the split."""
@@ -133,4 +145,4 @@ class Agreement:
 
     def fresh(self) -> Agreement:
         """An empty one with the same tolerances."""
-        return Agreement(self.abs_tol, self.rel_tol, self.decides)
+        return Agreement(self.abs_tol, self.rel_tol, self.specs)

@@ -18,10 +18,10 @@ from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
 from edgewright.edge_runtime.inference.session import session_on
 from edgewright.models.layers.multi_exit import MultiExit
 
-from ..graph.capture import logits_name
+from ..graph.capture import flat_name
 from ..source import Source
-from .agreement import Agreement, Arrays, label_of, possible_shifts
-from .subject import BATCH, Reference, Subject, spread_evenly
+from .agreement import Agreement, Arrays, possible_shifts
+from .subject import BATCH, Reference, Subject, answers_in, spread_evenly
 
 _DEFAULT_LEVEL = "all"
 _ERROR_ROWS = 256
@@ -43,7 +43,7 @@ class ParityResult:
         report: for the manifest.
         golden: for golden.npz.
         flip_margin: twice the largest logit error that was measured; in the units of the cases' margins.
-        label: int64 [rows], from the exported file; empty without classes.
+        label: int64 [rows], from the exported file, see `Reference.labels`.
         exit_index: int64 [rows], from the exported file.
         inputs: as ONNX Runtime reads them from the exported file.
         outputs: the same.
@@ -103,11 +103,17 @@ def check_parity(
     data = source.splits[split]
     runner = session_on(model_path, threads=1)
     subject = Subject(
-        Reference(model, source.labels), flat_path, model_path, source, split, spread_evenly(len(data), rows), runner
+        Reference(model, answers_in(model, source)),
+        flat_path,
+        model_path,
+        source,
+        split,
+        spread_evenly(len(data), rows),
+        runner,
     )
     reference = subject.torch
     forced_rows = [_rows_reaching(subject, k) for k in range(reference.exits + 1)] if reference.exits else []
-    check = Agreement(abs_tol, rel_tol, reference.decides)
+    check = Agreement(abs_tol, rel_tol, reference.specs)
     shifts = possible_shifts(_logit_errors(subject, _ERROR_ROWS, _DEFAULT_LEVEL, check))
     label, exit_index, golden = _natural(subject, shifts, check)
     covered = _forced(subject, forced_rows, shifts, check, golden) if reference.exits else 1
@@ -121,7 +127,7 @@ def check_parity(
         max_abs_diff=check.max_abs,
         fraction_outside=check.outside / max(1, check.elements),
         rows=check.rows,
-        label_agreement=1.0 - check.label_flips / max(1, check.rows) if reference.decides else None,
+        label_agreement=1.0 - check.label_flips / max(1, check.decided) if reference.decides else None,
         exit_agreement=1.0 - check.exit_flips / max(1, check.rows),
         exits_covered=covered,
         exits_total=reference.exits + 1,
@@ -133,16 +139,21 @@ def check_parity(
 
 
 def _logit_errors(subject: Subject, count: int, level: str, check: Agreement) -> list[float]:
-    """Holds the logits of every head to the tolerance; their largest error, per head, says what may flip."""
+    """Holds the logits of every head to the tolerance; their largest error, per head, says what may flip.
+
+    Without exits those of every answer, and what decides nothing makes nothing flip.
+    """
     runner = session_on(subject.flat_path, threads=1, optimization_level=level)
     rows = subject.spread(count)
-    largest = [0.0] * (subject.torch.exits + 1)
+    largest = [0.0] * (subject.torch.exits + len(subject.torch.specs))
     for start in range(0, len(rows), subject.batch):
         some = rows[start : start + subject.batch]
         got = subject.answers(subject.inputs(some), None, runner)
         for head, want in enumerate(subject.logits(some)):
-            what = f"logits of head {head}, rows from {rows[start]}, optimization level {level}"
-            largest[head] = max(largest[head], check.numbers(what, got[logits_name(head)], want.numpy()))
+            what = f"{subject.torch.named(head)}, rows from {rows[start]}, optimization level {level}"
+            error = check.numbers(what, got[flat_name(head)], want.numpy())
+            if subject.torch.decides_by(head):
+                largest[head] = max(largest[head], error)
     return largest
 
 
@@ -162,7 +173,7 @@ def _natural(
         got = subject.answers(subject.inputs(indices), None)
         want, margin = reference.answer(subject.logits(indices), reference.thresholds, shifts)
         check.answers("", subject.split, indices, got, want, margin, max(shifts))
-        labels.append(label_of(got) if reference.decides else np.zeros(0, np.int64))
+        labels.append(reference.labels(got))
         exits.append(got.get(EXIT_INDEX, np.zeros(len(indices), np.int64)))
         if start == 0:
             row_bytes = sum(value[:1].nbytes for value in got.values())
@@ -206,7 +217,7 @@ def _case(
         torch=want,
         reference=got,
         thresholds=None if thresholds is None else np.asarray(thresholds, np.float32),
-        margin=margin if subject.torch.decides else None,
+        margin=margin,
     )
 
 

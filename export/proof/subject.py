@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES, THRESHOLDS
-from edgewright.edge_runtime.errors import InputError, ParityError
+from edgewright.edge_runtime.bundle.answer import CLASSES, EXITS, LABEL_DIFFERS, VALUES, exits_answer, kind_of
+from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, SCORES, THRESHOLDS, AnswerSpec
+from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.inference.runner import Runner
 from edgewright.models.layers.multi_exit import MultiExit
 
-from ..source import Source
+from ..graph.leaves import leaves_of
+from ..source import Source, answers_of
 from .agreement import Arrays
 
 BATCH = 64
@@ -51,41 +53,75 @@ def spread_evenly(total: int, rows: int | None) -> list[int]:
     return sorted({round(i * (total - 1) / max(1, rows - 1)) for i in range(rows)})
 
 
+def answers_in(model: nn.Module, source: Source) -> tuple[AnswerSpec, ...]:
+    """What the exported file of `model` answers: what the source says, or the decision of the exits.
+
+    Raises:
+        ExportError: see `answers_of`; or exits in a model whose answer is not one class for each row.
+    """
+    answers = answers_of(source)
+    if not isinstance(model, MultiExit):
+        return answers
+    if len(answers) != 1 or answers[0].leaf is not None or answers[0].kind not in (CLASSES, VALUES):
+        raise ExportError(
+            f"a model with exits decides on one class for each row, and the task {source.name!r} answers "
+            f"{', '.join(spec.kind for spec in answers)}: leave the exits out"
+        )
+    return (exits_answer(answers[0].labels),)
+
+
 class Reference:
-    """The PyTorch side: logits of all heads, and the answer for given thresholds.
+    """The PyTorch side: the tensors of the answers, of exits the logits of all heads, and the outputs made of them.
 
     Args:
         model: what was exported.
-        labels: names of the classes; without any, and without exits, the outputs are numbers that decide nothing.
+        specs: what the exported file answers, see `answers_in`.
     """
 
-    def __init__(self, model: nn.Module, labels: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, specs: Sequence[AnswerSpec]) -> None:
         self.model = model.eval()
+        self.specs = tuple(specs)
         self.exits = len(model.specs) if isinstance(model, MultiExit) else 0
-        self.decides = bool(labels) or self.exits > 0
+        self.decides = any(kind_of(spec).decides for spec in specs)
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Of every head, the network's own last."""
+        """Of every head, the network's own last; without exits the tensor of every answer."""
         if isinstance(self.model, MultiExit):
             return self.model.all_logits(*inputs)
-        return [self.model(*inputs)]
+        return list(leaves_of(self.model(*inputs), self.specs))
 
     @torch.no_grad()
     def answer(
         self, logits: Sequence[Tensor], thresholds: Sequence[float] | None, shifts: Sequence[float]
-    ) -> tuple[Arrays, NDArray[np.float32]]:
-        """Outputs as the exported graph names them, and the margin of every row, to be held to ``max(shifts)``."""
-        if not self.decides:
-            return {LOGITS: logits[0].numpy()}, np.zeros(len(logits[0]), np.float32)
+    ) -> tuple[Arrays, NDArray[np.float32] | None]:
+        """Outputs as the exported graph names them, and the margins of the rows, to be held to ``max(shifts)``.
+
+        The margins are None where the outputs tell them, for every place of a row, or where nothing is decided.
+        """
         if not isinstance(self.model, MultiExit):
-            # in units of a logit, as `MultiExit.margins`: an error of e in every logit moves it by at most e
-            top = logits[0].topk(min(2, logits[0].shape[-1]), dim=-1).values.double()
-            return {LOGITS: logits[0].numpy()}, ((top[..., 0] - top[..., -1]) / 2).float().numpy()
+            arrays = {spec.name: tensor.numpy() for spec, tensor in zip(self.specs, logits, strict=True)}
+            alone = len(self.specs) == 1 and self.specs[0].kind == CLASSES
+            return arrays, kind_of(self.specs[0]).margins(self.specs[0], arrays) if alone else None
         values = None if thresholds is None else torch.tensor(thresholds, dtype=torch.float32)
         output = self.model.decide(logits, values)
         arrays = {LABEL: output.label.numpy(), SCORES: output.scores.numpy(), EXIT_INDEX: output.exit_index.numpy()}
         return arrays, self.model.margins(logits, values, shifts).numpy()
+
+    def named(self, index: int) -> str:
+        """What the tensor at `index` of `logits` is, for messages."""
+        return f"logits of head {index}" if self.exits or len(self.specs) == 1 else self.specs[index].name
+
+    def decides_by(self, index: int) -> bool:
+        """Whether anything is decided by the tensor at `index` of `logits`."""
+        return self.exits > 0 or kind_of(self.specs[index]).decides
+
+    def labels(self, outputs: Arrays) -> NDArray[np.int64]:
+        """int64 [N] of the first answer that gives each row a class; empty without one."""
+        spec = next((spec for spec in self.specs if spec.kind in (CLASSES, EXITS)), None)
+        if spec is None:
+            return np.zeros(0, np.int64)
+        return kind_of(spec).decisions(spec, outputs)[LABEL_DIFFERS]
 
     @property
     def thresholds(self) -> list[float] | None:
@@ -113,8 +149,8 @@ class Subject:
     rows: Sequence[int]
     runner: Runner
     """on `model_path`, default level, one thread: what is recorded must be the same bytes each time."""
-    _known: dict[int, Tensor] = field(default_factory=dict)
-    """Row -> [heads, ...]."""
+    _known: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    """Row -> the tensor of every head or answer."""
 
     def inputs(self, rows: Sequence[int]) -> tuple[Tensor, ...]:
         """These rows of the split."""
@@ -130,11 +166,11 @@ class Subject:
         missing = [row for row in dict.fromkeys(rows) if row not in found]
         for start in range(0, len(missing), self.batch):
             some = missing[start : start + self.batch]
-            values = torch.stack(self.torch.logits(self.inputs(some)), dim=1)
+            values = list(zip(*(tensor.unbind(0) for tensor in self.torch.logits(self.inputs(some))), strict=True))
             found.update(zip(some, values, strict=True))
-            if (len(self._known) + len(some)) * values[0].nbytes <= _KNOWN_BYTES:
+            if (len(self._known) + len(some)) * sum(tensor.nbytes for tensor in values[0]) <= _KNOWN_BYTES:
                 self._known.update(zip(some, values, strict=True))
-        return list(torch.stack([found[row] for row in rows]).unbind(dim=1))
+        return [torch.stack(column) for column in zip(*(found[row] for row in rows), strict=True)]
 
     @property
     def batch(self) -> int:

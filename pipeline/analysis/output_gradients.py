@@ -13,9 +13,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from edgewright.export.source import answers_of
+
 from ..errors import StageError
 from ..metric import IGNORED
-from ..task import Batch, Task
+from ..task import Batch, Task, named_outputs
 from .layers import Layer
 
 Labels: TypeAlias = Literal["data", "sampled"]
@@ -160,7 +162,7 @@ def _backward(
     model: nn.Module, task: Task, batch: Batch, labels: Labels, generator: Callable[[], torch.Generator]
 ) -> None:
     with torch.enable_grad():
-        logits = model(*batch.inputs)
+        logits = named_outputs(model(*batch.inputs), answers_of(task))
         targets = batch.targets
         if labels == "sampled":
             targets = drawn_targets(logits, targets, generator())
@@ -183,7 +185,9 @@ def _check(part: Tensor, path: str) -> None:
 
 
 def drawn_targets(logits: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
-    """Targets drawn from the softmax of `logits` [..., C], where `targets` [...] has some to predict."""
+    """Targets drawn from the softmax of `logits` [..., C] or [N, C, ...], where `targets` [...] has some to predict."""
+    if targets.shape != logits.shape[:-1] and targets.shape == (*logits.shape[:1], *logits.shape[2:]):
+        logits = logits.movedim(1, -1)  # of a class for each pixel
     # by the Gumbel trick, a row at a time: a sample of 49k words needs no second copy of all logits
     drawn = torch.empty_like(targets)
     flat, out = logits.detach().flatten(0, -2), drawn.view(-1)

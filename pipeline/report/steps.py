@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.export.source import answers_of
 from edgewright.models.layers.multi_exit import ExitOutput, MultiExit
 
 from ..analysis import cost
@@ -83,7 +84,7 @@ def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any
     """
     test = split_of(task, "test", needed_by="the report")
     exits: list[Tensor] = []
-    quality = task.metric.score(_noting_exits(answers(model, test, device), exits))
+    quality = task.metric.score(_noting_exits(answers(model, test, device, specs=answers_of(task)), exits))
     fields: dict[str, Any] = {
         "metric": task.metric.name,
         "quality": quality.value,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from edgewright.export.graph.capture import HeadLogits, quietly
+from edgewright.edge_runtime.bundle.answer import kind_of
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec, TensorSpec
+from edgewright.export.graph.capture import Outputs, quietly
+from edgewright.export.graph.leaves import described, leaves_of
+from edgewright.export.source import Answering, answers_of
 from edgewright.models.layers.cached_step import CachedStep
 from edgewright.models.sources.capturable import batched_experts
 from edgewright.models.sources.module_state import copied, untouched
@@ -19,8 +23,8 @@ from edgewright.models.sources.pretrained import LogitsOnly
 from edgewright.models.sources.python_source import place_of
 
 from ..errors import ModelError
-from ..task import Task, split_of
-from ..training.model_output import described, wrapping
+from ..task import Task, named_outputs, split_of
+from ..training.model_output import wrapping
 from .failing_module import Running, watched, where
 from .row_answers import check_rows
 
@@ -49,7 +53,9 @@ def check_model(model: nn.Module, task: Task, name: str) -> None:
             f"{name}: the parameter {lazy[0]!r} has no shape yet (a Lazy module); run the model once on an example "
             "in the function that builds it"
         )
-    check_rows(model, first_rows(task), name, lambda inputs: _answer(model, task, inputs, name))
+    specs = answers_of(task)
+    asked = model if all(spec.leaf is None for spec in specs) else _Flattened(model, specs).eval()
+    check_rows(asked, first_rows(task), name, lambda inputs: _answer(model, task, inputs, name))
 
 
 def _answer(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], name: str) -> Tensor:
@@ -64,11 +70,17 @@ def _answer(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], name: str)
             f"{name} does not run on the inputs of the task {task.name!r} ({shapes}): "
             f"{type(error).__name__}: {error}{where(running, error)}"
         ) from error
-    rows, classes = len(inputs[0]), len(task.labels)
+    rows, classes, specs = len(inputs[0]), len(task.labels), answers_of(task)
+    if any(spec.leaf is not None for spec in specs):
+        found = named_outputs(output, specs)
+        for spec in specs:
+            _check_answer(found if len(specs) == 1 else found[spec.name], spec, rows, name, task)
+        return _flattened(output, specs)
     if not isinstance(output, Tensor):
         advice = wrapping(output, _in_training(model, inputs), rows, classes)
         raise ModelError(f"{name} returns {described(output)}; {advice}")
-    if classes and (list(output.shape) != [rows, classes] or not output.is_floating_point()):
+    declared = isinstance(task, Answering)
+    if not declared and classes and (list(output.shape) != [rows, classes] or not output.is_floating_point()):
         raise ModelError(
             f"{name} returns {described(output)} for inputs {shapes}; the task {task.name!r} has {classes} labels, so "
             f"logits {[rows, classes]} are needed: set its number of classes under model.args, or correct the task's "
@@ -93,11 +105,40 @@ def _answer(model: nn.Module, task: Task, inputs: tuple[Tensor, ...], name: str)
                 f"{name} knows {output.shape[-1]} tokens, and the text of the task {task.name!r} has the token "
                 f"{largest}: give the model's own tokenizer, `tokenizer_path` under task.args"
             )
+    _check_answer(output, specs[0], rows, name, task)
+    return output
+
+
+def _check_answer(output: Tensor, spec: AnswerSpec, rows: int, name: str, task: Task) -> None:
+    """Refuses a tensor that is not finite, or no answer of its kind."""
+    if output.dim() == 0 or len(output) != rows or output.dtype not in (torch.float32, torch.float64):
+        raise ModelError(
+            f"{name} answers {spec.name!r} with {described(output)}, and a float32 tensor with an answer for each of "
+            f"the {rows} row(s) is needed, the rows in axis 0"
+        )
+    tensor = TensorSpec(spec.name, "float32", tuple(output.shape))
+    if isinstance(task, Answering) and (reason := kind_of(spec).unfit(spec, {spec.name: tensor})):
+        raise ModelError(f"{name} does not fit the task {task.name!r}: {reason}; correct the model or the task")
     if not torch.isfinite(output).all():
         raise ModelError(
             f"{name} returns NaN or infinity for the first test rows: check its weights and the scale of the data"
         )
-    return output
+
+
+class _Flattened(nn.Module):
+    """All answers of a model in one tensor, so that rows can be compared."""
+
+    def __init__(self, model: nn.Module, specs: Sequence[AnswerSpec]) -> None:
+        super().__init__()
+        self.model, self.specs = model, specs
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Float [N, all]."""
+        return _flattened(self.model(*inputs), self.specs)
+
+
+def _flattened(output: Any, specs: Sequence[AnswerSpec]) -> Tensor:
+    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves_of(output, specs)], dim=1)
 
 
 @torch.no_grad()
@@ -160,7 +201,7 @@ def _export_failure(model: nn.Module, task: Task, dynamic: bool) -> Exception | 
     for strict in (False, True):
         try:
             with quietly(), _silent(), untouched(model), batched_experts(model), torch.no_grad():
-                wrapper = HeadLogits(model).eval()
+                wrapper = Outputs(model, answers_of(task)).eval()
                 wrapper(*inputs)
                 torch.export.export(wrapper, inputs, dynamic_shapes=shapes if any(axes) else None, strict=strict)
             return None

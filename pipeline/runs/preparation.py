@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from edgewright.edge_runtime.bundle.manifest import MANIFEST_FILE
 from edgewright.edge_runtime.inference.providers import provider_names
 from edgewright.edge_runtime.process.path_text import check_path
+from edgewright.export.source import Answering, answers_of
 from edgewright.models import registry
 from edgewright.models.sources.files_read import files_read
 from edgewright.models.sources.precision import HALF
@@ -19,6 +21,7 @@ from edgewright.models.sources.python_source import PREFIX
 from ..errors import DataError, InputError, ModelError, OutputError, ProviderError, RecipeError
 from ..metric import IGNORED
 from ..recipe.recipe import Recipe, check_order
+from ..stage import Stage
 from ..stage_registry import requirements, stage_named
 from ..store.cache import base_key, environment
 from ..store.checkpoint import BaseSpec
@@ -69,6 +72,7 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
         with files_read(recipe.folder, read_by_task):
             task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
         check_labels(task)
+        answers_of(task)  # refuses those that contradict themselves
         check_inputs(task)
         tasks = tasks_of(recipe, task)
         check_splits(recipe, tasks)
@@ -151,10 +155,32 @@ def check_splits(recipe: Recipe, tasks: Sequence[Task]) -> None:
     split_of(tasks[0], "test", needed_by="the report")
     for entry, task in zip(recipe.stages, tasks[1:], strict=True):
         stage = stage_named(entry.name)
+        check_answers(stage, task)
         for split in stage.needed_splits(entry.config):
             split_of(task, split, needed_by=f"stage {entry.name!r}")
             if stage.needs_classes(entry.config, task) and split in ("train", "calibration"):
                 check_classes(task, split, needed_by=f"stage {entry.name!r}")
+
+
+def check_answers(stage: Stage[Any], task: Task) -> None:
+    """Refuses a task whose model answers in a way that the stage does not serve.
+
+    Raises:
+        DataError: names the kinds of both.
+    """
+    if stage.answers is None or not isinstance(task, Answering):
+        return  # of a task that says nothing about its outputs the stage's own checks can tell
+    answers = answers_of(task)
+    kinds = list(dict.fromkeys(spec.kind for spec in answers))
+    if len(answers) == 1 and answers[0].leaf is None and kinds[0] in stage.answers:
+        return
+    several = len(answers) > 1 or answers[0].leaf is not None
+    raise DataError(
+        f"the stage {stage.name!r} serves models that return one tensor and answer {', '.join(sorted(stage.answers))}, "
+        f"and the task {task.name!r} answers {', '.join(kinds)}"
+        + (f" in {len(answers)} named output(s)" if several else "")
+        + ": leave the stage out for this task"
+    )
 
 
 def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -> None:

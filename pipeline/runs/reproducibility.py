@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
 from ..stage import Json
@@ -74,8 +76,11 @@ def _values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{path}.{key}" if path else key), value
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """Equal values, NaN to NaN."""
+def _equal(a: Any, b: Any) -> bool:
+    """Equal values, NaN to NaN; of a tuple or mapping of tensors in every one."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        ours, theirs = ([x for x in tree_leaves(value) if isinstance(x, Tensor)] for value in (a, b))
+        return len(ours) == len(theirs) and all(map(_equal, ours, theirs))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) if a.is_floating_point() else torch.equal(a, b)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgewright.export.graph.leaves import described
+from edgewright.export.source import answers_of
 from edgewright.models.sources.python_source import place_of
 
 from ..errors import EdgewrightError, ModelError, RecipeError
-from ..task import Batch, Task, split_of
+from ..task import Batch, Task, named_outputs, split_of
 from ..training.label_smoothing import smoothed_loss
-from ..training.model_output import described, training_logits
+from ..training.model_output import training_logits
 from ..training.training import TrainingConfig
 from .failing_module import Running, normalises_one_value, watched, where
 
@@ -70,12 +72,11 @@ def _try(model: nn.Module, task: Task, training: PlannedTraining, rows: int, nam
             output = model(*batch.inputs)
     except Exception as error:  # a user's forward may raise anything, and it is the user who has to know
         raise _failed(error, running, training, rows, name) from error
-    logits = training_logits(model, output)
+    specs = answers_of(task)
+    logits = training_logits(model, output, specs)
     with torch.no_grad():
-        wanted = model.eval()(*batch.inputs)
-    labels = len(task.labels)
-    same = list(logits.shape) == [rows, labels] if labels else logits.dim() == wanted.dim() and len(logits) == rows
-    if not same:
+        wanted = named_outputs(model.eval()(*batch.inputs), specs)
+    if len(specs) == 1 and not _alike(logits, wanted, rows, len(task.labels)):
         raise ModelError(
             f"{name} returns {described(output)} in training mode and {described(wanted)} in eval mode, for the same "
             f"{rows} row(s): both have to be alike. If it is wrapped because the network returns a tensor in one mode "
@@ -83,6 +84,12 @@ def _try(model: nn.Module, task: Task, training: PlannedTraining, rows: int, nam
             "isinstance(out, torch.Tensor) else out[0]`: out[0] of a tensor is its first row"
         )
     _check_loss(task, logits, batch, training)
+
+
+def _alike(output: Tensor, wanted: Tensor, rows: int, labels: int) -> bool:
+    if labels:
+        return list(output.shape) == [rows, labels]
+    return output.dim() == wanted.dim() and len(output) == rows
 
 
 def _failed(error: Exception, running: Running, training: PlannedTraining, rows: int, name: str) -> EdgewrightError:
@@ -99,7 +106,7 @@ def _failed(error: Exception, running: Running, training: PlannedTraining, rows:
     )
 
 
-def _check_loss(task: Task, logits: Tensor, batch: Batch, training: PlannedTraining) -> None:
+def _check_loss(task: Task, logits: Any, batch: Batch, training: PlannedTraining) -> None:
     what = f"the loss of the task {task.name!r}"
     try:
         loss: Any = smoothed_loss(task, logits, batch.targets, training.config.label_smoothing)

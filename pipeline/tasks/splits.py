@@ -34,8 +34,8 @@ def class_indices(targets: Tensor | NDArray[Any] | Sequence[int]) -> Tensor:
         if fractions.any():
             row = int(fractions.nonzero()[0])
             raise DataError(
-                f"the target of sample {row} is {float(flat[row]):g}, which is no class index: edgewright compresses "
-                "classifiers; for regression, write a task of your own whose classes are ranges of the value"
+                f"the target of sample {row} is {float(flat[row]):g}, which is no class index: numbers "
+                "are predicted by edgewright.pipeline.Regression, a class for each sample by ImageClassification"
             )
     return flat.to(torch.int64)
 

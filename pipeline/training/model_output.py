@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
+from edgewright.export.graph.leaves import ONE_TENSOR, described
+
 from ..errors import ModelError
+from ..task import named_outputs
 
 
-def training_logits(model: nn.Module, output: Any) -> Tensor:
-    """`output` of `model` in training mode, if it is one tensor.
+def training_logits(model: nn.Module, output: Any, specs: Sequence[AnswerSpec] = ONE_TENSOR) -> Any:
+    """`output` of `model` in training mode as `named_outputs` gives it, if it is what the answers say.
 
     Raises:
         ModelError: it is something else, as of networks that return auxiliary outputs while they are trained.
     """
-    if isinstance(output, Tensor):
+    output = named_outputs(output, specs)
+    if isinstance(output, Tensor) or len(specs) > 1:
         return output
     raise ModelError(
         f"{type(model).__name__} returns {described(output)} in training mode, and one tensor is needed there as in "
         "eval mode. Where auxiliary outputs can be turned off by an argument, do so under model.args; otherwise wrap "
         "the model in a module whose forward returns the same one tensor in both modes"
     )
-
-
-def described(output: Any) -> str:
-    """What a model returned, with the shapes inside."""
-    if isinstance(output, Mapping):
-        inside = ", ".join(f"{key!r}: {described(value)}" for key, value in output.items())
-        return f"a {type(output).__name__} {{{inside}}}"
-    if isinstance(output, list | tuple):
-        return f"a {type(output).__name__} of {len(output)} ({', '.join(map(described, output))})"
-    if isinstance(output, Tensor):
-        return f"{str(output.dtype).removeprefix('torch.')} {list(output.shape)}"
-    return f"a {type(output).__name__}"
 
 
 def wrapping(output: Any, in_training: Any, rows: int, classes: int) -> str:

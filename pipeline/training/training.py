@@ -12,6 +12,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from edgewright.export.source import answers_of
+
 from ..errors import StageError
 from ..stage import Context, Json, StageConfig, State
 from ..task import Batch, Task, batches, split_of
@@ -95,8 +97,10 @@ def learning_rate_factor(config: TrainingConfig, done: float) -> float:
 def task_loss(task: Task, config: TrainingConfig) -> BatchLoss:
     """The task's own loss on the model's logits, with label smoothing where the recipe asks for it."""
 
+    specs = answers_of(task)
+
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = training_logits(model, model(*batch.inputs))
+        logits = training_logits(model, model(*batch.inputs), specs)
         return smoothed_loss(task, logits, batch.targets, config.label_smoothing)
 
     return loss

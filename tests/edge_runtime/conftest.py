@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgewright.edge_runtime import GoldenCase, Manifest, session_on, write_golden, write_manifest
 from edgewright.edge_runtime.bundle.manifest import (
+    AnswerSpec,
     ExitSpec,
     Ledger,
     NodeRow,
@@ -27,6 +28,7 @@ from edgewright.edge_runtime.bundle.manifest import (
 
 CLASSES, WIDTH, SIDE = 4, 8, 6
 NEVER, ALWAYS = 2.0, 0.0
+LABELS = ("ant", "bee", "cat", "dog")
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _manifest(**changes: object) -> Manifest:
             TensorSpec("scores", "float32", (1, CLASSES)),
             TensorSpec("exit_index", "int64", (1,)),
         ),
-        "labels": ("ant", "bee", "cat", "dog"),
+        "answers": (AnswerSpec("label", "exits", LABELS),),
         "preprocessing": Preprocessing("image", (SIDE, SIDE), 3, 1 / 255, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
         "exits": (ExitSpec(0, "body0", 1000), ExitSpec(1, "body1", 2000), ExitSpec(2, "final", 3000)),
         "policy": PolicySpec("max_probability", NEVER, ALWAYS),
@@ -210,6 +212,7 @@ def _write_flat_bundle(folder: Path) -> None:
         batch="dynamic",
         inputs=(TensorSpec("x", "float32", ("batch", 3, SIDE, SIDE)),),
         outputs=(TensorSpec("logits", "float32", ("batch", CLASSES)),),
+        answers=(AnswerSpec("logits", "classes", LABELS),),
         exits=(ExitSpec(0, "final", 1000),),
         policy=None,
         operating_points=(),

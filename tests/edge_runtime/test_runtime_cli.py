@@ -15,7 +15,9 @@ import pytest
 
 import edgewright.edge_runtime as edge_runtime
 from edgewright.edge_runtime import InputError, cli, open_bundle, pack_zip, write_manifest, write_runtime_archive
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.edge_runtime.errors import EdgewrightError
+from edgewright.edge_runtime.inference.prediction_text import result_dict, result_lines
 
 SOURCE = Path(edge_runtime.__file__).parents[2]
 
@@ -94,12 +96,12 @@ def test_an_exit_by_exclusion_prints_no_probability(bundle: Path, tmp_path: Path
     scores = np.array([[0, 1, 0, 0], [0.25, 0.75, 0, 0], [0.1, 0.2, 0.3, 0.4]], np.float32)
     labels, exits = ("ant", "b\x1b[2Jee", "cat", "dog"), ("body0", "final")
     prediction = Prediction(np.array([1, 1, 3]), scores, np.array([0, 1, 1]), labels, exits, True)
-    assert cli._prediction_lines(prediction) == [
+    assert result_lines({"label": prediction}) == [
         "row 0: b\\x1b[2Jee  decided by exclusion of every other class, no probability  exit 0 (body0)",
         "row 1: b\\x1b[2Jee  score 0.7500 among the 2 classes not excluded  exit 1 (final)",
         "row 2: dog  score 0.4000  exit 1 (final)",
     ]
-    data = cli._prediction_dict(prediction)
+    data = result_dict({"label": prediction})
     assert data["score_kinds"] == ["exclusion", "probability_of_remaining", "probability"]
     assert data["exit_names"] == ["body0", "final", "final"]
 
@@ -157,7 +159,8 @@ def test_a_label_that_the_terminal_cannot_show(bundle: Path, tmp_path: Path) -> 
 
     with open_bundle(bundle) as opened:
         manifest = opened.manifest
-    write_manifest(bundle, dataclasses.replace(manifest, labels=tuple(f"größe {i}" for i in range(4))))
+    answers = (AnswerSpec("label", "exits", tuple(f"größe {i}" for i in range(4))),)
+    write_manifest(bundle, dataclasses.replace(manifest, answers=answers))
     np.save(tmp_path / "x.npy", np.ones((1, 3, 6, 6), np.float32))
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "PYTHONIOENCODING": "ascii"}
     command = [sys.executable, "-m", "edgewright.edge_runtime", "predict", bundle, tmp_path / "x.npy"]
@@ -426,7 +429,7 @@ def test_no_text_of_a_bundle_steers_the_terminal(
     manifest = dataclasses.replace(
         manifest,
         name=EVIL,
-        labels=(EVIL, EVIL + "b", EVIL + "c", EVIL + "d"),
+        answers=(AnswerSpec("label", "exits", (EVIL, EVIL + "b", EVIL + "c", EVIL + "d")),),
         exits=tuple(dataclasses.replace(exit_, name=EVIL + str(exit_.index)) for exit_ in manifest.exits),
         operating_points=tuple(
             dataclasses.replace(point, name=point.name + EVIL) for point in manifest.operating_points

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from unlabelled import Embedding, Regression, network
 
-from edgewright.edge_runtime import load, verify
+from edgewright.edge_runtime import Values, load, verify
 from edgewright.edge_runtime.cli import main
 from edgewright.edge_runtime.errors import ExportError
 from edgewright.edge_runtime.inference.session import session_on
 from edgewright.export.bundle import export_bundle
 from edgewright.export.proof.agreement import Agreement
 from edgewright.export.proof.subject import Reference
+from edgewright.export.source import answers_of
 
 
 class Column(nn.Module):
@@ -60,9 +61,8 @@ def test_outputs_come_back_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
             found = runner.predict(x)
             again, one = runner.predict(x), runner.predict(x[1])
         for got, values in ((found, want), (again, want), (one, want[1:2])):
-            np.testing.assert_allclose(got.outputs["logits"], values, rtol=1e-5, atol=1e-6)
-            assert got.label.size == got.scores.size == 0 and got.label_names == []
-            assert set(got.score_kinds) == {"value"}
+            np.testing.assert_allclose(got.values, values, rtol=1e-5, atol=1e-6)
+            assert isinstance(got, Values) and got.unit == "" and got.labels == ()
     x[1, 2] = np.nan
     np.save(tmp_path / "x.npy", x)
     capsys.readouterr()
@@ -72,18 +72,18 @@ def test_outputs_come_back_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     assert lines[0].startswith("row 0: ") and lines[1].startswith("row 1: refused: ")
     assert not any(word in line for line in lines for word in ("score", "label", "exit", "logits"))
     told = json.loads((tmp_path / "p.json").read_text())
-    assert set(told) == {"schema_version", "outputs", "refused"} and list(told["refused"]) == ["1"]
-    np.testing.assert_allclose(told["outputs"]["logits"][2], want[2], rtol=1e-5, atol=1e-6)
-    assert set(np.ravel(told["outputs"]["logits"][1])) == {None}
+    assert set(told) == {"schema_version", "values", "unit", "labels", "refused"} and list(told["refused"]) == ["1"]
+    np.testing.assert_allclose(told["values"][2], want[2], rtol=1e-5, atol=1e-6)
+    assert set(np.ravel(told["values"][1])) == {None}
 
 
 def test_numbers_without_classes_still_fail_parity() -> None:
     model = network(2)
-    reference = Reference(model, Regression().labels)
+    reference = Reference(model, answers_of(Regression()))
     logits = reference.logits([torch.zeros(2, 8)])
     want, margin = reference.answer(logits, None, [1e-6])
     got = {"logits": want["logits"][:, ::-1].copy()}  # another label in every row, which is none here
-    check = Agreement(1e-4, 1e-4, reference.decides)
+    check = Agreement(1e-4, 1e-4, reference.specs)
     check.answers("", "test", [0, 1], got, want, margin, 1e-6)
     assert check.label_flips == 0 and check.rows == 2 and "logits" in check.failures[0]
 

@@ -350,10 +350,14 @@ def test_not_a_bundle_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(schema_version=99), "schema_version 99, this runtime reads 1"),
+        (lambda data: data.update(schema_version=99), "schema_version 99, this runtime reads 1 and 2"),
         (lambda data: data.pop("schema_version"), "schema_version None"),
-        (lambda data: data.update(lables=[]), "unknown field 'lables'.*did you mean 'labels'"),
-        (lambda data: data.pop("labels"), "lacks the field 'labels'"),
+        (lambda data: data.update(answer=[]), "unknown field 'answer'.*did you mean 'answers'"),
+        (lambda data: data.pop("answers"), "lacks the field 'answers'"),
+        (
+            lambda data: data["answers"][0].update(kind="sounds"),
+            "'label' has the kind 'sounds'.*classes, exits",
+        ),
         (lambda data: data.update(batch=3), "batch should be str"),
         (lambda data: data["inputs"][0].update(shape=[1.5]), "shape"),
     ],
@@ -367,9 +371,15 @@ def test_a_manifest_of_another_form_is_refused(bundle: Path, change, message: st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data["labels"].pop(), r"labels has 3 names and the output 'scores' is 4 wide \(shape \[1, 4\]\)"),
-        (lambda data: data["labels"].append("elk"), "labels has 5 names"),
-        (lambda data: data["labels"].__setitem__(3, data["labels"][0]), "labels has '.*' twice"),
+        (
+            lambda data: data["answers"][0]["labels"].pop(),
+            r"labels has 3 names and the output 'scores' is 4 wide \(shape \[1, 4\]\)",
+        ),
+        (lambda data: data["answers"][0]["labels"].append("elk"), "labels has 5 names"),
+        (
+            lambda data: data["answers"][0]["labels"].__setitem__(3, data["answers"][0]["labels"][0]),
+            "labels has '.*' twice",
+        ),
         (lambda data: data["inputs"][0].update(dtype="flaot32"), "input 'x' has the dtype 'flaot32'"),
         (lambda data: data["inputs"][0].update(shape=[1, 0]), r"'x' has the shape \[1, 0\]"),
         (lambda data: data.update(inputs=[]), "inputs is empty"),
@@ -397,10 +407,10 @@ def test_a_manifest_that_contradicts_itself_is_refused(bundle: Path, change, mes
 
 
 def test_labels_are_held_to_the_width_of_logits_too(flat_bundle: Path) -> None:
-    _seal(flat_bundle, lambda data: data["labels"].pop())
+    _seal(flat_bundle, lambda data: data["answers"][0]["labels"].pop())
     with pytest.raises(BundleError, match="labels has 3 names and the output 'logits' is 4 wide"):
         open_bundle(flat_bundle)
-    _seal(flat_bundle, lambda data: data.update(labels=[]))
+    _seal(flat_bundle, lambda data: data["answers"][0].update(labels=[]))
     open_bundle(flat_bundle)
 
 

@@ -20,8 +20,8 @@ from edgewright.edge_runtime import (
     write_golden,
     write_manifest,
 )
+from edgewright.edge_runtime.bundle.answer import exclusion_differs
 from edgewright.edge_runtime.measure.measuring import Subject
-from edgewright.edge_runtime.proof.comparison import exclusion_differs
 from edgewright.edge_runtime.proof.verification import _Check
 
 
@@ -63,7 +63,7 @@ def test_passes_at_every_optimization_level(bundle: Path, level: str) -> None:
 def test_a_model_without_exits(flat_bundle: Path) -> None:
     report = verify(flat_bundle)
     assert report.passed, report.text()
-    assert report.label_agreement is None and report.exits_total == 0
+    assert report.label_agreement == 1.0 and report.exit_agreement is None and report.exits_total == 0
 
 
 def test_a_number_beyond_the_tolerance_is_named(bundle: Path) -> None:

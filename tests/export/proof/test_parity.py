@@ -12,6 +12,7 @@ from exported import with_exits
 from tiny import CLASSES
 from torch import nn
 
+from edgewright.edge_runtime.bundle.answer import exits_answer
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES
 from edgewright.edge_runtime.errors import ExportError, ParityError
 from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS
@@ -46,7 +47,7 @@ def test_a_flip_is_excused_by_the_error_of_the_head_that_decides():
 
 
 def test_a_flip_names_the_row_of_the_split_and_how_it_was_run():
-    check = Agreement(1e-4, 1e-4)
+    check = Agreement(1e-4, 1e-4, [exits_answer("abcd")])
     want = {LABEL: np.array([0, 1, 2]), EXIT_INDEX: np.array([0, 0, 1]), SCORES: np.full((3, 4), 0.25, np.float32)}
     got = {**want, LABEL: np.array([0, 3, 2]), EXIT_INDEX: np.array([0, 0, 0])}
     margin = np.array([1.0, 1e-7, 1.0], np.float32)
@@ -68,7 +69,7 @@ def test_a_file_that_onnx_runtime_cannot_run_is_a_failure_of_parity(task, tmp_pa
         raise RuntimeError("Non-zero status code returned while running Reshape node")
 
     monkeypatch.setattr(runner, "session", SimpleNamespace(run=broken))
-    reference = parity_subject.Reference(with_exits("residual"), task.labels)
+    reference = parity_subject.Reference(with_exits("residual"), [exits_answer(task.labels)])
     subject = parity_subject.Subject(reference, runner.path, runner.path, task, "test", [0, 1], runner)
     with pytest.raises(ParityError, match=r"model\.onnx \([12] row.*: Non-zero.*Reshape node") as caught:
         subject.answers(subject.inputs([0, 1]), thresholds)

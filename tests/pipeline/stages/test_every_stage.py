@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from stage_tester import StageCase, check_stage
-from tiny import tiny_residual, tiny_transformer
+from tiny import tiny_map, tiny_residual, tiny_transformer, tiny_values
 
 from edgewright.pipeline.stage_registry import SHIPPED, stage_named
+from edgewright.pipeline.tasks.shipped.synthetic_regression import synthetic_regression
+from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
 _SHORT = {"epochs": 2, "batch_size": 32}
 _ONCE = {"epochs": 1, "batch_size": 32}
@@ -47,6 +49,12 @@ CASES = [
         {"whitening": "two_sided", "ranks": "loss", "groups": "readers", "updates": 2},
         tiny_transformer,
     ),
+    StageCase("train-values", "train", _SHORT, tiny_values, synthetic_regression),
+    StageCase("prune-values", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_values, synthetic_regression),
+    StageCase("share-values", "basis_sharing", {}, tiny_values, synthetic_regression),
+    StageCase("train-map", "train", _SHORT, tiny_map, synthetic_segmentation),
+    StageCase("prune-map", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_map, synthetic_segmentation),
+    StageCase("share-map", "basis_sharing", {}, tiny_map, synthetic_segmentation),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
     StageCase(
         "exit-probability",

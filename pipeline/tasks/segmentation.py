@@ -1,0 +1,168 @@
+"""The task of giving every pixel a class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgewright.edge_runtime.bundle.answer import CLASS_MAP
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Preprocessing
+
+from ..errors import DataError
+from ..metric import IGNORED, Answer, Metric, Score
+from ..task import Split, SplitName
+from .array_task import Array, ArrayTask, Augmentation, dealt
+
+_OUTPUT = "class_map"
+
+
+class Segmentation(ArrayTask):
+    """A class for each pixel: logits [N, C, H, W], targets int64 [N, H, W], -100 where nothing is predicted.
+
+    Args:
+        splits: per name a `Split`, or a pair ``(inputs, targets)`` of arrays.
+        classes: names of the classes, in the order of the logits.
+        metric: ``mean_iou`` (mean intersection over union of the classes that occur), ``pixel_accuracy``, or your own.
+        preprocessing: how raw images become inputs on the device.
+        augment: ``(batch, generator) -> batch``, for training batches only; moves inputs and targets alike.
+        name: for reports.
+        input_name: name of the ONNX input; of several inputs their names, in the order of the model's forward.
+        provenance: where the data come from, JSON; for the report and the data digests.
+        file_digests: files that the data were read from, see `pipeline.task.FromFiles`.
+
+    Raises:
+        DataError: an unknown or empty split or metric, fewer than two classes, or a target that is none of them.
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[SplitName, Split | tuple[Any, Any]],
+        classes: Sequence[str],
+        *,
+        metric: str | Metric = "mean_iou",
+        preprocessing: Preprocessing | None = None,
+        augment: Augmentation | None = None,
+        name: str = "segmentation",
+        input_name: str | Sequence[str] = "image",
+        provenance: Mapping[str, Any] | None = None,
+        file_digests: Mapping[Path, str] | None = None,
+    ) -> None:
+        super().__init__(
+            splits,
+            preprocessing=preprocessing,
+            augment=augment,
+            name=name,
+            input_name=input_name,
+            provenance=provenance,
+            file_digests=file_digests,
+        )
+        self._classes = tuple(str(label) for label in classes)
+        if len(self._classes) < 2:
+            raise DataError(f"the classes are {list(self._classes)}: pixels need at least two to choose from")
+        for key, split in self._splits.items():
+            _check_targets(key, split.targets, len(self._classes))
+        self._metric = _metric(metric, len(self._classes)) if isinstance(metric, str) else metric
+
+    @classmethod
+    def from_arrays(
+        cls,
+        inputs: Array | Sequence[Array],
+        targets: Array,
+        classes: Sequence[str],
+        *,
+        fractions: Mapping[SplitName, float] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Segmentation:
+        """Splits arrays into the four splits, equal inputs kept together.
+
+        Args:
+            inputs: [len, ...]; a list or tuple of them for a model with several inputs, with as many names in
+                `input_name`.
+            targets: class of every pixel, integers [len, H, W]; -100 where nothing is predicted.
+            classes: names of the classes.
+            fractions: share of each split, default train 0.6, calibration 0.1, validation 0.1, test 0.2.
+            seed: of the shuffle.
+            options: as for the class.
+
+        Raises:
+            DataError: as for the class.
+        """
+        given = torch.as_tensor(targets)
+        if given.is_floating_point():
+            raise DataError(f"the targets are {given.dtype}: classes of pixels are integers [len, H, W]")
+        return cls(dealt(inputs, given.to(torch.int64), fractions, seed), classes, **options)
+
+    @property
+    def answers(self) -> Sequence[AnswerSpec]:
+        """One: a class map."""
+        return (AnswerSpec(_OUTPUT, CLASS_MAP, self._classes),)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of the pixels that have a class."""
+        return nn.functional.cross_entropy(output, targets, ignore_index=IGNORED)
+
+    @property
+    def metric(self) -> Metric:
+        """What floors and tolerances of recipes are measured in."""
+        return self._metric
+
+
+class PixelMetric:
+    """Quality of class maps, from one table of what was right and what was said.
+
+    Args:
+        name: ``mean_iou`` or ``pixel_accuracy``.
+        classes: their number.
+    """
+
+    def __init__(self, name: str, classes: int) -> None:
+        self.name, self._classes = name, classes
+
+    def score(self, answers: Iterable[Answer]) -> Score:
+        """Reads `answers` once; pixels to be ignored count for nothing."""
+        table = torch.zeros(self._classes * self._classes, dtype=torch.int64)
+        rows = 0
+        for output, targets in answers:
+            assert isinstance(output, Tensor)
+            known = targets != IGNORED
+            pairs = targets[known] * self._classes + output.argmax(dim=1)[known]
+            table += torch.bincount(pairs, minlength=len(table))
+            rows += len(targets)
+        counts = table.reshape(self._classes, self._classes).double()
+        hits = counts.diagonal()
+        if self.name == "pixel_accuracy":
+            return Score(float(hits.sum() / counts.sum().clamp(min=1.0)), rows)
+        union = counts.sum(dim=0) + counts.sum(dim=1) - hits
+        occurs = union > 0
+        return Score(float((hits[occurs] / union[occurs]).mean()) if occurs.any() else 0.0, rows)
+
+    def drop(self, before: float, after: float) -> float:
+        """The difference: more is better."""
+        return before - after
+
+
+def _metric(name: str, classes: int) -> Metric:
+    if name not in ("mean_iou", "pixel_accuracy"):
+        raise DataError(
+            f"unknown metric {name!r}; there are mean_iou and pixel_accuracy, or pass an object that is a Metric"
+        )
+    return PixelMetric(name, classes)
+
+
+def _check_targets(split: SplitName, targets: Tensor, classes: int) -> None:
+    if targets.dtype != torch.int64 or targets.dim() != 3:
+        raise DataError(
+            f"split {split!r} has targets {targets.dtype} {list(targets.shape)}: a class for each pixel is int64 "
+            "[samples, H, W]; turn one-hot maps into classes with .argmax(axis=1)"
+        )
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= classes))]
+    if len(wrong):
+        raise DataError(
+            f"split {split!r} has a pixel of class {int(wrong[0])}, and the {classes} classes are numbered from 0 to "
+            f"{classes - 1}: add the class, or mark such pixels with {IGNORED}, which are ignored"
+        )
