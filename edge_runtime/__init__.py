@@ -18,6 +18,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answers.class_map import ClassMap
+    from .answers.classes import Prediction
+    from .answers.tokens import Tokens
+    from .answers.values import Values
     from .bundle.archive import write_runtime_archive
     from .bundle.bundle import Bundle, file_sha256, open_bundle, pack_zip, write_manifest
     from .bundle.golden import read_golden, write_golden
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
     from .errors import BundleError, EdgewrightError, InputError, ParityError, ProviderError, QualityFloorError
     from .inference.image_file import load_image
     from .inference.options import SessionOptions
-    from .inference.prediction import ClassMap, Prediction, Tokens, Values
     from .inference.providers import Placement, ProviderFallbackWarning
     from .inference.runner import Runner
     from .inference.session import load, session_on
@@ -43,7 +46,7 @@ _WHERE = {
     "BenchRow": "measure.benchmark",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
-    "ClassMap": "inference.prediction",
+    "ClassMap": "answers.class_map",
     "Comparison": "proof.comparison",
     "Contender": "measure.interleave",
     "DoctorReport": "device",
@@ -54,15 +57,15 @@ _WHERE = {
     "Manifest": "bundle.manifest",
     "ParityError": "errors",
     "Placement": "inference.providers",
-    "Prediction": "inference.prediction",
+    "Prediction": "answers.classes",
     "ProviderError": "errors",
     "ProviderFallbackWarning": "inference.providers",
     "QualityFloorError": "errors",
     "RawReport": "proof.raw_check",
     "Runner": "inference.runner",
     "SessionOptions": "inference.options",
-    "Tokens": "inference.prediction",
-    "Values": "inference.prediction",
+    "Tokens": "answers.tokens",
+    "Values": "answers.values",
     "VerifyReport": "proof.verification",
     "bench": "measure.benchmark",
     "bench_text": "measure.benchmark",

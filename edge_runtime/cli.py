@@ -189,7 +189,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     )
     predict.add_argument("input", type=Path, metavar="INPUT", help=".npy, .npz (a key per input) or an image")
     predict.add_argument(
-        "--save", metavar="FILE", type=Path, help=".png for the class map of a segmentation, a color for each class"
+        "--save", metavar="FILE", type=Path, help=".png that shows the answer: a color for each class of a class map"
     )
     for measuring in (bench, table):
         measuring.add_argument("--inputs", type=Path, metavar="FILE", help=".npy or .npz instead of the golden cases")
@@ -256,24 +256,24 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from .inference.class_map_image import check_class_map, save_class_map
-    from .inference.prediction_text import result_dict, result_lines
+    from .answers.drawing import check_drawn, save_drawn
+    from .answers.text import result_dict, result_lines
     from .inference.session import load
 
     with _opened(options) as bundle, load(bundle, _session(options)) as runner:
         if options.save is not None:
-            check_class_map(runner.answers, options.save)
+            check_drawn(runner.answers, options.save)
         found = runner.predict(_read_input(options.input, bundle.manifest))
         results = found if isinstance(found, dict) else {runner.answers[0].name: found}
     for line in result_lines(results):
         print(line)
     _write_json(options.json, result_dict(results))
     if options.save is not None:
-        save_class_map(results, options.save)
+        save_drawn(results, options.save)
     refused = {row for result in results.values() for row in result.refused}
     if not refused:
         return 0
-    rows = len(next(iter(results.values()))[0])
+    rows = next(iter(results.values())).rows
     print(f"error: {options.input}: {len(refused)} of {rows} rows were refused, see above", file=sys.stderr)
     return InputError.exit_code
 

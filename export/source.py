@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from edgewright.edge_runtime.bundle.answer import CLASSES, EXITS, TOKENS, VALUES, kind_of
+from edgewright.edge_runtime.answers.classes import CLASSES, EXITS
+from edgewright.edge_runtime.answers.table import kind_of
+from edgewright.edge_runtime.answers.tokens import TOKENS
+from edgewright.edge_runtime.answers.values import VALUES
 from edgewright.edge_runtime.bundle.manifest import LOGITS, PRESENT, AnswerSpec, Preprocessing
 from edgewright.edge_runtime.errors import BundleError, ExportError
 

@@ -192,7 +192,7 @@ class Stage(Generic[C]):
             for the stage's own; each is tried for one step before any compute. None: every `TrainingConfig` in it.
         classes_alone: a configuration of the same stage that keeps the same classes and does nothing else to the model;
             what a control is given. Required with `classes`.
-        answers: the kinds of answers (`edge_runtime.bundle.answer`) that it serves, all if None; it is given a model of
+        answers: the kinds of answers (`edge_runtime.answers`) that it serves, all if None; it is given a model of
             one tensor then. Others are refused before any compute.
     """
 

@@ -20,7 +20,7 @@ from fresh_process import logits_in_a_fresh_process
 from tiny import tiny_residual, tiny_task
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.answer import kind_of
+from edgewright.edge_runtime.answers.table import kind_of
 from edgewright.export import export_bundle
 from edgewright.export.accounts.ledger import shared_bases
 from edgewright.models.layers.multi_exit import MultiExit

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..answers.classes import EXITS
+from ..answers.table import kind_of
 from ..errors import BundleError
 from ..inference.feeds import KNOWN_DTYPES
-from .answer import EXITS, kind_of
 from .manifest import (
     APPLIED,
     DROPPED,

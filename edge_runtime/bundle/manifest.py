@@ -371,7 +371,7 @@ class Manifest:
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the classes of the first answer that has any; empty if none has."""
-        from .answer import KINDS  # needs NumPy, which a command's help does without
+        from ..answers.table import KINDS  # needs NumPy, which a command's help does without
 
         return next((a.labels for a in self.answers if a.labels and KINDS[a.kind].decides), ())
 
@@ -415,7 +415,7 @@ def _from_first_schema(data: dict[str, Any]) -> dict[str, Any]:
     Raises:
         BundleError: a field that is needed for it is missing or of a wrong type.
     """
-    from .answer import answers_by_names  # as above
+    from ..answers.table import answers_by_names  # as above
 
     for name in ("labels", "outputs", "inputs"):
         if name not in data:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..bundle.answer import Meaning, answers_by_names, kind_of
+from ..answers.kind import Meaning
+from ..answers.table import answers_by_names, kind_of
 from ..bundle.bundle import Bundle
 from ..bundle.consistency import unknown_exit, unlike
 from ..bundle.manifest import ANSWERS, EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, AnswerSpec, Manifest

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle.answer import EXCLUDED_DIFFERS, EXIT_DIFFERS, LABEL_DIFFERS, Difference, kind_of
+from ..answers.kind import EXCLUDED_DIFFERS, EXIT_DIFFERS, LABEL_DIFFERS, Difference
+from ..answers.table import kind_of
 from ..bundle.bundle import Bundle, open_bundle
 from ..bundle.manifest import EXIT_INDEX, LABEL, AnswerSpec, GoldenCase, Manifest, Tolerances
 from ..errors import InputError, ParityError

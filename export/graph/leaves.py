@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from edgewright.edge_runtime.bundle.answer import VALUES
+from edgewright.edge_runtime.answers.values import VALUES
 from edgewright.edge_runtime.bundle.manifest import LOGITS, AnswerSpec
 from edgewright.edge_runtime.errors import ExportError
 

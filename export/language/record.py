@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgewright.edge_runtime.bundle.answer import LABEL_DIFFERS, TOKENS, kind_of
+from edgewright.edge_runtime.answers.kind import LABEL_DIFFERS
+from edgewright.edge_runtime.answers.table import kind_of
+from edgewright.edge_runtime.answers.tokens import TOKENS
 from edgewright.edge_runtime.bundle.manifest import (
     LOGITS,
     PAST,

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.edge_runtime.bundle.answer import EXIT_DIFFERS, LABEL_DIFFERS, kind_of
+from edgewright.edge_runtime.answers.kind import EXIT_DIFFERS, LABEL_DIFFERS
+from edgewright.edge_runtime.answers.table import kind_of
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Flip
 from edgewright.edge_runtime.proof.comparison import compare
 

@@ -12,7 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.answer import CLASSES, EXITS, LABEL_DIFFERS, VALUES, exits_answer, kind_of
+from edgewright.edge_runtime.answers.classes import CLASSES, EXITS, exits_answer
+from edgewright.edge_runtime.answers.kind import LABEL_DIFFERS
+from edgewright.edge_runtime.answers.table import kind_of
+from edgewright.edge_runtime.answers.values import VALUES
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, SCORES, THRESHOLDS, AnswerSpec
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.edge_runtime.inference.runner import Runner

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from edgewright.edge_runtime.bundle.answer import kind_of
+from edgewright.edge_runtime.answers.table import kind_of
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec, TensorSpec
 from edgewright.export.graph.capture import Outputs, quietly
 from edgewright.export.graph.leaves import described, leaves_of

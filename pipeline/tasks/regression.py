@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.answer import VALUES
+from edgewright.edge_runtime.answers.values import VALUES
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Preprocessing
 
 from ..errors import DataError

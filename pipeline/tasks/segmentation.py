@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.answer import CLASS_MAP
+from edgewright.edge_runtime.answers.class_map import CLASS_MAP
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Preprocessing
 
 from ..errors import DataError

@@ -15,9 +15,9 @@ import pytest
 
 import edgewright.edge_runtime as edge_runtime
 from edgewright.edge_runtime import InputError, cli, open_bundle, pack_zip, write_manifest, write_runtime_archive
+from edgewright.edge_runtime.answers.text import result_dict, result_lines
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.edge_runtime.errors import EdgewrightError
-from edgewright.edge_runtime.inference.prediction_text import result_dict, result_lines
 
 SOURCE = Path(edge_runtime.__file__).parents[2]
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.answer import CLASSES
+from edgewright.edge_runtime.answers.classes import CLASSES
 from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.measure.paired import standard_errors
 from edgewright.export.options import ExportOptions

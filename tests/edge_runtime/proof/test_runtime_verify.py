@@ -20,7 +20,7 @@ from edgewright.edge_runtime import (
     write_golden,
     write_manifest,
 )
-from edgewright.edge_runtime.bundle.answer import exclusion_differs
+from edgewright.edge_runtime.answers.classes import exclusion_differs, exits_answer
 from edgewright.edge_runtime.measure.measuring import Subject
 from edgewright.edge_runtime.proof.verification import _Check
 
@@ -293,6 +293,6 @@ def test_a_width_of_the_scores_that_the_graph_does_not_have_is_refused(bundle: P
     outputs = tuple(
         dataclasses.replace(spec, shape=(1, 5)) if spec.name == "scores" else spec for spec in manifest.outputs
     )
-    write_manifest(bundle, dataclasses.replace(manifest, outputs=outputs, labels=("a", "b", "c", "d", "e")))
+    write_manifest(bundle, dataclasses.replace(manifest, outputs=outputs, answers=(exits_answer("abcde"),)))
     with pytest.raises(BundleError, match=r"'scores' has the shape \[1, 4\] in the graph, the manifest says \[1, 5\]"):
         verify(bundle)

@@ -12,7 +12,7 @@ from exported import with_exits
 from tiny import CLASSES
 from torch import nn
 
-from edgewright.edge_runtime.bundle.answer import exits_answer
+from edgewright.edge_runtime.answers.classes import exits_answer
 from edgewright.edge_runtime.bundle.manifest import EXIT_INDEX, LABEL, LOGITS, SCORES
 from edgewright.edge_runtime.errors import ExportError, ParityError
 from edgewright.edge_runtime.inference.options import OPTIMIZATION_LEVELS

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from edgewright.edge_runtime import AnswerSpec, BundleError, Manifest, load, open_bundle, verify
-from edgewright.edge_runtime.bundle.answer import KINDS, Meaning, exits_answer, kind_of
+from edgewright.edge_runtime.answers.class_map import ClassMap, palette
+from edgewright.edge_runtime.answers.classes import exits_answer
+from edgewright.edge_runtime.answers.drawing import check_drawn, save_drawn
+from edgewright.edge_runtime.answers.kind import Meaning
+from edgewright.edge_runtime.answers.table import KINDS, kind_of
+from edgewright.edge_runtime.answers.tokens import Tokens
+from edgewright.edge_runtime.answers.values import Values
 from edgewright.edge_runtime.bundle.consistency import check_consistency
 from edgewright.edge_runtime.bundle.manifest import PolicySpec, TensorSpec, Tolerances
-from edgewright.edge_runtime.inference.class_map_image import check_class_map, palette, save_class_map
-from edgewright.edge_runtime.inference.prediction import ClassMap, Tokens, Values
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 3, 4, 5)).astype(np.float32)
 SHAPES = {"classes": (6, 3), "class_map": (2, 3, 4, 5), "tokens": (2, 4, 7)}
@@ -70,8 +74,8 @@ def test_a_class_map_has_the_softmax_of_its_pixels_and_is_drawn(tmp_path: Path) 
     np.testing.assert_allclose(found.probability[0], shares[0].max(axis=0), rtol=1e-5)
     assert (found.label[0] == LOGITS[0].argmax(axis=0)).all() and (found.label[1] == -1).all()
     assert sum(found.shares(0).values()) == pytest.approx(1.0) and set(found.shares(0)) <= {"sky", "road", "tree"}
-    check_class_map([spec], tmp_path / "map.png")
-    save_class_map({"map": found}, tmp_path / "map.png")
+    check_drawn([spec], tmp_path / "map.png")
+    save_drawn({"map": found}, tmp_path / "map.png")
     image = images.open(tmp_path / "map.png")
     assert image.size == (5, 8) and (np.asarray(image)[:4] == found.label[0]).all()
     assert (np.asarray(image.convert("RGB"))[:4] == palette()[found.label[0]]).all()

@@ -1,0 +1,70 @@
+"""Answers that are looked at rather than read, as an image file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bundle.manifest import AnswerSpec
+from ..errors import InputError
+from .kind import Result
+from .table import KINDS, kind_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A result that can be drawn."""
+
+    def drawn(self, pictures: NDArray[np.uint8] | None) -> Image.Image:
+        """The image.
+
+        Args:
+            pictures: what was answered, [N, H, W, 3]; None where no image was given.
+
+        Raises:
+            InputError: it cannot be drawn.
+        """
+        ...
+
+
+def check_drawn(answers: Sequence[AnswerSpec], path: Path) -> None:
+    """Refuses what cannot be drawn, before anything has run.
+
+    Raises:
+        InputError: no answer is one that is drawn, the file is no .png, or Pillow is not installed.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: answers are drawn as .png: give the file such a name")
+    if not any(kind_of(spec).draws for spec in answers):
+        kinds = ", ".join(sorted({spec.kind for spec in answers}))
+        drawn = ", ".join(name for name, kind in KINDS.items() if kind.draws)
+        raise InputError(f"--save draws {drawn}, and this model answers {kinds}: use --json instead")
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise InputError("--save needs Pillow: pip install pillow, or use --json instead") from None
+
+
+def save_drawn(results: Mapping[str, Result], path: Path, pictures: NDArray[np.uint8] | None = None) -> None:
+    """Writes the first answer that can be drawn.
+
+    Args:
+        results: of `predict` by name, see `check_drawn`.
+        path: .png to write.
+        pictures: what was answered, [N, H, W, 3]; None where no image was given.
+
+    Raises:
+        InputError: it cannot be drawn, or the file cannot be written.
+    """
+    found = next(result for result in results.values() if isinstance(result, Drawn))
+    try:
+        found.drawn(pictures).save(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
