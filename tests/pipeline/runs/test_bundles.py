@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from edgewright.edge_runtime.bundle.manifest import Manifest
 from edgewright.export.options import ExportOptions
 from edgewright.pipeline.report.steps import StepRow
 from edgewright.pipeline.runs import bundles
@@ -54,10 +55,12 @@ def test_a_file_more_and_a_missing_record_make_it_anew(bundle: Path) -> None:
     assert not bundles.is_current(bundle, KEY)
 
 
-def test_the_mean_macs_are_those_of_the_graph(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exits = [SimpleNamespace(macs=100, attention_macs=10), SimpleNamespace(macs=1000, attention_macs=50)]
-    manifest = SimpleNamespace(from_json=lambda text: SimpleNamespace(exits=exits))
-    monkeypatch.setattr(bundles, "Manifest", manifest)
+def _exported(bundle: Path, *ways: tuple[int, int]) -> bundles.Exported:
+    exits = [SimpleNamespace(macs=macs, attention_macs=attention) for macs, attention in ways]
+    return bundles.Exported(bundle, cast("Manifest", SimpleNamespace(exits=exits)))
+
+
+def test_the_macs_are_those_of_the_graph(bundle: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(StepRow.__dataclass_fields__)
     # PyTorch's operators counted something else, on the way to every exit
     values |= {
@@ -68,9 +71,13 @@ def test_the_mean_macs_are_those_of_the_graph(bundle: Path, monkeypatch: pytest.
         "notes": (),
         "metrics": {},
     }
-    row = bundles.with_bundle(StepRow(**values | {"exit_shares": (0.75, 0.25)}), bundle)
+    row = bundles.with_bundle(
+        StepRow(**values | {"exit_shares": (0.75, 0.25)}), _exported(bundle, (100, 10), (1000, 50))
+    )
     assert row.macs == 0.75 * 100 + 0.25 * 1000 and row.attention_macs == 0.75 * 10 + 0.25 * 50
     assert row.file_bytes == (bundle / "model.onnx").stat().st_size
     assert "1000 MACs" in row.notes[0] and "7777" in row.notes[0]
-    plain = bundles.with_bundle(StepRow(**values | {"exit_shares": ()}), bundle)
-    assert plain.macs == 7777.0, "without exits the operators' count stays, and the note tells"
+    assert row.macs_of == "graph"
+    plain = bundles.with_bundle(StepRow(**values | {"exit_shares": ()}), _exported(bundle, (1000, 50)))
+    assert (plain.macs, plain.attention_macs, plain.macs_of) == (1000.0, 50.0, "graph")
+    assert "7777" in plain.notes[0]

@@ -110,7 +110,7 @@ def test_a_specialised_run_exports_the_chosen_labels(tmp_path: Path) -> None:
     assert [step.accuracy is not None and step.accuracy > 0.9 for step in result.steps[2:]] == [True] * 3
     assert result.controls == (result.steps[-1].step,) == ("control",)
     manifest = json.loads((result.bundle / "manifest.json").read_text())
-    assert manifest["labels"] == ["label0", "label2"]
+    assert [answer["labels"] for answer in manifest["answers"]] == [["label0", "label2"]]
     edge_runtime.verify(result.bundle).raise_if_failed()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["task"]["labels"] == ["label0", "label2"] and report["summary"]["accuracy_change"] is None
