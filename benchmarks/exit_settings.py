@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edgewright.export.accounts.exit_costs import exit_macs
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.models.registry import build
-from edgewright.pipeline.stages.early_exit.placement import choose_places, exit_macs
+from edgewright.pipeline.stages.early_exit.placement import choose_places
 from edgewright.pipeline.stages.early_exit.stage import collect_logits
 from edgewright.pipeline.stages.early_exit.training import ExitTrainingConfig, train_heads, train_jointly
 from edgewright.pipeline.store.context import FolderContext
@@ -175,7 +176,7 @@ def _train_heads(name: str, seed: int, folder: Path, quick: bool) -> dict[str, T
             train_heads(model, task, config, context, augment=False)
             if not config.freeze_backbone:
                 train_jointly(model, task, config, context)
-        found["macs"] = torch.tensor(exit_macs(model, example))
+        found["macs"] = torch.tensor(exit_macs(model, task, "validation"))
         for split in SPLITS:
             logits = collect_logits(model, task.splits[split])  # type: ignore[index]
             found |= {f"{loss}.{split}.{k}": head for k, head in enumerate(logits)}

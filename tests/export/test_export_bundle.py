@@ -15,12 +15,12 @@ from edgewright.edge_runtime import load, open_bundle, verify
 from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.errors import ExportError, InputError, ParityError
 from edgewright.export import ExportOptions, ToleranceOptions, export_bundle
+from edgewright.export.accounts.exit_costs import exit_macs
 from edgewright.export.accounts.node_table import on_the_graph
 from edgewright.export.graph import model_file
 from edgewright.export.proof import subject as parity_subject
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 from edgewright.pipeline.analysis.cost import count
-from edgewright.pipeline.stages.early_exit.placement import exit_macs
 from edgewright.pipeline.training.evaluation import evaluate
 
 
@@ -177,7 +177,8 @@ class Parallel(torch.nn.Module):
 def test_operating_points_cost_what_the_graph_runs(task, tmp_path):
     torch.manual_seed(0)
     model = MultiExit(Parallel(), [HeadSpec("narrow", 8)], [2], 4, "max_probability").eval()
-    in_order = exit_macs(model, task.splits["test"].batch([0]).inputs)
+    narrow, end = exit_macs(model, task, "test")
+    in_order = [144 * 72 + 8 * 4, end]  # as PyTorch runs it: the wide branch comes before the exit's
     mean = 0.25 * in_order[0] + 0.75 * in_order[1]
     searched = {
         "exit_share_0": 0.25,
@@ -189,7 +190,7 @@ def test_operating_points_cost_what_the_graph_runs(task, tmp_path):
     point = OperatingPoint("balanced", (1.0,), searched)
     manifest = export_bundle(model, task, tmp_path / "bundle", operating_points=[point]).manifest
     first, last = (way.macs for way in manifest.exits)
-    assert first == 144 * 8 + 8 * 4 < in_order[0]
+    assert first == narrow == 144 * 8 + 8 * 4 < in_order[0]
     assert last == in_order[1]
     metrics = manifest.operating_points[0].metrics
     assert metrics["mean_macs"] == 0.25 * first + 0.75 * last

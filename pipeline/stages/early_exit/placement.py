@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, count, pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear
-from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
+from edgewright.models.layers.multi_exit import HeadSpec
 
 from ...analysis import cost
 from ...errors import RecipeError, StageError
@@ -193,21 +193,6 @@ def _nearest(candidates: list[Place], total: int, at_macs: Sequence[float]) -> l
 
         taken.append(min(free, key=key))
     return sorted(taken, key=lambda place: place.order)
-
-
-def exit_macs(model: MultiExit, inputs: tuple[Tensor, ...]) -> list[int]:
-    """MACs of one row that leaves at exit 0, 1, ... K, K being the network's own end (METHODS §2.6).
-
-    Counted is everything executed up to there, and every head passed on the way.
-
-    Args:
-        model: with K exits.
-        inputs: a batch; its first row is used.
-    """
-    found = places(model.base, inputs)
-    passed = list(accumulate(model.head(i).macs for i in range(len(model.specs))))
-    ends = [found[spec.at].macs + so_far for spec, so_far in zip(model.specs, passed, strict=True)]
-    return [*ends, cost.count(model.base, inputs).macs + passed[-1]]
 
 
 def _watch(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, _Seen]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from edgewright.edge_runtime.answers.classes import CLASSES
 from edgewright.edge_runtime.bundle.manifest import OperatingPoint
 from edgewright.edge_runtime.measure.paired import standard_errors
+from edgewright.export.accounts.exit_costs import exit_macs
 from edgewright.export.options import ExportOptions
 from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
-from ...analysis import cost
 from ...errors import RecipeError, StageError
 from ...metric import Answer, Score, within
 from ...stage import Context, Edit, Json, Requirement, Stage, StageResult
@@ -28,7 +29,7 @@ from ...task import Split, Task, batches, check_classes, split_of
 from .analysis import analyse_logits
 from .automatic_places import boundaries, choose_subset
 from .config import DEFAULT_SHARES, EarlyExitConfig
-from .placement import Place, choose_places, exit_macs
+from .placement import Place, choose_places
 from .report import report
 from .thresholds.limits import ExitSearchConfig
 from .thresholds.search import OperatingPointResult, default_limits, search_thresholds
@@ -67,12 +68,12 @@ def fit(model: nn.Module, task: Task, config: EarlyExitConfig, context: Context)
     if not chosen:
         return StageResult(model.eval(), Edit("early_exit", {"heads": []}), notes=(_nowhere(model),))
     dims = [len(place.shape) for place in chosen]
-    before = cost.count(model, inputs)
     network = _with_heads(model, chosen, task, config, context)
     log, given_accuracy, notes = _train(network, task, config, context)
 
     logits = collect_logits(network, validation, context.device)
-    macs = exit_macs(network, inputs)
+    macs = exit_macs(network, task, "validation")
+    before = macs[-1] - sum(_head_macs(network))
     began = time.perf_counter()
     points = search_thresholds(network, logits, validation.targets, macs, config, context.generator("search"))
     tried, seconds = sum(len(point.trials) for point in points), time.perf_counter() - began
@@ -142,8 +143,9 @@ def _places(
     trial = config.model_copy(update={"head_epochs": config.head_epochs or _TRIAL_EPOCHS})
     train_heads(network, task, trial, context, augment=False, name="trial heads")
     logits = collect_logits(network, validation, context.device)
-    macs = [*(place.macs for place in candidates), cost.count(model, inputs).macs]
-    heads = [network.head(i).macs for i in range(len(candidates))]
+    heads = _head_macs(network)
+    passed = [*accumulate(heads), sum(heads)]
+    macs = [whole - part for whole, part in zip(exit_macs(network, task, "validation"), passed, strict=True)]
     found = choose_subset(
         network.policy, logits, validation.targets, macs, heads, config.auto, lambda e: default_limits(e, config)
     )
@@ -153,6 +155,10 @@ def _places(
     )
     told = {"candidates": [place.path for place in candidates], **dataclasses.asdict(found)}
     return [candidates[i] for i in found.chosen], told
+
+
+def _head_macs(network: MultiExit) -> list[int]:
+    return [network.head(i).macs for i in range(len(network.specs))]
 
 
 def _with_heads(
@@ -302,7 +308,7 @@ def _metrics(
     targets: Tensor,
     points: Sequence[OperatingPointResult],
     macs: Sequence[int],
-    before: cost.Cost,
+    before: int,
     given_accuracy: float,
     log: dict[str, Json],
 ) -> dict[str, Json]:
@@ -311,7 +317,7 @@ def _metrics(
         "min_share_met": {point.name: point.min_share_met for point in points},
         "exits": [spec.at for spec in model.specs],
         "exit_macs": list(macs),
-        "plain_macs": before.macs,
+        "plain_macs": before,
         "given_accuracy": given_accuracy,
         "plain_accuracy": plain.accuracy,
         "plain_worst_class_accuracy": plain.worst_class_accuracy,
@@ -324,14 +330,14 @@ def _summary(
     model: MultiExit,
     point: OperatingPointResult,
     metrics: dict[str, Json],
-    before: cost.Cost,
+    before: int,
     config: EarlyExitConfig,
 ) -> tuple[str, ...]:
-    added = sum(p.numel() for p in model.heads.parameters())
+    added, had = (sum(p.numel() for p in part.parameters()) for part in (model.heads, model.base))
     mean = point.metrics["mean_macs"]
     notes = [
-        f"{len(model.specs)} heads add {added} parameters ({added / max(1, before.parameters):.2%}); the mean row "
-        f"costs {mean:.0f} MACs on the validation split, {mean / before.macs:.1%} of the network without exits",
+        f"{len(model.specs)} heads add {added} parameters ({added / max(1, had):.2%}); the mean row "
+        f"costs {mean:.0f} MACs on the validation split, {mean / before:.1%} of the network without exits",
     ]
     change, error = point.metrics["accuracy"] - metrics["plain_accuracy"], point.metrics["accuracy_error"]
     if config.confidence is None and standard_errors(0.95) * error > config.tolerance:

@@ -47,7 +47,7 @@ def texts():
 
     def change(data):
         data["name"] = EVIL
-        data["labels"] = [EVIL + label for label in data["labels"]]
+        data["answers"][0]["labels"] = [EVIL + label for label in data["answers"][0]["labels"]]
         for exit_ in data["exits"]:
             exit_["name"] = EVIL + str(exit_["index"])
         for point in data["operating_points"]:

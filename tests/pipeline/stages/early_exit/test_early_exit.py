@@ -327,7 +327,7 @@ def test_two_inputs_and_two_classes(policy: str, tmp_path: Path) -> None:
         y = torch.arange(rows) % 2
         x = torch.randn(rows, 1, 12, 12)
         splits[name] = TensorSplit([x, (2.0 * y - 1.0)[:, None] + 0.3 * torch.randn(rows, 1)], y)
-    task = ImageClassification(splits, ["no", "yes"])  # type: ignore[arg-type]
+    task = ImageClassification(splits, ["no", "yes"], input_name=["image", "word"])  # type: ignore[arg-type]
     result = run(TwoInputs().eval(), tmp_path, task, policy=policy, at=("image",))
     assert isinstance(result.model, MultiExit)
     assert result.model.all_logits(*splits["train"].batch([0, 1]).inputs)[0].shape == (2, 2)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torchvision
-from tiny import CLASSES, tiny_residual, tiny_transformer
+from tiny import CLASSES, tiny_residual, tiny_task, tiny_transformer
 from torch import Tensor, nn
 
+from edgewright.export.accounts.exit_costs import exit_macs
 from edgewright.models.layers.exit_policies import policy_named
 from edgewright.models.layers.multi_exit import MultiExit
 from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.stages.early_exit import automatic_places as exit_auto
 from edgewright.pipeline.stages.early_exit.automatic_places import boundaries, choose_subset
-from edgewright.pipeline.stages.early_exit.placement import choose_places, exit_macs, places
+from edgewright.pipeline.stages.early_exit.placement import choose_places, places
 from edgewright.pipeline.stages.early_exit.thresholds.limits import ExitSearchConfig
 from edgewright.pipeline.stages.early_exit.thresholds.search import ThresholdSearch, default_limits
 from edgewright.pipeline.stages.early_exit.thresholds.trials import ExitEvaluator
@@ -87,7 +88,7 @@ def test_macs_of_each_exit_count_what_ran_and_every_head_passed() -> None:
     stem, block, head = 144 * 9 * 8, 2 * 144 * 9 * 8 * 16, 8 * CLASSES
     half = 36 * 9 * 8 * 16 * 2
     at = [stem, stem + block, stem + block + half]
-    assert exit_macs(model, IMAGE) == [
+    assert exit_macs(model, tiny_task(), "test") == [
         at[0] + head,
         at[1] + 2 * head,
         at[2] + 3 * head,
@@ -99,7 +100,7 @@ def test_a_pooled_head_is_charged_for_its_width_and_shrinks_to_the_map() -> None
     model = network(tiny_residual(), ["stem", "blocks.1"], IMAGE, CLASSES, pool=4)
     assert [spec.pool for spec in model.specs] == [4, 3], "6 is not divisible by 4"
     assert model.head(0).linear.in_features == 8 * 16
-    assert exit_macs(model, IMAGE)[0] == 144 * 9 * 8 + 8 * 16 * CLASSES
+    assert exit_macs(model, tiny_task(), "test")[0] == 144 * 9 * 8 + 8 * 16 * CLASSES
     assert [tuple(z.shape) for z in model.all_logits(torch.randn(2, 1, 12, 12))] == [(2, CLASSES)] * 3
 
 
