@@ -104,6 +104,57 @@ class FromFiles(Protocol):
         ...
 
 
+@runtime_checkable
+class ShowsClasses(Protocol):
+    """A task of which a sample shows any number of classes: several labels, classes of pixels, boxes.
+
+    `Task.labels` stays what each row as a whole is one of, and is () here. What decides between classes or judges by
+    them takes a sample for every class that it shows, with that class's part of the loss (METHODS §1.3).
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers."""
+        ...
+
+    def classes_present(self, targets: Tensor) -> Tensor:
+        """Which classes each sample of a batch shows, bool [N, C].
+
+        Args:
+            targets: of a batch, as `Batch.targets`.
+        """
+        ...
+
+    def class_loss(self, output: Any, targets: Tensor, index: int) -> Tensor:
+        """Mean over the samples of the part of the loss that is class `index`'s, scalar.
+
+        Args:
+            output: as `Task.loss` takes it.
+            targets: of a batch.
+            index: of the class.
+        """
+        ...
+
+
+def names_of_classes(task: Task) -> tuple[str, ...]:
+    """Names of the classes of `task`, whether each row is one of them or shows several; () where there are none."""
+    if task.labels:
+        return tuple(task.labels)
+    return task.class_names if isinstance(task, ShowsClasses) else ()
+
+
+def presence(task: Task, targets: Tensor) -> Tensor:
+    """Which classes each sample has, bool [N, C]; a row of one class has that one, and none if it is no class.
+
+    Args:
+        task: with classes of either sort, see `names_of_classes`.
+        targets: of a batch or of a whole split, [N, ...].
+    """
+    if task.labels or not isinstance(task, ShowsClasses):
+        return targets[:, None] == torch.arange(len(task.labels), device=targets.device)
+    return task.classes_present(targets)
+
+
 def named_outputs(output: Any, specs: Sequence[AnswerSpec]) -> Any:
     """What the task's loss and metric get of a model's `output`: the tensor of the answer; of several a dict by name.
 

@@ -107,6 +107,23 @@ class Segmentation(ArrayTask):
         return nn.functional.cross_entropy(output, targets, ignore_index=IGNORED)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the pixels."""
+        return self._classes
+
+    def classes_present(self, targets: Tensor) -> Tensor:
+        """Bool [N, C]: the classes of which a map has a pixel."""
+        known = torch.where(targets == IGNORED, len(self._classes), targets).flatten(1)
+        found = torch.zeros(len(targets), len(self._classes) + 1, dtype=torch.bool, device=targets.device)
+        return found.scatter_(1, known, True)[:, :-1]
+
+    def class_loss(self, output: Tensor, targets: Tensor, index: int) -> Tensor:
+        """The cross entropy of the pixels of class `index`, as a share of all pixels of their map that have a class."""
+        each = nn.functional.cross_entropy(output, targets, ignore_index=IGNORED, reduction="none").flatten(1)
+        known = (targets != IGNORED).flatten(1).sum(dim=1).clamp(min=1)
+        return ((each * (targets == index).flatten(1)).sum(dim=1) / known).mean()
+
+    @property
     def metric(self) -> Metric:
         """What floors and tolerances of recipes are measured in."""
         return self._metric
