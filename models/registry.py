@@ -1,4 +1,5 @@
-"""Models by name: ``zoo:``, ``torchvision:``, ``python:``, and ``hf:``, ``gguf:``, ``packaged:`` of transformers.
+"""Models by name: ``zoo:``, ``torchvision:``, ``timm:``, ``python:``; ``hf:``, ``gguf:``, ``packaged:`` of
+transformers.
 
 Another package offers models by an entry point of the group ``edgewright.models``. Its name is the prefix, ``acme:``;
 it is a function that takes what stands behind the colon, and the model's ``args`` as keywords, and returns a module.
@@ -7,7 +8,6 @@ it is a function that takes what stands behind the colon, and the model's ``args
 from __future__ import annotations
 
 import inspect
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from .sources import extensions, pretrained
+from .sources import extensions, pretrained, timm_models, torchvision_models
 from .sources.import_closure import import_closure
+from .sources.library import Library, ModelInfo
 from .sources.precision import in_float32
 from .sources.python_source import (
     PREFIX,
@@ -25,29 +26,12 @@ from .sources.python_source import (
     did_you_mean,
     load_object,
     place_of,
-    refuse_unknown_arguments,
 )
 from .zoo import bottleneck, residual, vgg, vit
 
 GROUP = "edgewright.models"
 """The group of entry points."""
-_TORCHVISION = "torchvision:"
-_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One row of ``edgewright models``.
-
-    Attributes:
-        name: as recipes write it.
-        description: one line.
-        input_shape: of one row without the batch axis, as the default arguments expect it; None if not known.
-    """
-
-    name: str
-    description: str
-    input_shape: tuple[int, ...] | None
+_LIBRARIES = {library.prefix: library for library in (torchvision_models.LIBRARY, timm_models.LIBRARY)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +62,8 @@ def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | Non
     """Makes the model called `name` with fresh weights, in float32; deterministic under `torch.manual_seed`.
 
     Args:
-        name: ``zoo:NAME``, ``torchvision:NAME``, ``python:...``, or a name of `pretrained`, whose weights come along.
+        name: ``zoo:NAME``, ``torchvision:NAME``, ``timm:NAME``, ``python:...``, or a name of `pretrained`, whose
+            weights come along.
         args: keyword arguments of the model.
         root: folder of the recipe, for ``python:``.
         notes: gets what the user should know of the model, if it is given.
@@ -89,15 +74,19 @@ def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | Non
     """
     if name.startswith(PREFIX):
         return _build_python(name, args, root, notes)
-    if name.startswith(_TORCHVISION):
-        return _build_torchvision(name, args)
+    library, short = _library_of(name)
+    if library is not None:
+        return library.build(short, args)
     if name.startswith(pretrained.PREFIXES):
         return pretrained.build(name, args, root)
     entry = _ZOO.get(name.removeprefix("zoo:")) if name.startswith("zoo:") else None
     if entry is None and _offered(name) is not None:
         return _build_offered(name, args)
     if entry is None:
-        near = did_you_mean(name, [info.name for info in available()])
+        known = [f"zoo:{short}" for short in _ZOO]
+        known += [library.prefix + short for library in _LIBRARIES.values() for short in library.names()]
+        same = [one for one in known if one.partition(":")[2] == name]
+        near = did_you_mean(name, same or known)
         raise ValueError(
             f"unknown model {name!r}{near}; `edgewright models` lists the known ones, and "
             " python:path/to/file.py:function names your own"
@@ -109,27 +98,37 @@ def build(name: str, args: Mapping[str, Any], root: Path, notes: list[str] | Non
         raise ValueError(f"{name} cannot be built with {dict(args)!r}: {error}") from error
 
 
-def available() -> list[ModelInfo]:
-    """Every model that can be built by name, zoo first."""
-    zoo = [ModelInfo(f"zoo:{name}", e.description, e.input_shape) for name, e in _ZOO.items()]
-    offered = [
+def available(contains: str = "") -> list[ModelInfo]:
+    """Every model that can be built by name, zoo first; of large libraries one row, unless they are asked for.
+
+    Args:
+        contains: only names with this text; one that begins with a library's prefix lists all of that library.
+    """
+    found = [ModelInfo(f"zoo:{name}", e.description, e.input_shape) for name, e in _ZOO.items()]
+    for library in _LIBRARIES.values():
+        if library.summary is not None and not contains.startswith(library.prefix):
+            found.append(library.summary())
+        else:
+            found += [library.info(name) for name in library.names() if contains in library.prefix + name]
+    found += [
         ModelInfo(f"{prefix}:...", f"models of {extensions.where(GROUP, prefix)}", None)
         for prefix in sorted(extensions.offered(GROUP))
     ]
-    return zoo + [_torchvision_info(name) for name in _torchvision_names()] + offered
+    return [info for info in found if contains in info.name]
 
 
 def input_shape(name: str) -> tuple[int, ...] | None:
     """Shape of one row without the batch axis that the model called `name` expects by default, if known."""
     if name.startswith("zoo:") and name.removeprefix("zoo:") in _ZOO:
         return _ZOO[name.removeprefix("zoo:")].input_shape
-    if name.startswith(_TORCHVISION) and name.removeprefix(_TORCHVISION) in _torchvision_names():
-        return _torchvision_info(name.removeprefix(_TORCHVISION)).input_shape
+    library, short = _library_of(name)
+    if library is not None and short.partition(".")[0] in library.names():
+        return library.info(short).input_shape
     return None
 
 
 def sources(name: str, root: Path) -> tuple[Path, ...]:
-    """Files whose content decides what `build` returns, for cache keys; torchvision counts by its version.
+    """Files whose content decides what `build` returns, for cache keys; libraries count by their version.
 
     Args:
         name: see `build`.
@@ -148,6 +147,12 @@ def sources(name: str, root: Path) -> tuple[Path, ...]:
         return () if prefix is None else extensions.files_of(GROUP, prefix)
     folder = Path(__file__).resolve().parent
     return import_closure(Path(inspect.getfile(entry.factory)), (folder.parent,))
+
+
+def _library_of(name: str) -> tuple[Library | None, str]:
+    """The library of a name, and what stands behind its prefix."""
+    prefix, colon, short = name.partition(":")
+    return _LIBRARIES.get(prefix + colon), short
 
 
 def _offered(name: str) -> str | None:
@@ -185,63 +190,3 @@ def _build_python(name: str, args: Mapping[str, Any], root: Path, notes: list[st
             "trained, compared and exported in float32"
         )
     return model
-
-
-def _torchvision_names() -> list[str]:
-    import torchvision
-
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
-
-
-def _torchvision_info(name: str) -> ModelInfo:
-    from torchvision.models import get_model_weights
-
-    weights = list(get_model_weights(name))
-    transforms = getattr(weights[0], "transforms", None)
-    side = getattr(transforms, "keywords", {}).get("crop_size")
-    count = weights[0].meta.get("num_params") if weights else None
-    description = f"torchvision, {count / 1e6:.1f} M parameters with 1000 classes" if count else "torchvision"
-    return ModelInfo(_TORCHVISION + name, description, (3, side, side) if isinstance(side, int) else None)
-
-
-def _build_torchvision(name: str, args: Mapping[str, Any]) -> nn.Module:
-    from torchvision.models import get_model_builder
-
-    short, known = name.removeprefix(_TORCHVISION), _torchvision_names()
-    if short not in known:
-        raise ValueError(
-            f"torchvision has no classification model {short!r}{did_you_mean(short, known)}; "
-            "`edgewright models` lists them"
-        )
-    for key in ("weights", "pretrained", "weights_backbone"):
-        if key in args:
-            raise ValueError(f"{name}: {key!r} is no model argument here: put a weights file under model.weights")
-    builder = get_model_builder(short)
-    accepted = _torchvision_arguments(builder)
-    refuse_unknown_arguments(args, accepted, name)
-    # auxiliary classifiers would make forward return a tuple in training mode; with both given, no warning
-    # either
-    defaults = {"aux_logits": False, "init_weights": True} if "aux_logits" in accepted else {}
-    try:
-        model: nn.Module = builder(weights=None, **{**defaults, **args})
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{name} cannot be built with {dict(args)!r}: {error}") from error
-    return model
-
-
-def _torchvision_arguments(builder: Callable[..., Any]) -> list[str]:
-    """Keyword arguments that a torchvision builder understands: its own, and those of the class it returns.
-
-    Builders take ``**kwargs``, and some of the classes swallow unknown ones in silence; those read further
-    names in functions of their module.
-    """
-    found = {k: p for k, p in inspect.signature(builder).parameters.items() if p.kind is not _VAR_KEYWORD}
-    made = typing.get_type_hints(builder)["return"]
-    of_class = inspect.signature(made).parameters
-    found.update(of_class)
-    if any(p.kind is _VAR_KEYWORD for p in of_class.values()):
-        for function in vars(inspect.getmodule(made)).values():
-            if inspect.isfunction(function) and function.__name__.startswith("_"):
-                found = {**inspect.signature(function).parameters, **found}
-    return [k for k, p in found.items() if p.kind is not _VAR_KEYWORD and k not in {"weights", "progress", "arch"}]

@@ -123,9 +123,8 @@ def models(
         from edgewright.models import registry
 
         table = _table("model", "input", "what it is")
-        for info in registry.available():
-            if contains in info.name:
-                table.add_row(info.name, "x".join(map(str, info.input_shape or ())), info.description)
+        for info in registry.available(contains):
+            table.add_row(info.name, "x".join(map(str, info.input_shape or ())), info.description)
         _console().print(table)
 
 

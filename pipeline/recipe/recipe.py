@@ -32,8 +32,8 @@ class ModelSpec(_Section):
     """The network to compress. A plain text is short for its `name`."""
 
     name: str
-    """``zoo:NAME``, ``torchvision:NAME``, ``python:package.module:function`` or
-    ``python:path/to/file.py:function``; `edgewright models` lists the first two."""
+    """``zoo:NAME``, ``torchvision:NAME``, ``timm:NAME``, ``hf:FOLDER``, ``python:package.module:function`` or
+    ``python:path/to/file.py:function``; `edgewright models` lists the first three."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function that builds it."""
     weights: Path | None = None

@@ -38,7 +38,7 @@ from .checkpoint import BaseSpec, write_checkpoint
 KEY_FILE, RESULT_FILE, ARTIFACTS_FILE = "key.json", "result.json", "artifacts.npz"
 BASE = "base"
 """Stands for the stage in the entry of the model before all stages."""
-_LIBRARIES = ("torch", "torchvision", "numpy")
+_LIBRARIES = ("torch", "torchvision", "numpy", "timm", "transformers")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from .atomic import new_folder, plain, pretty_json
 from .late_tensors import register_late
 
 SCHEMA_VERSION = 1
-LIBRARIES = ("edgewright", "torch", "torchvision", "numpy", "safetensors")
+LIBRARIES = ("edgewright", "torch", "torchvision", "numpy", "safetensors", "timm", "transformers")
 """What the values in a checkpoint depend on."""
 CHECKPOINT_FILE = "checkpoint.json"
 WEIGHTS_FILE = "weights.safetensors"
