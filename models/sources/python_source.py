@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from .import_closure import import_closure
-from .user_modules import EditedError, activated, import_file, is_installed, start_of
+from .user_modules import EditedError, activated, import_file, is_installed, once_while_held, start_of
 
 PREFIX = "python:"
 _LIBRARIES = ("torch", "numpy")
@@ -32,13 +32,25 @@ class LoadedObject:
     Attributes:
         object: the function or class; callable.
         file: the file of the module that was named.
-        sources: `file` and every file of the user's that it imports, sorted; their content belongs to a
-            cache key.
+        folders: where its absolute imports are looked up, in order.
+        limits: files and folders outside which its imports are not followed.
     """
 
     object: Any
     file: Path
-    sources: tuple[Path, ...]
+    folders: tuple[Path, ...]
+    limits: tuple[Path, ...]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """`file` and every file of the user's that it imports, sorted; their content belongs to a cache key.
+
+        While `imports_held` is open they are looked for once: the files can only be imported as they are, and whoever
+        compares their digests sees an edit.
+        """
+        return once_while_held(
+            (self.file, self.folders, self.limits), lambda: import_closure(self.file, self.folders, self.limits)
+        )
 
 
 def load_object(reference: str, root: Path) -> LoadedObject:
@@ -172,7 +184,7 @@ def _load(reference: str, root: Path) -> LoadedObject:
         start, name = start_of(where)
         folders.insert(0, start)
         limits.append(start / name.partition(".")[0] if "." in name or where.stem == "__init__" else where)
-    return LoadedObject(found, where, import_closure(where, folders, limits))
+    return LoadedObject(found, where, tuple(folders), tuple(limits))
 
 
 def _check_origin(found: Any, reference: str) -> None:

@@ -18,7 +18,7 @@ import site
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -223,6 +223,7 @@ class _State:
         self.on_path: list[str] = []
         self.finder = _Finder()
         self.held: dict[Path, str] | None = None
+        self.found: dict[Hashable, tuple[Path, ...]] = {}
 
     def hold(self, file: Path, digest: str) -> None:
         """Refuses another content of `file` than the first one, while imports are held."""
@@ -248,6 +249,17 @@ def imports_held() -> Iterator[Mapping[Path, str]]:
         yield _state.held
     finally:
         _state.held = before
+        if before is None:
+            _state.found.clear()
+
+
+def once_while_held(key: Hashable, find: Callable[[], tuple[Path, ...]]) -> tuple[Path, ...]:
+    """The files that `find` finds, looked for once for a `key` while `imports_held` is open; else each time."""
+    if _state.held is None:
+        return find()
+    if key not in _state.found:
+        _state.found[key] = find()
+    return _state.found[key]
 
 
 @contextmanager

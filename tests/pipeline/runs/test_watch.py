@@ -17,6 +17,7 @@ from PIL import Image
 from recipes_on_disk import MODEL, TASK, without_later_phases, write_recipe
 from safetensors.torch import save_file
 
+from edgewright.models.sources import python_source
 from edgewright.models.sources.python_source import load_object
 from edgewright.models.sources.user_modules import EditedError, imports_held
 from edgewright.pipeline import sources
@@ -130,6 +131,33 @@ def test_held_modules_are_imported_in_one_version_only(tmp_path: Path, edited: s
     assert load_object("python:net.py:make", tmp_path).object() == 1, "a new run begins with the file as it is"
 
 
+def resolutions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose imports are looked for from now on, in order."""
+    real, found = python_source.import_closure, list[str]()
+
+    def watched(file: Path, *places: Any) -> tuple[Path, ...]:
+        found.append(file.name)
+        return real(file, *places)
+
+    monkeypatch.setattr(python_source, "import_closure", watched)
+    return found
+
+
+def test_the_files_of_a_model_are_looked_for_once_while_imports_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old(tmp_path / "net.py", "from block import make\n")
+    old(tmp_path / "block.py", "def make():\n    return 1\n")
+    found = resolutions(monkeypatch)
+    with imports_held():
+        for _ in range(3):
+            assert {path.name for path in load_object("python:net.py:make", tmp_path).sources} == {"net.py", "block.py"}
+        assert found == ["net.py"]
+    old(tmp_path / "other.py", "")
+    old(tmp_path / "net.py", "from block import make\nimport other\n")
+    assert len(load_object("python:net.py:make", tmp_path).sources) == 3, "outside of a run they are looked for anew"
+
+
 # runs ----------------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +176,18 @@ def at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int,
         return real(*args, **options)
 
     monkeypatch.setattr(owner, name, watched)
+
+
+def test_a_run_looks_once_for_what_a_model_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages_only: None
+) -> None:
+    path = write_recipe(tmp_path / "user")
+    found = resolutions(monkeypatch)
+    run(path, tmp_path / "out")
+    assert found == ["net.py", "data.py"], (
+        "the model's, then the task's; it was at each look at either, and at each checkpoint"
+    )
+    # and the digests of what was found are still compared: see test_an_edited_model_is_never_stored
 
 
 def stored(out: Path) -> list[str]:
