@@ -244,7 +244,7 @@ def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> t
     """The model and one batch for it."""
     from .errors import InputError
     from .recipe.recipe import load_recipe, parse_recipe
-    from .runs.base_model import build_named
+    from .runs.base_model import build_folded, build_named
     from .runs.preparation import example_inputs
 
     path = _recipe_path(given)
@@ -262,7 +262,8 @@ def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> t
             build_named(recipe)  # an unknown name is the better error
             raise InputError(f"the input of {given} is not known: give its shape with --input-shape, e.g. 1,3,224,224")
         input_shape = ",".join(map(str, (1, *known)))
-    return build_named(recipe), example_inputs(recipe, _shape(input_shape))
+    inputs = example_inputs(recipe, _shape(input_shape))
+    return build_folded(recipe, inputs)[0], inputs
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:

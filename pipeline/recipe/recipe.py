@@ -38,6 +38,10 @@ class ModelSpec(_Section):
     """Keyword arguments of the function that builds it."""
     weights: Path | None = None
     """Weights to load, .safetensors, or .pt / .pth with plain tensors."""
+    fold: bool = True
+    """Whether weight norms and the like become plain weights, and branches that a network brings a method to join
+    (`reparameterize`, `switch_to_deploy`, `fuse`) one layer, before anything else. False trains with them: then give
+    the trained weights to a second recipe, which folds."""
 
     @model_validator(mode="before")
     @classmethod

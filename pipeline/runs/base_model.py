@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
 
 from edgewright.models import registry
+from edgewright.models.sources.folding import Folds, find_folds, fold
 from edgewright.models.sources.module_state import scripted_module
 from edgewright.models.sources.weights import load_weights
 
@@ -18,24 +22,40 @@ from .model_check import check_exportable, check_generates, check_model, first_r
 from .reproducibility import check_reproducible
 
 
-def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str, Json], tuple[str, ...]]:
-    """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
+@dataclass(frozen=True)
+class Base:
+    """The model before all stages.
 
-    Returns:
-        The model, what its first call registers (`late_tensors`), and what the user should know of it.
+    Attributes:
+        model: on the CPU in eval mode.
+        folds: what was folded in it.
+        late: what its first call registers (`late_tensors`).
+        notes: what the user should know of it.
+    """
+
+    model: nn.Module
+    folds: Folds
+    late: dict[str, Json]
+    notes: tuple[str, ...]
+
+
+def build_base(inputs: Inputs, progress: Progress) -> Base:
+    """The model before all stages, see `build_folded`, tried on the task's samples; reads every sample once.
 
     Raises:
-        ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
+        ModelError: see `build_folded`, `check_model`, `check_reproducible` and `check_exportable`.
         DataError: a sample that cannot be read; names it.
     """
     name, recipe = inputs.base.name, inputs.recipe
     notes: list[str] = []
-    model = build_named(recipe, notes=notes)
+    rows = first_rows(inputs.task)
+    model, folds = build_folded(recipe, rows, notes)
     check_model(model, inputs.task, name)
-    late = check_reproducible(model, build_named(recipe, recipe.seed + 1), first_rows(inputs.task), name)
+    other = fold(build_named(recipe, recipe.seed + 1), folds)
+    late = check_reproducible(model, other, rows, name)
     if recipe.export.generator:
         check_generates(model, inputs.task, name)
-        return model, late, tuple(notes)
+        return Base(model, folds, late, tuple(notes))
     alone = recipe.benchmark.enabled or not any(stage_named(entry.name).branches for entry in recipe.stages)
     batch = recipe.export.batch
     check_exportable(model, inputs.task, name, dynamic=batch == "compact" or (batch != "single" and alone))
@@ -43,7 +63,32 @@ def build_base(inputs: Inputs, progress: Progress) -> tuple[nn.Module, dict[str,
         read_all = getattr(split, "read_all", None)
         if read_all is not None:
             read_all(progress, f"reading every sample of {split_name}")
-    return model, late, tuple(notes)
+    return Base(model, folds, late, tuple(notes))
+
+
+def build_folded(recipe: Recipe, rows: Sequence[Tensor], notes: list[str] | None = None) -> tuple[nn.Module, Folds]:
+    """As `build_named`, and what can be folded in it is folded, see `models.sources.folding`, if the recipe wants that.
+
+    Args:
+        recipe: names it.
+        rows: inputs of some rows, to try it on.
+        notes: gets what the user should know of the model, its weights and its folds, if it is given.
+
+    Raises:
+        ModelError: see `build_named`.
+    """
+    model = build_named(recipe, notes=notes)
+    if not recipe.model.fold:
+        return model, Folds()
+    folds = find_folds(model, rows)
+    if notes is not None:
+        notes += folds.notes
+        if folds.joined and recipe.model.weights is None and any(stage_named(e.name).dense for e in recipe.stages[:1]):
+            notes.append(
+                "this recipe trains without the branches that were joined: `model.fold: false` trains with them, and a "
+                "second recipe with the trained weights under model.weights joins them"
+            )
+    return fold(model, folds), folds
 
 
 def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None = None) -> nn.Module:

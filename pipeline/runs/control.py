@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from edgewright.models import registry
+from torch import Tensor, nn
 
 from ..analysis import cost
-from ..errors import ModelError, RecipeError
+from ..errors import RecipeError
 from ..recipe.recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
 from ..stage_registry import TRAINING, stage_named
-from .determinism import seeded
+from .base_model import build_folded
 from .inputs import Inputs
 
 CONTROL = "control"
@@ -71,7 +70,8 @@ def control_recipe(inputs: Inputs, spec: ControlSpec, macs: float) -> Recipe:
             high = middle
     value = min((low, high), key=lambda v: abs(_macs(inputs, spec, v) - macs))
     recipe = inputs.recipe
-    model = ModelSpec(name=recipe.model.name, args={**recipe.model.args, spec.argument: _argument(spec, value)})
+    args = {**recipe.model.args, spec.argument: _argument(spec, value)}
+    model = ModelSpec(name=recipe.model.name, args=args, fold=recipe.model.fold)
     training = StageEntry(name=TRAINING, id=CONTROL, config=spec.training)
     changes = {
         "model": model,
@@ -95,7 +95,8 @@ def _same_classes(recipe: Recipe) -> tuple[StageEntry, ...]:
 
 def _macs(inputs: Inputs, spec: ControlSpec, value: float) -> int:
     split = inputs.task.splits["test"]
-    return cost.count(_built(inputs.recipe, spec, value), split.batch([0]).inputs).macs
+    rows = split.batch([0]).inputs
+    return cost.count(_built(inputs.recipe, spec, value, rows), rows).macs
 
 
 def _argument(spec: ControlSpec, value: float) -> int | float:
@@ -105,10 +106,7 @@ def _argument(spec: ControlSpec, value: float) -> int | float:
     return round(value) if whole else round(value, 4)
 
 
-def _built(recipe: Recipe, spec: ControlSpec, value: float) -> nn.Module:
+def _built(recipe: Recipe, spec: ControlSpec, value: float, rows: Sequence[Tensor]) -> nn.Module:
     args: dict[str, Any] = {**recipe.model.args, spec.argument: _argument(spec, value)}
-    with seeded(recipe.seed):
-        try:
-            return registry.build(recipe.model.name, args, recipe.folder)
-        except ValueError as error:
-            raise ModelError(str(error)) from error
+    asked = ModelSpec(name=recipe.model.name, args=args, fold=recipe.model.fold)
+    return build_folded(recipe.model_copy(update={"model": asked}), rows)[0]

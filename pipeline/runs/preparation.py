@@ -29,10 +29,10 @@ from ..task import Task, check_classes, check_unique, data_digests, samples_per_
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
 from ..training.training import trainings_in
-from .base_model import build_named
+from .base_model import build_folded
 from .determinism import seeded
 from .inputs import Inputs
-from .model_check import check_model
+from .model_check import check_model, first_rows
 from .training_check import PlannedTraining, check_training
 from .watch import Watch
 
@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
         data,
         recipe.seed,
         around,
+        recipe.model.fold,
     )
     watch.check()
     return Inputs(recipe, device, task, tasks, base, key, base_sources, around, watch)
@@ -192,7 +193,7 @@ def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -
         read: gets the user's files that the model reads when it is built, the weights file left out; see `files_read`.
 
     Raises:
-        ModelError: see `build_named`, `check_model` and `check_training`.
+        ModelError: see `build_folded`, `check_model` and `check_training`.
         InputError: see `Stage.check` and `check_training`.
     """
     checked = [(stage_named(entry.name).check, entry.config) for entry in recipe.stages]
@@ -200,7 +201,7 @@ def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -
     if not planned and not any(check for check, _ in checked) and not recipe.model.name.startswith(PREFIX):
         return
     with files_read(recipe.folder, read):
-        model = build_named(recipe)
+        model, _ = build_folded(recipe, first_rows(tasks[0]))
     if recipe.model.weights is not None:
         read.pop(recipe.resolve(recipe.model.weights).resolve(), None)
     check_model(model, tasks[0], recipe.model.name)

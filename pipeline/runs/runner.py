@@ -27,7 +27,7 @@ from ..stage import Edit, Json, Progress, StageResult
 from ..stage_registry import stage_module, stage_named
 from ..store.atomic import pretty_json, remove_leftovers, write_text
 from ..store.cache import BASE, Cache, Entry, Key, stage_key
-from ..store.checkpoint import LIBRARIES, RUN_FILE, load_checkpoint, read_checkpoint
+from ..store.checkpoint import LIBRARIES, RUN_FILE, BaseSpec, load_checkpoint, read_checkpoint
 from ..store.context import FolderContext, Quiet
 from ..store.output import output_folder
 from . import bundles
@@ -187,8 +187,10 @@ class _Run:
         if entry is None:
             with self.timed(BASE):
                 self.verify()
-                model, late, notes = build_base(self.inputs, self.progress)
-                entry = self._store(0, BASE, key, StageResult(model, Edit(BASE), notes=notes), (), late)
+                made = build_base(self.inputs, self.progress)
+                spec = dataclasses.replace(self.inputs.base, folds=made.folds.data())
+                result = StageResult(made.model, Edit(BASE), notes=made.notes)
+                entry = self._store(0, BASE, key, spec, result, (), made.late)
         for note in (*remarks(self.inputs), *entry.notes):
             self.progress.say(f"note: {note}")
         return entry
@@ -212,6 +214,7 @@ class _Run:
             position,
             asked.name,
             key,
+            before.base,
             dataclasses.replace(result, model=compressed),
             (*before.edits, result.edit),
             before.late,
@@ -227,14 +230,21 @@ class _Run:
         return load_checkpoint(entry.folder, self.root)
 
     def _store(
-        self, position: int, stage: str, key: Key, made: StageResult, edits: Sequence[Edit], late: Mapping[str, Json]
+        self,
+        position: int,
+        stage: str,
+        key: Key,
+        base: BaseSpec,
+        made: StageResult,
+        edits: Sequence[Edit],
+        late: Mapping[str, Json],
     ) -> Entry:
         self.verify()
         return self.cache.store(
             position,
             stage,
             key,
-            self.inputs.base,
+            base,
             self.root,
             edits,
             made.model,

@@ -38,6 +38,7 @@ from .checkpoint import BaseSpec, write_checkpoint
 KEY_FILE, RESULT_FILE, ARTIFACTS_FILE = "key.json", "result.json", "artifacts.npz"
 BASE = "base"
 """Stands for the stage in the entry of the model before all stages."""
+_FOLDING = "edgewright.models.sources.folding"
 _LIBRARIES = ("torch", "torchvision", "numpy", "timm", "transformers")
 
 
@@ -76,6 +77,7 @@ def base_key(
     data: Mapping[str, str],
     seed: int,
     environment: Mapping[str, Json],
+    fold: bool = True,
 ) -> Key:
     """Key of the model before all stages. The task and its data stand here, and so in every key of the chain.
 
@@ -88,9 +90,11 @@ def base_key(
         data: sha256 of every split (`pipeline.task.data_digests`).
         seed: the recipe's.
         environment: see `environment`.
+        fold: whether what can be folded is folded.
     """
     parts = {
-        "model": {"name": base.name, "args": plain(base.args), "weights": weights},
+        "model": {"name": base.name, "args": plain(base.args), "weights": weights, "fold": fold},
+        "sources": module_digests(_FOLDING),
         "model_sources": base_sources,
         "task": {"name": task.name, "args": plain(task.args)},
         "task_sources": task_sources,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from edgewright.edge_runtime.versions import versions
 from edgewright.models import registry
+from edgewright.models.sources.folding import Folds, fold
 
 from ..errors import CheckpointError, RecipeError
 from ..sources import file_digests, sha256_of
@@ -45,10 +46,17 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """Which model the edits start from: the arguments of `edgewright.models.registry.build`."""
+    """Which model the edits start from: the arguments of `edgewright.models.registry.build`, and what was folded then.
+
+    Attributes:
+        name: see `build`.
+        args: see `build`.
+        folds: `Folds.data` of `models.sources.folding`.
+    """
 
     name: str
     args: Mapping[str, Json] = field(default_factory=dict)
+    folds: Mapping[str, Json] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,8 @@ def write_checkpoint(
         written = [{"stage": edit.stage, "data": plain(edit.data), "tensors": sorted(edit.tensors)} for edit in edits]
         data = {
             "schema_version": SCHEMA_VERSION,
-            "base": {"name": base.name, "args": plain(base.args)},
+            "base": {"name": base.name, "args": plain(base.args)}
+            | ({"folds": plain(base.folds)} if base.folds else {}),
             "sources": dict(_base_sources(base, root) if sources is None else sources),
             "edits": written,
             "aliases": aliases,
@@ -160,7 +169,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
         if WEIGHTS_FILE not in data["files"]:
             raise KeyError(f"files.{WEIGHTS_FILE}")
-        base = BaseSpec(data["base"]["name"], data["base"]["args"])
+        base = BaseSpec(data["base"]["name"], data["base"]["args"], data["base"].get("folds", {}))
         return Checkpoint(
             base, data["sources"], edits, data["aliases"], data["versions"], data["metrics"], data.get("late", {})
         )
@@ -197,6 +206,7 @@ def load_checkpoint(folder: Path, root: Path | None = None) -> nn.Module:
         # building draws random initial weights: the caller's random state is none of its business
         with torch.random.fork_rng(devices=[]):
             model = registry.build(checkpoint.base.name, dict(checkpoint.base.args), root)
+            model = fold(model, Folds.from_data(checkpoint.base.folds))
             register_late(model, checkpoint.late)
             for edit in checkpoint.edits:
                 model = stage_named(edit.stage).rebuild(model, edit)
