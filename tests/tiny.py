@@ -150,6 +150,29 @@ def tiny_signal() -> nn.Module:
     return TinySignal().eval()
 
 
+class TinySiamese(nn.Module):
+    """The upper and the lower half of an image through one encoder, which stands at two paths; one layer runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU())
+        self.lower = self.upper
+        self.mix = nn.Linear(24, 24)
+        self.again = self.mix
+        self.out = nn.Linear(48, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        upper, lower = self.upper(x[:, 0, :6]), self.lower(x[:, 0, 6:])
+        both = self.again(torch.relu(self.mix(torch.cat([upper, lower], dim=1))))
+        logits: Tensor = self.out(torch.cat([both[:, :6].mean(dim=1), both[:, 6:].mean(dim=1)], dim=1))
+        return logits
+
+
+def tiny_siamese() -> nn.Module:
+    torch.manual_seed(0)
+    return TinySiamese().eval()
+
+
 def tiny_values() -> nn.Module:
     """Three numbers for each row [N, 8]."""
     torch.manual_seed(0)

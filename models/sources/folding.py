@@ -123,8 +123,9 @@ def _make_plain(module: nn.Module) -> None:
         kind = type(module)
         own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
         module.__class__ = type(kind.__name__, kind.__bases__, own)
-        for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
-            originals = list(module.parametrizations[name].parameters())  # type: ignore[union-attr, index]
+        computed: Any = module.parametrizations
+        for name in list(computed):
+            originals = list(computed[name].parameters())
             parametrize.remove_parametrizations(module, name, leave_parametrized=True)
             value = getattr(module, name)
             if not isinstance(value, nn.Parameter):  # so it is where no gradients are kept
@@ -194,11 +195,11 @@ def _joined(module: nn.Module, method: str) -> nn.Module:
     return joined.train(module.training)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is computed, without batch norms: a layer that took in its own is no simpler, exports do that."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(

@@ -29,24 +29,26 @@ _PUBLIC = frozenset(
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer that ran exactly once.
+    """One layer that ran, once or several times: in both branches of a siamese network, or at every step of a loop.
 
     Attributes:
-        path: module path in the model.
+        path: module path in the model, the first where it stands at several.
         kind: what it is.
         role: see `role_of`; equal for the same layer of neighbouring blocks.
-        order: place in the order of execution, from 0.
-        source: number of the tensor it reads; equal where two layers read the same tensor.
+        order: place of its first call in the order of execution, from 0.
+        source: number of the tensor it reads, or of the tensors, call by call; equal where two layers read the same.
         input_width: input features or channels.
         output_width: output features or channels.
         kernel: (kh, kw); (k, 1) of one dimension; (1, 1) for linear layers.
         geometry: stride, padding and dilation, which decide the rows it multiplies; empty for linear layers.
         dtype: of the weight.
-        rows: input rows per sample that its matrix multiplies: tokens, or output positions of a convolution.
-        input_shape: of the tensor it read in the pass, batch included.
+        rows: input rows per sample that its matrix multiplies: tokens, or output positions of a convolution; over all
+            calls.
+        input_shape: of the tensor it read in the pass, batch included, at its first call.
         output_shape: likewise.
         stem: a convolution that reads the model's input or runs before every other layer.
         logits: gives the model's output, or is the last layer to run, skipped ones counted.
+        calls: how often it runs.
     """
 
     path: str
@@ -64,6 +66,7 @@ class Layer:
     output_shape: tuple[int, ...]
     stem: bool
     logits: bool
+    calls: int = 1
 
     @property
     def fan_in(self) -> int:
@@ -184,9 +187,9 @@ class _Witness(nn.Module):
 def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
     """Runs `model` once on `inputs`, in eval mode, and reads its structure off.
 
-    A layer is skipped, with the reason, if replacing it would change what the model does: it is called more
-    than once or never, shares its weight, is of a class with a forward of its own, is grouped, pads otherwise
-    than with zeros, is parametrized, carries hooks, or its parent reads its weight directly.
+    A layer is skipped, with the reason, if replacing it would change what the model does: it is never called,
+    shares its weight with another layer, is of a class with a forward of its own, is grouped, pads otherwise than with
+    zeros, is parametrized, carries hooks, or its parent reads its weight directly.
 
     Args:
         model: unchanged afterwards, its training mode too.
@@ -230,8 +233,6 @@ def discover(model: nn.Module, inputs: Sequence[Tensor]) -> ModelGraph:
             skipped[path] = f"the module around it reads its {witness.touched[0]!r} directly"
         elif count == 0:
             skipped[path] = "the forward pass does not call it at this path"
-        elif count > 1:
-            skipped[path] = f"called {count} times in one forward pass"
     last = calls[-1:] if max(beyond, default=0) < len(calls) else []
     layers = _layers(found, calls, inputs, list(_tensors(output)), last)
     places = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
@@ -245,17 +246,18 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     """Every Linear, Conv1d and Conv2d by path, those that may be replaced and the reasons for those that may not."""
     found: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+    owners: dict[int, dict[nn.Module, str]] = {}
+    for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
-            owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(path)
-    for path, module in model.named_modules(remove_duplicate=False):
+            owners.setdefault(parameter.untyped_storage().data_ptr(), {})[module] = path
+    for path, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             continue
         reason = _obstacle(module) or ("it is the whole model" if path == "" else None)
         if reason is None:
             for parameter in module.parameters(recurse=False):
-                others = [o for o in owners[parameter.untyped_storage().data_ptr()] if o != path]
+                sharing = owners[parameter.untyped_storage().data_ptr()]
+                others = [other for owner, other in sharing.items() if owner is not module]
                 if others:
                     reason = f"shares a parameter with {others[0]!r}"
         if reason is None:
@@ -289,10 +291,13 @@ def _obstacle(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str | None:
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` where `path` points to."""
-    parent, _, name = path.rpartition(".")
-    # not setattr: a parent may guard it, and the place among its siblings must stay
-    model.get_submodule(parent)._modules[name] = module
+    """Puts `module` where `path` points to, and wherever else the layer stands that stood there."""
+    old = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                # not setattr: a parent may guard it, and the place among its siblings must stay
+                parent._modules[name] = module
 
 
 def _layers(
@@ -307,7 +312,11 @@ def _layers(
     last = {c.path for c in calls if (_address(c.y), c.y_version) in exits} or {c.path for c in at_the_end}
     sources: dict[tuple[Any, ...], int] = {}
     layers = []
-    for order, call in enumerate(calls):
+    of_path: dict[str, list[_Call]] = {}
+    for call in calls:
+        of_path.setdefault(call.path, []).append(call)
+    for order, mine in enumerate(of_path.values()):
+        call = mine[0]
         module = modules[call.path]
         kind: LayerKind = "linear"
         kernel, geometry = (1, 1), ""
@@ -323,17 +332,18 @@ def _layers(
                 kind=kind,
                 role=role_of(call.path, kind, kernel, width),
                 order=order,
-                source=sources.setdefault(_identity(call, kind), len(sources)),
+                source=sources.setdefault(tuple(_identity(each, kind) for each in mine), len(sources)),
                 input_width=width,
                 output_width=out,
                 kernel=kernel,
                 geometry=geometry,
                 dtype=weight.dtype,
-                rows=max(1, call.y.numel() // out // max(1, inputs[0].shape[0])),
+                rows=max(1, sum(each.y.numel() for each in mine) // out // max(1, inputs[0].shape[0])),
                 input_shape=tuple(call.x.shape),
                 output_shape=tuple(call.y.shape),
-                stem=kind != "linear" and (order == 0 or _address(call.x) in entrances),
+                stem=kind != "linear" and (order == 0 or any(_address(each.x) in entrances for each in mine)),
                 logits=call.path in last,
+                calls=len(mine),
             )
         )
     return layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import median
 
 import torch
@@ -174,9 +175,10 @@ def _pairs(
         for key, layer in first.items():
             module, pair = dense.get_submodule(layer.path), pairs[key][half]
             # the same rows of both
+            choosers = [context.generator("update rows", layer.path, number) for _ in sides]
             streams = [
-                input_rows(module, side[layer.path], share, context.generator("update rows", layer.path, number))
-                for side in sides
+                chain.from_iterable(input_rows(module, x, share, chooser) for x in side[layer.path])
+                for side, chooser in zip(sides, choosers, strict=True)
             ]
             for (drifted, _), *others in zip(*streams, strict=True):
                 pair.own += (drifted.T @ drifted).to(pair.own)
@@ -196,9 +198,10 @@ class _AllSeen(Exception):
     """Ends a forward pass of whose rest nothing is needed."""
 
 
-def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str, Tensor]:
-    """What each layer reads, by its path; the model runs no further than to the last of them."""
-    found: dict[str, Tensor] = {}
+def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str, list[Tensor]]:
+    """What each layer reads, call by call, by its path; the model runs no further than to the last of them."""
+    found: dict[str, list[Tensor]] = {layer.path: [] for layer in layers}
+    wanted = sum(layer.calls for layer in layers)
     handles = []
     for layer in layers:
 
@@ -206,8 +209,8 @@ def _inputs(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> dict[str
             module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], path: str = layer.path
         ) -> None:
             del module
-            found[path] = args[0] if args else kwargs["input"]
-            if len(found) == len(layers):
+            found[path].append(args[0] if args else kwargs["input"])
+            if sum(map(len, found.values())) == wanted:
                 raise _AllSeen
 
         handles.append(model.get_submodule(layer.path).register_forward_pre_hook(take, with_kwargs=True))

@@ -160,8 +160,6 @@ def _hooked() -> nn.Module:
     [
         (_tied(), "0", "shares a parameter with '1'"),
         (_tied(), "1", "shares a parameter with '0'"),
-        (_twice(), "a", "called 2 times"),
-        (_two_paths(), "b", "shares a parameter with 'a'"),
         (_hidden_reference(), "a", "does not call it at this path"),
         (_hooked(), "0", "hooks are attached"),
         (nn.Sequential(OwnForward(8, 8), nn.Linear(8, 8)), "0", "OwnForward has a forward of its own"),
@@ -178,6 +176,24 @@ def test_layers_that_cannot_be_replaced_are_reported(model: nn.Module, path: str
     assert reason in reasons(graph)[path]
     assert path not in [layer.path for layer in graph.layers]
     assert graph.layers, "the others remain"
+
+
+def test_layers_that_run_several_times_or_stand_at_several_paths() -> None:
+    graph = discover(_twice(), [torch.randn(2, 8)])
+    assert [(x.path, x.calls, x.rows, x.macs) for x in graph.layers] == [("a", 2, 2, 128), ("b", 1, 1, 64)]
+    assert graph.layers[0].logits and not graph.skipped
+    model = _two_paths()
+    graph = discover(model, [torch.randn(2, 8)])
+    assert [(x.path, x.order) for x in graph.layers] == [("c", 0), ("a", 1)]
+    assert model.a is model.b and isinstance(model.a, nn.Linear)
+
+    def siamese(m: Plain, x: Tensor) -> Tensor:
+        left, right = (m.q(y) * m.k(y) for y in (x, x + 1))
+        out: Tensor = m.end(left - right)
+        return out
+
+    layers = {name: nn.Linear(8, 8) for name in ("q", "k", "end")}
+    assert paths_of_readers(discover(Plain(siamese, **layers), [torch.randn(2, 8)])) == [["q", "k"]]
 
 
 def test_convolutions_that_cannot_be_replaced_are_reported() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from stage_tester import StageCase, check_stage
-from tiny import tiny_map, tiny_residual, tiny_transformer, tiny_values
+from tiny import tiny_map, tiny_residual, tiny_siamese, tiny_transformer, tiny_values
 
 from edgewright.pipeline.stage_registry import SHIPPED, stage_named
 from edgewright.pipeline.tasks.shipped.synthetic_regression import synthetic_regression
@@ -49,6 +49,8 @@ CASES = [
         {"whitening": "two_sided", "ranks": "loss", "groups": "readers", "updates": 2},
         tiny_transformer,
     ),
+    StageCase("share-siamese", "basis_sharing", {"whitening": "two_sided", "updates": 2, "min_width": 8}, tiny_siamese),
+    StageCase("prune-siamese", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_siamese),
     StageCase("train-values", "train", _SHORT, tiny_values, synthetic_regression),
     StageCase("prune-values", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_values, synthetic_regression),
     StageCase("share-values", "basis_sharing", {}, tiny_values, synthetic_regression),

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from dying import Dying
-from tiny import Block, TinyResidual, tiny_residual, tiny_signal, tiny_task, tiny_transformer
+from tiny import Block, TinyResidual, tiny_residual, tiny_siamese, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from edgewright.models.layers.factorized import FactorizedConv2d, FactorizedLinear
+from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.errors import RecipeError, StageError
 from edgewright.pipeline.stage import Edit, StageResult
 from edgewright.pipeline.stages.basis_sharing.stage import BasisSharingConfig, check, fit, rebuild
@@ -122,6 +123,26 @@ def test_rebuild_gives_the_structure_and_the_weights_the_rest(name: str, tmp_pat
     assert torch.equal(rebuilt(x), result.model(x))
     assert not any(module.training for module in result.model.modules())
     assert GROUPS[name] in members_of(result)
+
+
+def test_what_runs_several_times_is_factorized_once(tmp_path: Path) -> None:
+    model = tiny_siamese()
+    dense = count(model, (inputs()[:1],))
+    result = run(copy.deepcopy(model), tmp_path, ratio=0.4, groups="matrix", updates=2)
+    assert sorted(path for group in members_of(result) for path in group) == ["mix", "upper.0", "upper.2"]
+    made = result.model
+    assert made.upper is made.lower and made.mix is made.again and isinstance(made.again, FactorizedLinear)
+    rows = {row["members"][0]: row for row in result.metrics["groups"]}
+    assert rows["mix"]["macs_before"] == 2 * 12 * 24 * 24, "both calls of 12 rows each"
+    assert rows["upper.2"]["macs_before"] == 2 * 6 * 24 * 24
+    assert [used["seen"] for used in rows["mix"]["calibration_rows"]] == [2 * 12 * ROWS["calibration"]]
+    after = count(made, (inputs()[:1],))
+    saved = result.metrics["macs_before"] - result.metrics["macs_after"]
+    assert dense.macs - after.macs == saved > 0
+    exact = run(
+        copy.deepcopy(model), tmp_path / "full", rank={"*": 12}, groups="matrix", layers={"include": ["upper.0"]}
+    )
+    assert logit_error(model, exact.model) < 1e-5, "a basis of full rank loses nothing, whatever calls it"
 
 
 @by_model
