@@ -85,15 +85,17 @@ def _notes(setup: Setup, progress: Progress, cost: Cost) -> list[str]:
             f"from here on the task has {len(setup.task.labels)} classes ({', '.join(setup.task.labels)}): this and "
             "later steps are judged on their samples only"
         )
+    short = target is not None and reduction < target - 0.005
+    streams = setup.target.with_streams(setup.target_with_streams, "; set ") if short else ""
     if not setup.channels.keep(progress.kept):
-        notes.append(f"nothing was removed, so MACs and parameters stay: {progress.stopped}")
-    elif target is not None and progress.stopped == "target reached" and reduction < target - 0.005:
+        notes.append(f"nothing was removed, so MACs and parameters stay: {progress.stopped}{streams}")
+    elif target is not None and progress.stopped == "target reached" and short:
         notes.append(
             f"{reduction:.3f} of the MACs went, not {target:g}: min_width {setup.config.min_width:g} allows no more of "
-            "the layers that can be pruned; prune_residual adds the streams of residual networks"
+            f"the layers that can be pruned{streams}"
         )
     elif target is not None and progress.stopped != "target reached":
-        notes.append(f"target_mac_reduction {target:g} was not reached ({reduction:.3f}): {progress.stopped}")
+        notes.append(f"target_mac_reduction {target:g} was not reached ({reduction:.3f}): {progress.stopped}{streams}")
     elif target is not None and reduction > target + 0.005:
         notes.append(
             f"target_mac_reduction {target} was passed ({reduction:.3f}): widths go in steps, here of round_to "

@@ -60,6 +60,10 @@ class Setup:
     baseline: Score
     criterion: Criterion
 
+    def target_with_streams(self) -> MacTarget:
+        """`target` as it would be with `prune_residual`."""
+        return _with_streams(self.base, self.inputs, self.config, self.dense.macs)
+
 
 def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> Setup:
     """Looks at everything before anything is trained.
@@ -85,7 +89,7 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
     base.to("cpu")
     dense = count(model, inputs)
     target = MacTarget(config, channels, dense.macs, count(base, inputs).macs - channels.macs({}))
-    target.check()
+    target.check(lambda: _with_streams(base, inputs, config, dense.macs))
     return Setup(
         task,
         config,
@@ -140,6 +144,15 @@ def unprunable(refused: Mapping[str, str]) -> str:
     more = f"\n  and {len(refused) - 8} more" if len(refused) > 8 else ""
     empty = ", it has no convolution or Linear"
     return f"no layer of this model can be pruned{':' if refused else empty}{reasons}{more}"
+
+
+def _with_streams(
+    base: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig, dense_macs: int
+) -> MacTarget:
+    """The target as it would be with `prune_residual`."""
+    wider = config.model_copy(update={"prune_residual": True})
+    channels = _prunable(base, inputs, wider)
+    return MacTarget(wider, channels, dense_macs, count(base, inputs).macs - channels.macs({}))
 
 
 def _prunable(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> Channels:

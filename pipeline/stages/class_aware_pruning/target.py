@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,6 +43,11 @@ class MacTarget:
         return smallest_macs(self.channels, self.original, self.config)
 
     @property
+    def reach(self) -> float:
+        """Largest share of the given model's MACs that can go."""
+        return 1.0 - (self.fixed + self.least) / self.dense_macs
+
+    @property
     def original(self) -> Mapping[str, int]:
         """Units of every group before the first iteration."""
         return {group.name: group.units for group in self.channels.groups}
@@ -59,20 +64,39 @@ class MacTarget:
         """Whether there is a target and layers of so many MACs meet it."""
         return self.limit is not None and macs <= self.limit
 
-    def check(self) -> None:
+    def check(self, streams: Callable[[], MacTarget]) -> None:
         """Before anything is trained.
+
+        Args:
+            streams: gives the same target with `prune_residual`; asked where this one is out of reach.
 
         Raises:
             StageError: the target is out of reach.
         """
         if self.limit is None or self.least <= self.limit:
             return
-        config, reachable = self.config, 1.0 - (self.fixed + self.least) / self.dense_macs
+        config = self.config
         raise StageError(
             f"class_aware_pruning: target_mac_reduction {config.target_mac_reduction} cannot be reached: with "
-            f"min_width {config.min_width} and round_to {config.round_to} at most {reachable:.3f} of the MACs go: "
-            f"lower these or the target, or set prune_residual (now {config.prune_residual})"
+            f"min_width {config.min_width} and round_to {config.round_to} at most {self.reach:.3f} of the MACs go: "
+            f"lower these or the target{self.with_streams(streams, ', or set ')}"
         )
+
+    def with_streams(self, streams: Callable[[], MacTarget], before: str) -> str:
+        """What `prune_residual` would change, as the end of a sentence; nothing where it is set, or would not matter.
+
+        Args:
+            streams: see `check`.
+            before: what stands in front of it.
+        """
+        share = self.config.target
+        if self.config.prune_residual or share is None:
+            return ""
+        reach = streams().reach
+        if reach < self.reach + 0.005:
+            return ""
+        enough = "which alone reaches it" if reach >= share else "which does not reach it either"
+        return f"{before}`prune_residual: true`, {enough}: with the streams of residual blocks {reach:.3f} can go"
 
     def _limit(self, share: float) -> int:
         return int(share * self.dense_macs) - self.fixed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pruning_models
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny import tiny_residual, tiny_task, tiny_transformer
+from tiny import TinyResidual, tiny_residual, tiny_task, tiny_transformer
 from torch import nn
 
 from edgewright.pipeline.analysis.cost import count
@@ -205,6 +206,26 @@ def test_models_of_all_kinds_are_pruned_with_residual_streams(name: str, share: 
     wanted = config(prune_residual=True, target_mac_reduction=share, round_to=2, min_width=0.2)
     result = fit(pruning_models.MODELS[name](), tiny_task(), wanted, FolderContext(tmp_path))
     assert result.metrics["mac_reduction"] >= share
+
+
+def test_a_target_that_the_streams_alone_would_reach_names_prune_residual(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TinyResidual(width=24, inner=6).eval()  # the inner layers have next to nothing to give
+    note = (
+        r"; set `prune_residual: true`, which alone reaches it: with the streams of residual blocks 0\.[6-9]\d+ can go"
+    )
+    fast: dict[str, Any] = {"criterion": "l1", "max_frac_per_iter": 0.9, "max_drop": 1.0, "retrain": {"epochs": 0}}
+    auto = ClassAwarePruningConfig(**fast, target_mac_reduction="auto")
+    result = fit(copy.deepcopy(model), tiny_task(), auto, FolderContext(tmp_path))
+    assert result.metrics["mac_reduction"] < 0.4
+    assert [re.search(note, text) is not None for text in result.notes if "MACs went" in text] == [True]
+    with pytest.raises(StageError, match=r"cannot be reached: .* lower these or the target, or set `prune_residual"):
+        fit(copy.deepcopy(model), tiny_task(), config(target_mac_reduction=0.5), FolderContext(tmp_path / "b"))
+    with pytest.raises(StageError, match="which does not reach it either"):
+        fit(copy.deepcopy(model), tiny_task(), config(target_mac_reduction=0.99), FolderContext(tmp_path / "c"))
+    wanted = ClassAwarePruningConfig(**fast, target_mac_reduction="auto", prune_residual=True)
+    result = fit(copy.deepcopy(model), tiny_task(), wanted, FolderContext(tmp_path / "d"))
+    assert result.metrics["mac_reduction"] > 0.49 and not any("prune_residual" in text for text in result.notes)
 
 
 def test_two_inputs(tmp_path: Path) -> None:
