@@ -1,62 +1,119 @@
-"""Models of torchvision: ``torchvision:NAME``."""
+"""Models of torchvision: ``torchvision:NAME``, for classification, segmentation and video."""
 
 from __future__ import annotations
 
 import inspect
+import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .library import Library, ModelInfo
 from .python_source import did_you_mean, refuse_unknown_arguments
 
 _PREFIX = "torchvision:"
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+_NOT_HERE = ("weights", "pretrained", "weights_backbone")
+"""Arguments that fetch weights."""
+
+
+class SegmentationLogits(nn.Module):
+    """The logits [N, C, H, W] of a segmentation network of torchvision, which returns them under ``out``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wraps `model`, whose auxiliary classifier, if there is one, has no part in it."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``[N, 3, H, W] -> [N, C, H, W]``, in training mode as in eval mode."""
+        logits: Tensor = self.model(image)["out"]
+        return logits
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is done with the models of one of torchvision's rooms.
+
+    Attributes:
+        room: the module below ``torchvision.models``, empty for that itself.
+        what: for people.
+        adapter: makes of the library's model one that answers with a tensor.
+    """
+
+    room: str
+    what: str
+    adapter: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    def names(self) -> list[str]:
+        """Of its models."""
+        import torchvision
+
+        module: types.ModuleType = getattr(torchvision.models, self.room) if self.room else torchvision.models
+        names: list[str] = torchvision.models.list_models(module=module)
+        # those that are quantized are no float models
+        return [name for name in names if not name.startswith("quantized_")]
+
+
+_FAMILIES = (
+    _Family("", "images"),
+    _Family("segmentation", "a class for each pixel", SegmentationLogits),
+    _Family("video", "clips [N, 3, T, H, W]"),
+)
 
 
 def _names() -> list[str]:
-    import torchvision
+    return [name for family in _FAMILIES for name in family.names()]
 
-    names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names
+
+def _family_of(name: str) -> _Family | None:
+    return next((family for family in _FAMILIES if name in family.names()), None)
 
 
 def _info(name: str) -> ModelInfo:
     from torchvision.models import get_model_weights
 
+    family = _family_of(name)
     weights = list(get_model_weights(name))
-    transforms = getattr(weights[0], "transforms", None)
-    side = getattr(transforms, "keywords", {}).get("crop_size")
-    count = weights[0].meta.get("num_params") if weights else None
-    description = f"torchvision, {count / 1e6:.1f} M parameters with 1000 classes" if count else "torchvision"
-    return ModelInfo(_PREFIX + name, description, (3, side, side) if isinstance(side, int) else None)
+    meta = weights[0].meta if weights else {}
+    side = getattr(getattr(weights[0], "transforms", None), "keywords", {}).get("crop_size") if weights else None
+    count, classes = meta.get("num_params"), len(meta.get("categories", ()))
+    described = f", {count / 1e6:.1f} M parameters with {classes} classes" if count else ""
+    kind = f", {family.what}" if family is not None and family.room else ""
+    return ModelInfo(
+        _PREFIX + name, f"torchvision{kind}{described}", (3, side, side) if isinstance(side, int) else None
+    )
 
 
 def _build(short: str, args: Mapping[str, Any]) -> nn.Module:
     from torchvision.models import get_model_builder
 
-    name, known = _PREFIX + short, _names()
-    if short not in known:
+    name, family = _PREFIX + short, _family_of(short)
+    if family is None:
         raise ValueError(
-            f"torchvision has no classification model {short!r}{did_you_mean(short, known)}; "
-            "`edgewright models` lists them"
+            f"torchvision has no model {short!r} for classification, segmentation or video"
+            f"{did_you_mean(short, _names())}; `edgewright models` lists them"
         )
-    for key in ("weights", "pretrained", "weights_backbone"):
+    for key in _NOT_HERE:
         if key in args:
             raise ValueError(f"{name}: {key!r} is no model argument here: put a weights file under model.weights")
     builder = get_model_builder(short)
     accepted = _arguments(builder)
     refuse_unknown_arguments(args, accepted, name)
-    # auxiliary classifiers would make forward return a tuple in training mode; with both given, no warning
-    # either
-    defaults = {"aux_logits": False, "init_weights": True} if "aux_logits" in accepted else {}
+    defaults: dict[str, Any] = {}
+    if "aux_logits" in accepted:
+        # auxiliary classifiers would make forward return a tuple in training mode; with both given, no warning either
+        defaults = {"aux_logits": False, "init_weights": True}
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        defaults["weights_backbone"] = None  # the default fetches them
     try:
         model: nn.Module = builder(weights=None, **{**defaults, **args})
     except (TypeError, ValueError, AssertionError) as error:
         raise ValueError(f"{name} cannot be built with {dict(args)!r}: {error}") from error
-    return model
+    return family.adapter(model)
 
 
 def _arguments(builder: Callable[..., Any]) -> list[str]:
@@ -73,7 +130,8 @@ def _arguments(builder: Callable[..., Any]) -> list[str]:
         for function in vars(inspect.getmodule(made)).values():
             if inspect.isfunction(function) and function.__name__.startswith("_"):
                 found = {**inspect.signature(function).parameters, **found}
-    return [k for k, p in found.items() if p.kind is not _VAR_KEYWORD and k not in {"weights", "progress", "arch"}]
+    left = {"progress", "arch", *_NOT_HERE}
+    return [k for k, p in found.items() if p.kind is not _VAR_KEYWORD and k not in left]
 
 
 LIBRARY = Library(_PREFIX, _build, _names, _info)

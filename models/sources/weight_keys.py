@@ -53,8 +53,8 @@ def mapped(
         keys = [places.get(path) for path in paths]
         if len(set(keys)) < len(keys):
             continue
-        # a key of no place keeps its name, so that `fits` sees it
-        found = {new or old: value for new, (old, value) in zip(keys, state.items(), strict=True)}
+        # a key of no place stays, under the name that it would have, so that `fits` sees it
+        found = {new or ".".join(path): value for new, path, value in zip(keys, paths, state.values(), strict=True)}
         if fits(found):
             return Mapped(found, (f"its keys were read {without}", *notes))
     return None

@@ -200,8 +200,9 @@ def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -
     planned = list(_trainings(recipe, tasks))
     if not planned and not any(check for check, _ in checked) and not recipe.model.name.startswith(PREFIX):
         return
+    rows = first_rows(tasks[0])
     with files_read(recipe.folder, read):
-        model, _ = build_folded(recipe, first_rows(tasks[0]))
+        model, _ = build_folded(recipe, rows)
     if recipe.model.weights is not None:
         read.pop(recipe.resolve(recipe.model.weights).resolve(), None)
     check_model(model, tasks[0], recipe.model.name)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from edgewright.models import registry
+from edgewright.models.sources.weights import load_weights
 
 HERE = Path(__file__).parent
 
@@ -42,6 +45,34 @@ def test_torchvision_gives_one_tensor_in_both_modes() -> None:
             assert model.eval()(x).shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large"])
+def test_segmentation_networks_of_torchvision_answer_with_logits(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = registry.build(f"torchvision:{name}", {"num_classes": 3}, HERE)
+    x = torch.randn(2, 3, 64, 64)
+    assert model.train()(x).shape == model.eval()(x).shape == (2, 3, 64, 64)
+    # as published: the library's keys, and of one the auxiliary classifier beside
+    trained = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=3).eval()
+    state = dict(trained.state_dict())
+    if name.startswith("deeplab"):
+        state["aux_classifier.4.bias"] = torch.zeros(3)
+    save_file(state, tmp_path / "published.safetensors")
+    loaded = load_weights(model, tmp_path / "published.safetensors")
+    assert bool(loaded.unused) == name.startswith("deeplab")
+    with torch.no_grad():
+        assert torch.equal(model(x), trained(x)["out"])
+
+
+def test_video_networks_of_torchvision() -> None:
+    model = registry.build("torchvision:mc3_18", {"num_classes": 3}, HERE).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 4, 16, 16)).shape == (1, 3)
+    rows = {info.name: info for info in registry.available("torchvision:")}
+    assert "clips [N, 3, T, H, W]" in rows["torchvision:mc3_18"].description
+    assert "a class for each pixel" in rows["torchvision:fcn_resnet50"].description
+    assert not any("quantized" in name for name in rows)
+
+
 def test_torchvision_is_listed_with_its_input_shape() -> None:
     shapes = {info.name: info.input_shape for info in registry.available()}
     assert shapes["torchvision:resnet18"] == (3, 224, 224)
@@ -69,8 +100,10 @@ def test_torchvision_arguments_pass_through(name: str, args: dict[str, object]) 
     [
         ("zoo:resnet65", {}, r"unknown model 'zoo:resnet65' \(did you mean 'zoo:resnet56'"),
         ("resnet18", {}, r"unknown model 'resnet18' \(did you mean .*torchvision:resnet18"),
-        ("torchvision:resnet19", {}, r"no classification model 'resnet19' \(did you mean 'resnet1"),
-        ("torchvision:fasterrcnn_resnet50_fpn", {}, "no classification model"),
+        ("torchvision:resnet19", {}, r"no model 'resnet19' for classification, .* \(did you mean 'resnet1"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {}, "no model 'fasterrcnn_resnet50_fpn' for classification"),
+        ("torchvision:quantized_r3d_18", {}, "no model"),
+        ("torchvision:fcn_resnet50", {"weights_backbone": "DEFAULT"}, "put a weights file under model.weights"),
         ("zoo:resnet_small", {"clases": 3}, r"zoo:resnet_small has no argument 'clases' \(did you mean 'classes'"),
         ("zoo:resnet_small", {"shortcut": "none"}, "unknown shortcut 'none'"),
         ("zoo:resnet_small", {"inner": [8, 8]}, "needs one entry per stage"),

@@ -100,7 +100,8 @@ def test_a_changed_source_changes_the_key(monkeypatch: pytest.MonkeyPatch) -> No
 def test_environment_names_what_results_depend_on() -> None:
     found = environment(torch.device("cpu"))
     assert found["threads"] == torch.get_num_threads() and found["device"] == "cpu"
-    assert set(found["versions"]) == {"python", "torch", "torchvision", "numpy"}
+    used = {"python", "torch", "torchvision", "numpy"}
+    assert used <= set(found["versions"]) <= used | {"timm", "transformers"}, "those that are installed"
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
