@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from edgewright.models.registry import build
 from edgewright.pipeline.analysis.channels.axes import is_mixing
+from edgewright.pipeline.stages.class_aware_pruning.scored_samples import ScoredSamples
 from edgewright.pipeline.stages.class_aware_pruning.scores import FilterStatistics, ScoringSettings, collect
 from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.tasks.splits import TensorSplit
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,9 +52,9 @@ def network(classes: int) -> tuple[nn.Module, list[str], TensorSplit]:
 def at_once(model: nn.Module, layers: list[str], split: TensorSplit, classes: int) -> dict[str, FilterStatistics]:
     """All layers together, as the stage does it."""
     with tempfile.TemporaryDirectory() as folder:
-        labels = [str(i) for i in range(classes)]
+        task = ImageClassification({"calibration": split}, [str(i) for i in range(classes)])
         settings = ScoringSettings(images_per_class=IMAGES, tau_mode="absolute")
-        return collect(model, layers, split, labels, settings, FolderContext(Path(folder)))
+        return collect(model, layers, ScoredSamples(task, split), settings, FolderContext(Path(folder)))
 
 
 def layerwise(model: nn.Module, layers: list[str], split: TensorSplit, classes: int) -> dict[str, Tensor]:

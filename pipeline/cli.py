@@ -299,6 +299,8 @@ def _table(*columns: str) -> Table:
 
 
 def _steps_table(result: RunResult) -> Table:
+    from .quality_drop import drop_text
+
     classes = result.steps[0].accuracy is not None
     quality = (">accuracy", ">worst") if classes else (f">{result.steps[0].metric}",)
     table = _table("step", *quality, ">MACs", ">params", ">weights kB", ">file kB", ">p50 ms", ">p90 ms")
@@ -307,7 +309,10 @@ def _steps_table(result: RunResult) -> Table:
     worst = "; worst: the class with the lowest accuracy" if classes else ""
     alike = all(row.macs_of == "graph" for row in result.steps)
     pytorch = "" if alike else "; °: not exported, counted by PyTorch's operators"
-    table.caption = f"* what the others are compared with{worst}{pytorch}"
+    final = next(row.step for row in reversed(result.steps) if row.step not in result.controls)
+    drop = result.drops.get(final)
+    worse = "" if drop is None else f"\n{final} against {result.reference}: drop {drop_text(drop)}"
+    table.caption = f"* what the others are compared with{worst}{pytorch}{worse}"
     table.caption_justify = "left"
     return table
 

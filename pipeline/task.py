@@ -207,6 +207,12 @@ def samples_per_class(targets: Tensor, classes: int) -> Tensor:
     return torch.bincount(flat[(flat >= 0) & (flat < classes)].to(torch.int64), minlength=classes)
 
 
+def classes_without_samples(task: Task, split: Split) -> list[str]:
+    """Names of the classes of `task` that no sample of `split` has or shows."""
+    counts = presence(task, split.targets).sum(dim=0).tolist()
+    return [name for name, count in zip(names_of_classes(task), counts, strict=True) if count == 0]
+
+
 def check_unique(labels: Sequence[str], name: str) -> None:
     """Refuses two classes of one name.
 
@@ -229,13 +235,13 @@ def check_classes(task: Task, name: SplitName, needed_by: str) -> None:
         DataError: says so, or names the class.
     """
     split = split_of(task, name, needed_by)
-    if not task.labels:
+    names = names_of_classes(task)
+    if not names:
         raise DataError(
             f"the task {task.name!r} has no classes (no labels), and {needed_by} decides between classes or judges by "
             "them: leave it out for this task"
         )
-    counts = samples_per_class(split.targets, len(task.labels))
-    empty = [task.labels[i] for i in range(len(task.labels)) if counts[i] == 0]
+    empty = classes_without_samples(task, split)
     if empty:
         raise DataError(
             f"class {empty[0]!r} has no sample in the {name!r} split ({len(empty)} such classes), which "

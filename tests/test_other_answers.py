@@ -123,9 +123,12 @@ def test_a_regression_goes_from_training_to_its_unit(
 
 
 @pytest.mark.slow
-def test_a_segmentation_goes_from_training_to_a_drawn_map(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("criterion", ["taylor", "class_count"])
+def test_a_segmentation_goes_from_training_to_a_drawn_map(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], criterion: str
+) -> None:
     images = pytest.importorskip("PIL.Image")
-    stages = f"[{SHORT}, {PRUNE % 'taylor'}, basis_sharing]"
+    stages = f"[{SHORT}, {PRUNE % criterion}, basis_sharing]"
     result = run(_recipe(tmp_path, SEGMENTATION, "model", stages), tmp_path / "out")
     final = result.steps[-1]
     assert final.metric == "mean_iou" and final.accuracy is None and final.quality > 0.6

@@ -84,7 +84,7 @@ class ClassMapKind(ArgMax):
     """One class for each pixel: logits [N, C, H, W]."""
 
     name = CLASS_MAP
-    axis = 1
+    class_axis = 1
     axes = (4,)
     form = "logits [N, C, H, W]"
     draws = True

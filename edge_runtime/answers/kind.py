@@ -86,6 +86,13 @@ class Kind:
     """Whether its result can be drawn, see `drawing.Drawn`."""
     numbers_follow: ClassVar[bool] = False
     """Whether the numbers of a row mean something else once its decision is another, so that they are not compared."""
+    class_axis: ClassVar[int | None] = None
+    """The axis along which every class has a number; None where there are no classes."""
+    before_classes: ClassVar[int] = 0
+    """How many other numbers stand before those of the classes along it."""
+    one_is_right: ClassVar[bool] = False
+    """Whether exactly one of the classes is right at each place, so that a softmax along the axis is a probability;
+    otherwise any number of them may be, each by its own sigmoid."""
 
     def outputs(self, spec: AnswerSpec) -> tuple[str, ...]:
         """The graph's outputs that make up the answer."""
@@ -155,21 +162,22 @@ class ArgMax(Kind):
     """Logits, the largest of which along an axis is the decision."""
 
     decides = True
-    axis: ClassVar[int] = -1
+    one_is_right = True
+    class_axis: ClassVar[int] = -1
     axes: ClassVar[tuple[int, ...]] = ()
     """Numbers of axes that are possible, all if empty."""
     form: ClassVar[str] = ""
 
     def decisions(self, spec: AnswerSpec, outputs: Outputs) -> dict[str, NDArray[np.int64]]:
         """The place of the largest logit."""
-        return {LABEL_DIFFERS: np.asarray(outputs[spec.name].argmax(axis=self.axis), np.int64)}
+        return {LABEL_DIFFERS: np.asarray(outputs[spec.name].argmax(axis=self.class_axis), np.int64)}
 
     def margins(self, spec: AnswerSpec, outputs: Outputs) -> NDArray[np.float32] | None:
         """Half of what the largest logit is ahead: two logits that move by less cannot change places."""
         logits = outputs[spec.name]
-        classes = logits.shape[self.axis]
-        top = np.partition(logits, [max(0, classes - 2), classes - 1], axis=self.axis)
-        first, second = (np.take(top, at, axis=self.axis).astype(np.float64) for at in (-1, max(0, classes - 2)))
+        classes = logits.shape[self.class_axis]
+        top = np.partition(logits, [max(0, classes - 2), classes - 1], axis=self.class_axis)
+        first, second = (np.take(top, at, axis=self.class_axis).astype(np.float64) for at in (-1, max(0, classes - 2)))
         return np.asarray((first - second) / 2, np.float32)
 
     def unfit(self, spec: AnswerSpec, tensors: Mapping[str, TensorSpec]) -> str | None:
@@ -177,7 +185,7 @@ class ArgMax(Kind):
         tensor = tensors[spec.name]
         if self.axes and len(tensor.shape) not in self.axes:
             return f"the output {spec.name!r} has the shape {list(tensor.shape)}, and {self.name} are {self.form}"
-        return mismatch(spec, tensor, self.axis) or super().unfit(spec, tensors)
+        return mismatch(spec, tensor, self.class_axis) or super().unfit(spec, tensors)
 
 
 def apart(

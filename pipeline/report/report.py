@@ -12,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from edgewright.edge_runtime.bundle.manifest import Manifest
+from edgewright.edge_runtime.measure.paired import Drop
 from edgewright.edge_runtime.versions import versions
 
+from ..quality_drop import drop_text, no_promise
 from ..section import REPORT_SCHEMA_VERSION, FinishedStage, Section, milliseconds, percent, short_count
 from ..stage import Json
 from ..stage_registry import stage_named
 from ..store.atomic import plain, pretty_json, write_text
 from ..store.cache import read_artifacts
 from ..store.checkpoint import LIBRARIES, load_checkpoint
-from ..task import Task
+from ..task import Task, names_of_classes
 from .result import RunResult
 from .steps import StepRow
 
@@ -50,10 +52,14 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
     """The content of report.json."""
     task = tasks[-1]
     manifest = result.manifest
-    steps = [{**dataclasses.asdict(row), "control": row.step in result.controls} for row in result.steps]
+    steps = [
+        {**dataclasses.asdict(row), "control": row.step in result.controls, "drop": _drop(result.drops.get(row.step))}
+        for row in result.steps
+    ]
     chain = [row for row in result.steps if row.step not in result.controls]
     final, reference = chain[-1], next(row for row in chain if row.step == result.reference)
     sections = list(_sections(result, chain, tasks, manifest, root))
+    alike = names_of_classes(tasks[chain.index(reference)]) == names_of_classes(task)
     return {
         "schema_version": REPORT_SCHEMA_VERSION,
         "name": result.recipe.name or task.name,
@@ -65,7 +71,11 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
         },
         "reference": result.reference,
         "final": final.step,
-        "summary": _summary(reference, final, result.comparison),
+        "summary": {
+            **_summary(reference, final, result.comparison, alike),
+            "drop": _drop(result.drops.get(final.step)),
+            "accuracy_drop": _drop(result.accuracy_drop),
+        },
         "steps": steps,
         "measurements": [dict(m) for m in result.measurements],
         "parity": dataclasses.asdict(manifest.parity),
@@ -77,6 +87,7 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
         + [f"{row.step}: {note}" for row, section in sections for note in section.notes]
         + [f"export: {note}" for note in manifest.notes]
         + _two_counters(reference, final)
+        + _unpromised(result)
         + _layer_not_found(result.recipe.report.layer, [section for _, section in sections]),
         "environment": versions(LIBRARIES),
         "bundle": result.bundle.relative_to(result.out).as_posix(),
@@ -99,7 +110,7 @@ def _sections(
             step=row.step,
             metrics=row.metrics,
             artifacts=functools.partial(read_artifacts, result.out / row.checkpoint),
-            labels=tuple(seen.labels),
+            labels=names_of_classes(seen),
             task=tasks[-1],
             model=load,
             manifest=manifest,
@@ -112,9 +123,8 @@ def _sections(
             yield row, section
 
 
-def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] | None) -> dict[str, Json]:
+def _summary(reference: StepRow, final: StepRow, comparison: Mapping[str, Json] | None, alike: bool) -> dict[str, Json]:
     # a network that knows fewer classes is judged on their samples only: no difference to draw
-    alike = len(reference.per_class) == len(final.per_class)
     return {
         "quality_change": final.quality - reference.quality if alike else None,
         "accuracy_change": _change(reference.accuracy, final.accuracy) if alike else None,
@@ -139,6 +149,19 @@ def _two_counters(reference: StepRow, final: StepRow) -> list[str]:
         f"the reduction of MACs sets PyTorch's count of {reference.step}, which was not exported, against the exported "
         f"graph's of {final.step}: with the benchmark enabled every step is exported, and the graph counts them all"
     ]
+
+
+def _drop(drop: Drop | None) -> dict[str, Json] | None:
+    return None if drop is None else drop.to_dict()
+
+
+def _unpromised(result: RunResult) -> list[str]:
+    """Where `require` is met by what was measured, and the rows do not carry it."""
+    wanted, drop = result.recipe.require.max_accuracy_drop, result.accuracy_drop
+    if wanted is None or drop is None or drop.value > wanted:
+        return []
+    reason = no_promise(drop, wanted)
+    return [] if reason is None else [f"require.max_accuracy_drop is met on the test rows, and {reason}"]
 
 
 def _layer_not_found(layer: str | None, sections: Sequence[Section]) -> list[str]:
@@ -176,6 +199,7 @@ def render_html(report: Mapping[str, Json]) -> str:
         ratio=lambda v: "–" if v is None else f"{v:.2f}",
         ms=milliseconds,
         si=short_count,
+        dropped=lambda found: "" if not found else drop_text(Drop(**found)),
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgewright.edge_runtime.bundle.manifest import Manifest
+from edgewright.edge_runtime.measure.paired import Drop
 
 from ..recipe.recipe import Recipe
 from ..stage import Json
@@ -33,6 +34,9 @@ class RunResult:
         controls: ids of steps that are no part of the chain, but stand beside it for comparison.
         comparison: latency of the last step against the reference, measured interleaved; None if not
             measured.
+        drops: by step how much worse its quality is than the reference's, on the same test rows and with an interval;
+            without the steps that have none, because the task is another or its metric is not made of rows.
+        accuracy_drop: the same of the last step's accuracy; None where rows are not right or wrong.
     """
 
     out: Path
@@ -46,3 +50,5 @@ class RunResult:
     report: Path | None = None
     controls: tuple[str, ...] = ()
     comparison: Mapping[str, Json] | None = None
+    drops: Mapping[str, Drop] = field(default_factory=dict)
+    accuracy_drop: Drop | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgewright.export.source import answers_of
@@ -74,8 +75,20 @@ class StepRow:
     macs_of: str = "pytorch"
 
 
-def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any]:
-    """Quality and cost of `model`, as the fields of a `StepRow` that depend on nothing else.
+class Measured(NamedTuple):
+    """Of one model.
+
+    Attributes:
+        fields: of a `StepRow`, those that depend on nothing but model and task.
+        rows: what the test rows are worth, `Score.each` and `Score.right` under their names, where there are any.
+    """
+
+    fields: dict[str, Any]
+    rows: dict[str, NDArray[Any]]
+
+
+def measure(model: nn.Module, task: Task, device: torch.device) -> Measured:
+    """Quality and cost of `model`.
 
     Args:
         model: on the CPU; comes back to it, in eval mode.
@@ -100,7 +113,9 @@ def measure(model: nn.Module, task: Task, device: torch.device) -> dict[str, Any
         fields["validation_quality"] = chosen.value
         fields["validation_accuracy"] = chosen.accuracy
         fields["validation_worst_class_accuracy"] = chosen.worst_class_accuracy
-    return fields | _cost(model.to("cpu").eval(), test, torch.cat(exits) if exits else None)
+    fields |= _cost(model.to("cpu").eval(), test, torch.cat(exits) if exits else None)
+    rows = {"each": quality.each, "right": quality.right}
+    return Measured(fields, {name: array for name, array in rows.items() if array is not None})
 
 
 def _cost(model: nn.Module, test: Split, exits: Tensor | None) -> dict[str, Any]:

@@ -25,7 +25,15 @@ from ..stage import Stage
 from ..stage_registry import requirements, stage_named
 from ..store.cache import base_key, environment
 from ..store.checkpoint import BaseSpec
-from ..task import Task, check_classes, check_unique, data_digests, samples_per_class, split_of
+from ..task import (
+    Task,
+    check_classes,
+    check_unique,
+    classes_without_samples,
+    data_digests,
+    names_of_classes,
+    split_of,
+)
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
 from ..training.training import trainings_in
@@ -286,11 +294,11 @@ def check_inputs(task: Task) -> None:
 def remarks(inputs: Inputs) -> tuple[str, ...]:
     """What the user should know of data and recipe, although the run can go on."""
     task, notes = inputs.task, []
-    if not task.labels:
+    classes = len(names_of_classes(task))
+    if not classes:
         return ()
     for name, split in task.splits.items():
-        counts = samples_per_class(split.targets, len(task.labels))
-        empty = [label for label, count in zip(task.labels, counts.tolist(), strict=True) if count == 0]
+        empty = classes_without_samples(task, split)
         if empty:
             listed = ", ".join(map(repr, empty[:5])) + (" ..." if len(empty) > 5 else "")
             what = {
@@ -299,10 +307,8 @@ def remarks(inputs: Inputs) -> tuple[str, ...]:
                 "validation": "choices and floors do not see them",
                 "test": "the report cannot judge them, and the worst class is the worst of the others",
             }[name]
-            notes.append(
-                f"no sample in the {name!r} split of {len(empty)} of {len(task.labels)} classes ({listed}): {what}"
-            )
-    if "validation" in task.splits:
+            notes.append(f"no sample in the {name!r} split of {len(empty)} of {classes} classes ({listed}): {what}")
+    if task.labels and "validation" in task.splits:
         rows = len(task.splits["validation"])
         fine = [
             f"{entry.id or entry.name}.{field} ({getattr(entry.config, field):g})"

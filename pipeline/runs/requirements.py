@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from edgewright.edge_runtime.measure.paired import Drop
+
 from ..errors import QualityFloorError
+from ..quality_drop import drop_text
 from ..recipe.recipe import Requirements
 from ..stage import Json
 from ..stage_registry import requirements
@@ -25,6 +28,8 @@ def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None
     change = summary["accuracy_change"]
     if wanted.max_accuracy_drop is not None and (change is None or -change > wanted.max_accuracy_drop):
         fell = "the task has no accuracy" if change is None else f"test accuracy fell by {-change:.4f}"
+        if summary.get("accuracy_drop"):
+            fell += f" ({drop_text(Drop(**summary['accuracy_drop']))})"
         missed.append(f"{fell}, allowed {wanted.max_accuracy_drop:g}")
     for name, least in (("macs_reduction", wanted.macs_reduction), ("bytes_reduction", wanted.bytes_reduction)):
         if least is not None and (summary[name] is None or summary[name] < least):

@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from edgewright.edge_runtime.bundle.golden import read_npz, write_npz
+from edgewright.edge_runtime.measure.paired import Drop, paired_drop
 from edgewright.edge_runtime.versions import versions
 from edgewright.models.sources.user_modules import EditedError, imports_held
 
-from ..errors import EditedSourceError, StageError
+from ..errors import EdgewrightError, EditedSourceError, StageError
+from ..quality_drop import quality_drop
 from ..recipe.recipe import ControlSpec, Recipe, StageEntry, load_recipe, save_resolved
 from ..report.report import write_report
 from ..report.result import BUNDLE_FOLDER, RESOLVED_FILE, RunResult
-from ..report.steps import StepRow, measure
+from ..report.steps import Measured, StepRow, measure
 from ..sources import module_digests
 from ..stage import Edit, Json, Progress, StageResult
 from ..stage_registry import stage_module, stage_named
@@ -30,6 +34,7 @@ from ..store.cache import BASE, Cache, Entry, Key, stage_key
 from ..store.checkpoint import LIBRARIES, RUN_FILE, BaseSpec, load_checkpoint, read_checkpoint
 from ..store.context import FolderContext, Quiet
 from ..store.output import output_folder
+from ..task import names_of_classes
 from . import bundles
 from .base_model import build_base
 from .control import CONTROL, check_control, control_recipe
@@ -99,6 +104,8 @@ class _Run:
         self.cache = Cache(out)
         self.seconds = _recorded_seconds(out / RUN_FILE)
         self.started = _now()
+        self.rows: dict[str, Mapping[str, NDArray[Any]]] = {}
+        """By step what the test rows are worth, see `Measured.rows`."""
 
     def go(self) -> RunResult:
         """All phases in order."""
@@ -123,6 +130,7 @@ class _Run:
         measured = self._measure(made)
         comparison = self._compare(made, reference, bundle)
         steps = [_with_latency(row, measured) for row in steps]
+        drops = self._drops(ids, reference)
         result = RunResult(
             self.out,
             self.recipe,
@@ -134,6 +142,8 @@ class _Run:
             tuple(measured),
             controls=controls,
             comparison=comparison,
+            drops=drops,
+            accuracy_drop=self._accuracy_drop(ids[-1], reference) if ids[-1] in drops else None,
         )
         result = dataclasses.replace(result, report=write_report(result, self.inputs.tasks, self.root))
         self._record("finished")
@@ -147,6 +157,7 @@ class _Run:
         for position, stage in enumerate(recipe.stages, start=1):
             entry = beside._stage(position, stage, entry)
         row = beside._row(len(recipe.stages), CONTROL, entry)
+        self.rows |= beside.rows
         self.seconds.update(beside.seconds)
         if self.recipe.benchmark.enabled:
             target = self.out / "bundles" / CONTROL
@@ -280,18 +291,39 @@ class _Run:
         key = Key({"checkpoint": entry.key.digest, "sources": module_digests("edgewright.pipeline.report.steps")})
         path = self.out / "rows" / f"{entry.folder.name}.json"
         remove_leftovers(path.parent)
-        fields = None if self.fresh else _recorded_fields(path, key)
-        if fields is None:
+        recorded = None if self.fresh else _recorded(path, key)
+        if recorded is None:
             self.progress.say(f"{step}: quality and cost")
-            fields = measure(self.load(entry), self.inputs.tasks[position], self.inputs.device)
+            recorded = measure(self.load(entry), self.inputs.tasks[position], self.inputs.device)
             self.verify()
-            write_text(path, pretty_json({"key": key.digest, "fields": fields}))
+            path.parent.mkdir(exist_ok=True)
+            write_npz(path.with_suffix(".npz"), recorded.rows)
+            write_text(path, pretty_json({"key": key.digest, "fields": recorded.fields}))
+        fields, self.rows[step] = recorded
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
         }
         place = entry.folder.relative_to(self.out).as_posix()
         notes = entry.notes if position else (*remarks(self.inputs), *entry.notes)
         return StepRow(step=step, stage=stage, checkpoint=place, metrics=entry.metrics, notes=notes, **values)
+
+    def _drops(self, ids: Sequence[str], reference: str) -> dict[str, Drop]:
+        """How much worse each later step is than the reference, on the same test rows."""
+        tasks = dict(zip(ids, self.inputs.tasks, strict=True))
+        classes = names_of_classes(tasks[reference])
+        found: dict[str, Drop] = {}
+        for step in (*ids[ids.index(reference) + 1 :], *(step for step in self.rows if step not in ids)):
+            task = tasks.get(step, self.inputs.tasks[-1])
+            if names_of_classes(task) != classes:
+                continue  # judged on other samples
+            drop = quality_drop(task.metric, self.rows[reference].get("each"), self.rows[step].get("each"))
+            if drop is not None:
+                found[step] = drop
+        return found
+
+    def _accuracy_drop(self, final: str, reference: str) -> Drop | None:
+        before, after = (self.rows[step].get("right") for step in (reference, final))
+        return None if before is None or after is None else paired_drop(before, after)
 
     def _reference(self) -> str:
         reference = "dense"
@@ -344,11 +376,13 @@ def _with_latency(row: StepRow, measured: Sequence[Mapping[str, Json]]) -> StepR
     return row
 
 
-def _recorded_fields(path: Path, key: Key) -> dict[str, Any] | None:
+def _recorded(path: Path, key: Key) -> Measured | None:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return dict(data["fields"]) if data["key"] == key.digest else None
-    except (OSError, ValueError, KeyError, TypeError):
+        if data["key"] != key.digest:
+            return None
+        return Measured(dict(data["fields"]), read_npz(path.with_suffix(".npz")))
+    except (OSError, ValueError, KeyError, TypeError, EdgewrightError):
         return None
 
 

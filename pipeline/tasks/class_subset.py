@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,19 +12,37 @@ from edgewright.edge_runtime.bundle.manifest import Preprocessing
 
 from ..errors import DataError
 from ..metric import ClassScore, Metric
-from ..task import Batch, Split, SplitName, Task
+from ..task import Batch, Split, SplitName, Task, names_of_classes
+from .changed_split import ChangedSplit
 
 
-def class_indices(labels: Sequence[str], wanted: Sequence[str | int], asked_by: str) -> tuple[int, ...]:
+@runtime_checkable
+class HasClassSubsets(Protocol):
+    """A task whose samples show classes, and that can be restricted to some of them."""
+
+    def of_classes(self, classes: Sequence[int]) -> Task:
+        """The same kind of task with these classes only, which are numbered anew from 0.
+
+        Args:
+            classes: indices that stay, ascending; at least one, and not all.
+
+        Raises:
+            DataError: there is nothing left to tell apart, or a split without samples.
+        """
+        ...
+
+
+def class_indices(labels: Sequence[str], wanted: Sequence[str | int], asked_by: str, least: int = 2) -> tuple[int, ...]:
     """The indices of the classes that `wanted` names, in the order of `labels`.
 
     Args:
-        labels: of the task.
+        labels: names of the task's classes.
         wanted: names, or indices from 0.
         asked_by: for the error.
+        least: how many there must be.
 
     Raises:
-        DataError: an unknown class, one that is named twice, or fewer than two.
+        DataError: an unknown class, one that is named twice, or fewer than `least`.
     """
     found: list[int] = []
     for one in wanted:
@@ -38,7 +55,7 @@ def class_indices(labels: Sequence[str], wanted: Sequence[str | int], asked_by: 
         if index in found:
             raise DataError(f"{asked_by}: class {labels[index]!r} is named twice; name every class once")
         found.append(index)
-    if len(found) < 2:
+    if len(found) < least:
         raise DataError(
             f"{asked_by}: a classifier needs two classes at least, and {list(wanted)!r} is one: add another"
         )
@@ -49,10 +66,20 @@ def restricted(task: Task, wanted: Sequence[str | int], asked_by: str) -> Task:
     """`task` with the classes that `wanted` names; the task itself if it names none or all.
 
     Raises:
-        DataError: see `class_indices` and `ClassSubset`.
+        DataError: see `class_indices`, `ClassSubset` and `HasClassSubsets`; or a task that cannot be restricted.
     """
-    classes = class_indices(task.labels, wanted, asked_by) if wanted else ()
-    return ClassSubset(task, classes) if 0 < len(classes) < len(task.labels) else task
+    names = names_of_classes(task)
+    classes = class_indices(names, wanted, asked_by, least=2 if task.labels else 1) if wanted else ()
+    if not 0 < len(classes) < len(names):
+        return task
+    if task.labels:
+        return ClassSubset(task, classes)
+    if not isinstance(task, HasClassSubsets):
+        raise DataError(
+            f"{asked_by} keeps some of the classes of the task {task.name!r}, which does not say what becomes of "
+            "samples that show the others: leave `classes` out, or give the task a method `of_classes`"
+        )
+    return task.of_classes(classes)
 
 
 class ClassSubset:
@@ -71,7 +98,10 @@ class ClassSubset:
         self._task, self._classes = task, tuple(classes)
         number = torch.full((len(task.labels),), -1, dtype=torch.int64)
         number[list(self._classes)] = torch.arange(len(self._classes))
-        self._splits: dict[SplitName, Split] = {name: _SubsetSplit(s, number) for name, s in task.splits.items()}
+        self._splits: dict[SplitName, Split] = {
+            name: ChangedSplit(split, number.__getitem__, (number[split.targets] >= 0).nonzero().flatten())
+            for name, split in task.splits.items()
+        }
         for name, split in self._splits.items():
             if len(split) == 0:
                 raise DataError(
@@ -127,30 +157,3 @@ class ClassSubset:
     def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The task's."""
         return self._task.augment(batch, generator)
-
-
-class _SubsetSplit:
-    """The samples of a split whose class has a number."""
-
-    def __init__(self, split: Split, number: Tensor) -> None:
-        self._split, self._number = split, number
-        self._rows = (number[split.targets] >= 0).nonzero().flatten()
-
-    @property
-    def targets(self) -> Tensor:
-        """New class of every sample, int64 [len]."""
-        return self._number[self._split.targets[self._rows]]
-
-    @cached_property
-    def sample_digests(self) -> Sequence[bytes]:
-        """Those of the samples that are left."""
-        whole = self._split.sample_digests
-        return [whole[row] for row in self._rows.tolist()]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """The samples at `indices`."""
-        found = self._split.batch(self._rows[torch.as_tensor(indices)])
-        return Batch(found.inputs, self._number[found.targets])

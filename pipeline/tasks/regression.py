@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.answers.values import VALUES
@@ -141,23 +142,32 @@ class ErrorOfValues:
 
     def score(self, answers: Iterable[Answer]) -> Score:
         """Reads `answers` once; sums in float64."""
-        error = absolute = 0.0
-        count, rows = 0, 0
-        total, squares = 0.0, 0.0
+        parts = [torch.zeros(0, 5, dtype=torch.float64)]
         for output, targets in answers:
             assert isinstance(output, Tensor)
             wanted = targets.double()
             values = _alike(output, targets).double() * _for(self._scale, targets) + _for(self._offset, targets)
-            error += float((values - wanted).square().sum())
-            absolute += float((values - wanted).abs().sum())
-            total, squares = total + float(wanted.sum()), squares + float(wanted.square().sum())
-            count, rows = count + targets.numel(), rows + len(targets)
+            off = (values - wanted).reshape(len(targets), -1)
+            wanted = wanted.reshape(len(targets), -1)
+            count = torch.full((len(targets),), off.shape[1], dtype=torch.float64)
+            sums = (off.square().sum(dim=1), off.abs().sum(dim=1), wanted.sum(dim=1), wanted.square().sum(dim=1), count)
+            parts.append(torch.stack(sums, dim=1))
+        each = torch.cat(parts).numpy()
+        return Score(self.value_of(each), len(each), each=each)
+
+    def value_of(self, each: NDArray[Any]) -> float:
+        """Of some rows.
+
+        Args:
+            each: [rows, 5] sums over a row's values: squared and absolute errors, what is right, its squares, 1.
+        """
+        error, absolute, total, squares, count = (float(x) for x in each.sum(axis=0))
         if self.name == "mae":
-            return Score(absolute / max(1, count), rows)
+            return absolute / max(1.0, count)
         if self.name == "mse":
-            return Score(error / max(1, count), rows)
-        spread = squares - total * total / max(1, count)
-        return Score(1.0 - error / spread if spread > 0.0 else (1.0 if error == 0.0 else -math.inf), rows)
+            return error / max(1.0, count)
+        spread = squares - total * total / max(1.0, count)
+        return 1.0 - error / spread if spread > 0.0 else (1.0 if error == 0.0 else -math.inf)
 
     def drop(self, before: float, after: float) -> float:
         """Of errors the relative growth, of ``r2`` the difference."""

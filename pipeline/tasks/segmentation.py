@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgewright.edge_runtime.answers.class_map import CLASS_MAP
@@ -16,8 +20,11 @@ from ..errors import DataError
 from ..metric import IGNORED, Answer, Metric, Score
 from ..task import Split, SplitName
 from .array_task import Array, ArrayTask, Augmentation, dealt
+from .changed_split import ChangedSplit
 
 _OUTPUT = "class_map"
+BACKGROUND = ("background", "__background__")
+"""Names of a class 0 that is whatever the others are not."""
 
 
 class Segmentation(ArrayTask):
@@ -123,6 +130,48 @@ class Segmentation(ArrayTask):
         known = (targets != IGNORED).flatten(1).sum(dim=1).clamp(min=1)
         return ((each * (targets == index).flatten(1)).sum(dim=1) / known).mean()
 
+    def of_classes(self, classes: Sequence[int]) -> Segmentation:
+        """The task with these classes only.
+
+        Pixels of the others become background where class 0 is one (`BACKGROUND`) and stays: on the device they are
+        still in the pictures, and every pixel gets an answer. Without a background nothing right can be said of them:
+        they are ignored, and maps without any other pixel leave.
+
+        Raises:
+            DataError: one class is left, or a split without samples.
+        """
+        names = tuple(self._classes[index] for index in classes)
+        if len(names) < 2:
+            raise DataError(
+                f"of the task {self.name!r} the class {names[0]!r} alone would be left: pixels need two to choose from"
+                + (f", name {self._classes[0]!r} too" if self._classes[0] in BACKGROUND else "")
+            )
+        others = 0 if 0 in classes and self._classes[0] in BACKGROUND else IGNORED
+        number = torch.full((len(self._classes) + 1,), others, dtype=torch.int64)
+        number[list(classes)] = torch.arange(len(classes))
+        number[-1] = IGNORED
+
+        def renumbered(targets: Tensor) -> Tensor:
+            # the last place is that of the pixels that have been ignored before
+            return number[torch.where(targets == IGNORED, len(number) - 1, targets)]
+
+        splits: dict[SplitName, Split] = {}
+        for key, split in self._splits.items():
+            rows = None
+            if others == IGNORED:
+                rows = self.classes_present(split.targets)[:, list(classes)].any(dim=1).nonzero().flatten()
+                if len(rows) == 0:
+                    raise DataError(
+                        f"split {key!r} of the task {self.name!r} has no pixel of {', '.join(names)}: choose others"
+                    )
+            splits[key] = ChangedSplit(split, renumbered, rows)
+        made = copy.copy(self)
+        made._splits, made._classes = splits, names
+        made._provenance = {**self._provenance, "classes": list(names)}
+        if isinstance(self._metric, PixelMetric):
+            made._metric = PixelMetric(self._metric.name, len(names))
+        return made
+
     @property
     def metric(self) -> Metric:
         """What floors and tolerances of recipes are measured in."""
@@ -142,25 +191,41 @@ class PixelMetric:
 
     def score(self, answers: Iterable[Answer]) -> Score:
         """Reads `answers` once; pixels to be ignored count for nothing."""
-        table = torch.zeros(self._classes * self._classes, dtype=torch.int64)
-        rows = 0
+        classes = self._classes
+        parts = [torch.zeros(0, 3 * classes, dtype=torch.int32)]
         for output, targets in answers:
             assert isinstance(output, Tensor)
-            known = targets != IGNORED
-            pairs = targets[known] * self._classes + output.argmax(dim=1)[known]
-            table += torch.bincount(pairs, minlength=len(table))
-            rows += len(targets)
-        counts = table.reshape(self._classes, self._classes).double()
-        hits = counts.diagonal()
+            found = torch.where(targets == IGNORED, classes, output.argmax(dim=1)).flatten(1)
+            wanted = torch.where(targets == IGNORED, classes, targets).flatten(1)
+            right = torch.where(found == wanted, wanted, classes)
+            counts = [_counted(pixels, classes) for pixels in (right, found, wanted)]
+            parts.append(torch.cat(counts, dim=1))
+        each = torch.cat(parts).numpy()
+        value = self.value_of(each)
+        return Score(0.0 if math.isnan(value) else value, len(each), each=each)
+
+    def value_of(self, each: NDArray[Any]) -> float:
+        """Of some maps.
+
+        Args:
+            each: int32 [maps, 3 * classes], pixels of a class that are right, that were said to be of it, that are.
+        """
+        hits, found, wanted = each.sum(axis=0, dtype=np.float64).reshape(3, self._classes)
         if self.name == "pixel_accuracy":
-            return Score(float(hits.sum() / counts.sum().clamp(min=1.0)), rows)
-        union = counts.sum(dim=0) + counts.sum(dim=1) - hits
+            return float(hits.sum() / max(wanted.sum(), 1.0))
+        union = found + wanted - hits
         occurs = union > 0
-        return Score(float((hits[occurs] / union[occurs]).mean()) if occurs.any() else 0.0, rows)
+        return float((hits[occurs] / union[occurs]).mean()) if occurs.any() else math.nan
 
     def drop(self, before: float, after: float) -> float:
         """The difference: more is better."""
         return before - after
+
+
+def _counted(pixels: Tensor, classes: int) -> Tensor:
+    """Pixels of each class in every map, int32 [N, classes]; those of the number `classes` are left out."""
+    counts = torch.zeros(len(pixels), classes + 1, dtype=torch.int32, device=pixels.device)
+    return counts.scatter_add_(1, pixels, torch.ones_like(pixels, dtype=torch.int32))[:, :classes]
 
 
 def _metric(name: str, classes: int) -> Metric:

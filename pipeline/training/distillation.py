@@ -1,13 +1,20 @@
-"""How far a model's answer is from that of another model: over classes or tokens, or as values."""
+"""How far a model's answers are from those of another model: over classes or tokens, or as values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.answers.table import kind_of
+from edgewright.export.source import Answering, answers_of
+
 from ..task import Batch, Split, Task
+
+Answered: TypeAlias = Tensor | Mapping[str, Tensor]
+"""As `pipeline.task.named_outputs` gives it: one tensor, or of several answers one by name."""
 
 _ROWS = 64
 """Samples that the spread of a teacher's values is measured on."""
@@ -47,8 +54,21 @@ def divergence(found: Tensor, expected: Tensor, axis: int) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=axis).mean()
 
 
+def binary_divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """Mean divergence of ``sigmoid(found)`` from ``sigmoid(expected)``, scalar: of classes of which several may be
+    right, each a decision of its own.
+
+    Args:
+        found: logits of the model, float32.
+        expected: logits of the teacher, the same shape.
+    """
+    p = expected.sigmoid()
+    cross, own = (nn.functional.binary_cross_entropy_with_logits(logits, p) for logits in (found, expected))
+    return cross - own
+
+
 class Distillation:
-    """The distance of a model's answer to a teacher's, in a unit that does not depend on the task.
+    """The distance of a model's answers to a teacher's, in a unit that does not depend on the task.
 
     Args:
         teacher: in eval mode, where the batches are.
@@ -63,35 +83,59 @@ class Distillation:
         teacher: nn.Module,
         task: Task,
         split: Split,
-        answer: Callable[[nn.Module, tuple[Tensor, ...]], Tensor],
+        answer: Callable[[nn.Module, tuple[Tensor, ...]], Answered],
         device: torch.device,
     ) -> None:
         self._teacher, self._answer = teacher, answer
         self._labels = len(task.labels)
+        # a task that does not say what it answers is known by its targets
+        specs = answers_of(task) if isinstance(task, Answering) else ()
+        self._kinds = {spec.name if len(specs) > 1 else "": kind_of(spec) for spec in specs}
         self._split, self._device = split, device
-        self._spread: Tensor | None = None
+        self._spread: dict[str, Tensor] | None = None
 
-    def __call__(self, found: Tensor, batch: Batch) -> Tensor:
-        """Scalar: the divergence per row or token, or the mean squared error over the variance of the teacher's values.
+    def __call__(self, found: Answered, batch: Batch) -> Tensor:
+        """Scalar: the mean over the answers of each one's distance.
+
+        That is the divergence per row, place or token, or the mean squared error over the variance of the teacher's
+        values.
 
         Args:
-            found: the model's answer, float32.
+            found: the model's answers, float32.
             batch: what it answered.
         """
         with torch.no_grad():
-            expected = self._answer(self._teacher, batch.inputs)
-        axis = class_axis(expected, batch.targets, self._labels)
-        if axis is not None:
+            expected = _by_name(self._answer(self._teacher, batch.inputs))
+        given = _by_name(found)
+        parts = [self._distance(name, given[name], expected[name], batch.targets) for name in expected]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).mean()
+
+    def _distance(self, name: str, found: Tensor, expected: Tensor, targets: Tensor) -> Tensor:
+        kind = self._kinds.get(name)
+        axis = class_axis(expected, targets, self._labels) if kind is None else kind.class_axis
+        # a single logit has a softmax of 1; boxes have coordinates before the classes, which are values
+        known = kind is not None and kind.before_classes == 0 and axis is not None
+        if known and kind is not None and not kind.one_is_right:
+            return binary_divergence(found, expected)
+        if axis is not None and (kind is None or (known and expected.shape[axis] > 1)):
             return divergence(found, expected, axis)
         if self._spread is None:
             self._spread = self._measured()
-        return (found - expected).square().mean() / self._spread
+        return (found - expected).square().mean() / self._spread[name]
 
     @torch.no_grad()
-    def _measured(self) -> Tensor:
-        """The variance of the teacher's values, the same at every start; 1 where they do not vary."""
+    def _measured(self) -> dict[str, Tensor]:
+        """The variance of the teacher's values by answer, the same at every start; 1 where they do not vary."""
         rows = torch.arange(min(len(self._split), _ROWS))
         chunks = torch.split(rows, getattr(self._split, "largest_batch", _ROWS))
-        values = [self._answer(self._teacher, self._split.batch(c).to(self._device).inputs).flatten() for c in chunks]
-        spread = torch.cat(values).var(correction=0)
-        return spread if float(spread) > 0.0 else torch.ones_like(spread)
+        values: dict[str, list[Tensor]] = {}
+        for chunk in chunks:
+            answered = self._answer(self._teacher, self._split.batch(chunk).to(self._device).inputs)
+            for name, tensor in _by_name(answered).items():
+                values.setdefault(name, []).append(tensor.flatten())
+        spread = {name: torch.cat(parts).var(correction=0) for name, parts in values.items()}
+        return {name: one if float(one) > 0.0 else torch.ones_like(one) for name, one in spread.items()}
+
+
+def _by_name(answered: Answered) -> Mapping[str, Tensor]:
+    return answered if isinstance(answered, Mapping) else {"": answered}

@@ -85,7 +85,7 @@ def own(metric: Metric) -> ImageClassification:
 
 
 def test_a_metric_of_ones_own_fills_the_step_row() -> None:
-    fields = measure(tiny.tiny_residual(), own(CrossEntropy()), torch.device("cpu"))
+    fields = measure(tiny.tiny_residual(), own(CrossEntropy()), torch.device("cpu")).fields
     assert fields["metric"] == "cross_entropy" and fields["quality"] > 0
     assert fields["accuracy"] is None and fields["worst_class_accuracy"] is None and fields["per_class"] == ()
 

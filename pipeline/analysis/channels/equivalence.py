@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +14,9 @@ from edgewright.models.sources.module_state import copied
 from ...errors import StageError
 from .modes import plain_eval
 from .surgery import Keep, masked, pruned
+
+_ROUNDING = 1e-4
+"""A difference that rounding could still make, of numbers of the size that networks answer with."""
 
 
 def failures(
@@ -76,7 +80,22 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str 
     """None if `pruned` and `masked` agree on `inputs`, else what is wrong.
 
     The tolerance is relative to what the cut changes: a wrong index map is an error of that size, rounding is not.
+    Where an output almost cancels out, on one row of a single number for example, rounding is all that is left of it:
+    a small difference is looked at again in float64.
     """
+    wrong, distance = _difference(model, inputs, keep)
+    if wrong is None or not distance <= _ROUNDING:
+        return wrong
+    try:
+        exact = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+        again, distance = _difference(copied(model).double(), exact, keep)
+    except Exception:  # code that does not run in float64 says nothing, and the first verdict holds
+        return wrong
+    return wrong if math.isinf(distance) else again
+
+
+def _difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> tuple[str | None, float]:
+    """What is wrong, and by how much the outputs differ; infinitely where they cannot be compared."""
     with plain_eval(model):
         dense = _outputs(model, inputs)
         mask = _outputs(masked(model, keep), inputs)
@@ -87,21 +106,23 @@ def difference(model: nn.Module, inputs: tuple[Tensor, ...], keep: Keep) -> str 
             return (
                 f"the model does not run with fewer of these channels ({type(error).__name__}: {text[:160]}): its code "
                 "counts on their number; to prune them it would have to read it off the layers"
-            )
+            ), math.inf
     if len(small) != len(mask) or any(a.shape != b.shape for a, b in zip(small, mask, strict=True)):
-        return "the model's output has another shape with fewer of these channels"
+        return "the model's output has another shape with fewer of these channels", math.inf
+    furthest, wrong = 0.0, None
     for whole, expected, found in zip(dense, mask, small, strict=True):
         if not torch.isfinite(whole).all():
             raise StageError("the model's output is NaN or infinite: check its weights and the scale of the data")
         scale = float((expected - whole).abs().max()) if whole.numel() else 0.0
         size = float(expected.abs().max()) if whole.numel() else 0.0
         distance = float((found - expected).abs().max()) if whole.numel() else 0.0
-        if not distance <= 1e-3 * scale + 1e-6 * size:
-            return (
+        if not distance <= 1e-3 * scale + 1e-6 * size and not distance <= furthest:
+            furthest = distance
+            wrong = (
                 f"the narrowed model differs from the masked one by {distance:.2g}: an operation between its layers "
                 "depends on the number or the order of these channels"
             )
-    return None
+    return wrong, furthest
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from .apart import Care, EndedError, looked_into
 from .axes import is_convolution, is_mixing
 from .coupling import Union, joined
 from .equivalence import fails_in_training, failures, probe
-from .flow import OUTPUT, Axis, Flow
+from .flow import OF_ONE_TENSOR, OUTPUT, Axis, Columns, Flow
 from .groups import ChannelGroup, Channels
 from .repairs import merge_partners, odd_half, with_counts
 from .residual import streams
@@ -109,19 +109,20 @@ def _unfit_for_training(
     return {} if reason is None else dict.fromkeys(kept, reason)
 
 
-def find_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
+def find_outputs(model: nn.Module, inputs: tuple[Tensor, ...], columns: Columns = OF_ONE_TENSOR) -> Channels:
     """The columns of the model's output as the units of one group, in order: one per class.
 
     Args:
-        model: unchanged afterwards; returns logits [N, classes].
+        model: unchanged afterwards; returns logits [N, classes], or what `columns` says.
         inputs: one row, positional.
+        columns: of the classes.
 
     Raises:
         StageError: the model does not run on the inputs, or its columns cannot be told apart.
     """
     with untouched(model):
         try:
-            return looked_into(model, lambda care: _found_outputs(model, inputs, care))
+            return looked_into(model, lambda care: _found_outputs(model, inputs, care, columns))
         except EndedError as ended:
             raise StageError(
                 f"the model cannot be specialised to some of its classes: compiled code of another library {ended.how} "
@@ -129,13 +130,15 @@ def find_outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> Channels:
             ) from ended
 
 
-def _found_outputs(model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> Channels:
-    flow = trace(model, inputs, care)
+def _found_outputs(model: nn.Module, inputs: tuple[Tensor, ...], care: Care, columns: Columns) -> Channels:
+    flow = trace(model, inputs, care, columns)
     if OUTPUT not in flow.widths:
-        raise StageError("the model returns no tensor [N, classes], so it cannot be specialised: return the logits")
+        raise StageError(
+            "the model returns no tensor with a column for each class, so it cannot be specialised: return the logits"
+        )
     union, frozen = joined(model, flow, outputs=False)
     reasons = {union.root(slot): reason for slot, reason in frozen.items()}
-    roots = [union.root(union.start[OUTPUT] + column) for column in range(flow.widths[OUTPUT])]
+    roots = [union.root(union.start[OUTPUT] + column) for column in range(columns.first, flow.widths[OUTPUT])]
     found: dict[int, dict[Axis, list[int]]] = {root: {} for root in roots}
     for axis, size in flow.widths.items():
         for channel in range(size if axis != OUTPUT else 0):

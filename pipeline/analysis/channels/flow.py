@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -12,7 +13,26 @@ from .apart import Care
 Axis: TypeAlias = tuple[str, str]
 """(layer path, ``in`` | ``out``) or (name of a plain parameter or buffer, dimension as text)."""
 OUTPUT: Axis = ("", "columns")
-"""The columns of what the model returns, if that is one tensor [N, columns]; read like a layer's input."""
+"""The columns of what the model answers, see `Columns`; read like a layer's input."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the columns of what a model returns lie: one number for each class at every place.
+
+    Attributes:
+        axis: that they lie along, of a float tensor [N, ...].
+        of: the tensor in what the model returns; None if there is none.
+        first: number of other columns before them.
+    """
+
+    axis: int = 1
+    of: Callable[[Any], Tensor | None] = field(default=lambda output: output if isinstance(output, Tensor) else None)
+    first: int = 0
+
+
+OF_ONE_TENSOR = Columns()
+"""Logits [N, classes, ...]."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ names of autograd nodes, does not end on swin_t and fails on shufflenet_v2; this
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from ...errors import StageError
 from .apart import Care, ForeignCodeError
 from .axes import Side, channel_dim, has_own_forward, is_depthwise, is_following, is_mixing, width
 from .decisions import Decisions, cleaned, is_marked, marked_if_float
-from .flow import OUTPUT, Axis, Call, Flow
+from .flow import OUTPUT, Axis, Call, Columns, Flow
 from .modes import BufferStates, hooked, plain_eval
 from .own_forward import follow_own
 from .plain_tensors import drop_single_rows, plain_tensors
@@ -37,7 +38,10 @@ _TRAINING_RUNS = 3
 class Tracer:
     """Runs a model with marked channels. Use it once, through `trace`."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Tensor, ...], care: Care, columns: Columns | None = None
+    ) -> None:
+        self.columns = columns
         self.model = model
         self.inputs = inputs
         self.flow = Flow(care=care)
@@ -150,9 +154,13 @@ class Tracer:
                 f"the model's forward failed on inputs of shapes {shapes} while its channels were followed: "
                 f"{type(error).__name__}: {error}; it must take the task's inputs positionally and run on one row"
             ) from error
-        if isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2:
-            self.flow.widths[OUTPUT] = output.shape[1]
-            self._seen[OUTPUT] = torch.isnan(output).any(dim=0)
+        columns = self.columns or Columns()
+        answer = columns.of(output)
+        most = 2 if self.columns is None else math.inf
+        if answer is not None and answer.is_floating_point() and 2 <= answer.dim() <= most:
+            across = answer.movedim(columns.axis, 0)
+            self.flow.widths[OUTPUT] = len(across)
+            self._seen[OUTPUT] = torch.isnan(across).flatten(1).any(dim=1)
         return any(
             bool(torch.isnan(t).any()) for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()
         )
@@ -438,16 +446,17 @@ def _apart(sources: list[Axis], reach: Mapping[Axis, Mapping[Axis, Tensor]]) -> 
     return [members for members, _ in rounds]
 
 
-def trace(model: nn.Module, inputs: tuple[Tensor, ...], care: Care) -> Flow:
+def trace(model: nn.Module, inputs: tuple[Tensor, ...], care: Care, columns: Columns | None = None) -> Flow:
     """Follows the channels of every layer of `model`; the model is unchanged afterwards.
 
     Args:
         model: called positionally with `inputs`, in eval mode.
         inputs: one row.
         care: see `apart.looked_into`.
+        columns: of the answer that are followed; None: those of one tensor [N, columns].
 
     Raises:
         StageError: the model does not run on them.
         ForeignCodeError: it runs code of other libraries, and is not apart.
     """
-    return Tracer(model, inputs, care).trace()
+    return Tracer(model, inputs, care, columns).trace()

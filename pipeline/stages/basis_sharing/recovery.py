@@ -15,13 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from edgewright.export.source import answers_of
 from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear, SharedBasis
 
 from ...analysis.layers import replace_module
 from ...errors import StageError
 from ...stage import Context, Json, StageConfig, State
-from ...task import Split, Task, split_of
-from ...training.distillation import Distillation
+from ...task import Split, Task, named_outputs, split_of
+from ...training.distillation import Answered, Distillation
 from ...training.optimizer_state import optimizer_state, restore_optimizer
 
 
@@ -42,7 +43,8 @@ class RecoveryConfig(StageConfig):
     """Largest norm of the gradient."""
     distillation: float = Field(default=0.5, ge=0.0, le=1.0)
     """Share of the loss that is the distance to the dense model's answer; the rest is the task's own. Over classes or
-    tokens it is the divergence of the prediction, for other outputs the mean squared error over their variance."""
+    tokens it is the divergence of the prediction (where several classes may be right of each one's own), for other
+    outputs the mean squared error over their variance; of several outputs the mean."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products; weights and their sums stay float32. bf16 pays where the processor multiplies it."""
     save_every: int = Field(default=20, ge=1)
@@ -140,10 +142,12 @@ def _train(
     # no dropout, and statistics of normalisations stay: the teacher is matched as it answers
     ready, stepper = accelerator.prepare(model.to(device).eval(), optimizer)
 
-    def answer(network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    specs = answers_of(task)
+
+    def answer(network: nn.Module, inputs: tuple[Tensor, ...]) -> Answered:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            found: Tensor = network(*inputs)
-        return found.float()
+            found: Answered = named_outputs(network(*inputs), specs)
+        return found.float() if isinstance(found, Tensor) else {name: one.float() for name, one in found.items()}
 
     distil: Distillation | None = None
     if teacher is not None and config.distillation > 0.0:

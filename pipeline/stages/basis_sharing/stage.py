@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgewright.edge_runtime.answers.table import kind_of
+from edgewright.export.source import Answering, answers_of
 from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv2d, FactorizedLinear, SharedBasis
 from edgewright.models.sources.module_state import copied
 
 from ...analysis.layers import discover, replace_module
 from ...errors import CheckpointError, RecipeError
-from ...metric import within
+from ...metric import Score, within
+from ...quality_drop import measured_drop
 from ...stage import Context, Edit, ExpectedMacs, Json, Requirement, Stage, StageResult, State
 from ...task import SplitName, Task, split_of
 from ...training.evaluation import evaluate
@@ -44,18 +47,26 @@ def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
     """
     if config.recovery is not None:
         check_packages(config.recovery)
-    if config.gradient_labels == "sampled" and config.whitening in ("fisher", "two_sided"):
-        targets = split_of(task, "calibration", needed_by="basis_sharing").batch([0]).targets
-        if targets.is_floating_point():
-            raise RecipeError(
-                f"basis_sharing.gradient_labels is sampled, and the targets of the task {task.name!r} are no classes "
-                "that could be drawn from a softmax: set it to data"
-            )
+    drawn = config.gradient_labels == "sampled" and config.whitening in ("fisher", "two_sided")
+    if drawn and not _can_be_drawn(task):
+        raise RecipeError(
+            f"basis_sharing.gradient_labels is sampled, and the targets of the task {task.name!r} are no classes "
+            "that could be drawn from a softmax: set it to data"
+        )
     ranks = list(config.rank) if isinstance(config.rank, dict) else []
     if config.layers.include or config.layers.exclude or ranks:
         split = split_of(task, "calibration", needed_by="basis_sharing")
         graph = discover(model, split.batch(range(min(2, len(split)))).inputs)
         check_patterns(graph, config.layers.include, config.layers.exclude, ranks, config.min_width)
+
+
+def _can_be_drawn(task: Task) -> bool:
+    """Whether targets can be drawn from a softmax of what the model answers."""
+    if isinstance(task, Answering):
+        specs = answers_of(task)
+        return len(specs) == 1 and kind_of(specs[0]).one_is_right
+    targets = split_of(task, "calibration", needed_by="basis_sharing").batch([0]).targets
+    return not targets.is_floating_point()
 
 
 def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Context) -> StageResult:
@@ -72,10 +83,10 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
             split_of(task, "train", needed_by=f"{key} of basis_sharing")
     taught = config.recovery is not None and config.recovery.distillation > 0.0
     original = copied(model) if taught or config.max_drop is not None else None
-    before = 0.0
+    before: Score | None = None
     if config.max_drop is not None:
         split_of(task, "validation", needed_by="max_drop of basis_sharing")
-        before = evaluate(model, task, "validation", context.device).value
+        before = evaluate(model, task, "validation", context.device)
     saved = context.load("factorized")
     if saved is None:
         outcome = fit_factors(model, task, config, context)
@@ -94,15 +105,17 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
         metrics["finetune"] = train_model(model, task, config.finetune, context, name="finetune")
     artifacts = {k: v for k, v in outcome.tensors.items() if k.endswith(".spectrum")}
     groups = outcome.data["groups"]
-    if config.max_drop is not None and original is not None:
-        after = evaluate(model, task, "validation", context.device).value
-        metrics |= {"quality_before": before, "quality_after": after}
-        if not within(task.metric, before, after, config.max_drop):
+    if config.max_drop is not None and original is not None and before is not None:
+        after = evaluate(model, task, "validation", context.device)
+        metrics |= {"quality_before": before.value, "quality_after": after.value}
+        if not within(task.metric, before.value, after.value, config.max_drop):
             model, groups = original, []
             metrics["rolled_back"] = True
+            fell = measured_drop(task.metric, before, after)
             notes = [
-                f"rolled back: validation {task.metric.name} fell from {before:.4f} to {after:.4f}, more than "
-                f"max_drop {config.max_drop}; the model is unchanged: lower ratio, or allow (more) finetune epochs"
+                f"rolled back: validation {task.metric.name} fell from {before.value:.4f} to {after.value:.4f}{fell}, "
+                f"more than max_drop {config.max_drop}; the model is unchanged: lower ratio, or allow (more) finetune "
+                "epochs"
             ]
     edit = Edit("basis_sharing", {"groups": groups})
     return StageResult(model.to("cpu").eval(), edit, metrics, artifacts, tuple(notes))

@@ -128,7 +128,8 @@ class ClassAwarePruningConfig(StageConfig):
     score_split: Literal["train", "calibration"] = "calibration"
     """Where the images for the scores come from; they are never augmented."""
     images_per_class: int = Field(default=10, ge=1)
-    """Images per class for the scores, or as many as there are; ten times as many in all without classes."""
+    """Images per class for the scores, or as many as there are; ten times as many in all without classes. An image that
+    shows several classes is one of each, and counts there with that class's part of the loss."""
     score_batch_size: int = Field(default=64, ge=1)
     """Images per forward and backward pass of scoring; does not change the scores."""
     agg: Literal["sum_then_max", "max_then_sum"] = "sum_then_max"
@@ -139,7 +140,7 @@ class ClassAwarePruningConfig(StageConfig):
     """`relative`: `tau` times the sample's mean over the layer. `auto`: relative for layers whose outputs are never
     exactly without effect, as behind SiLU and GELU (with 0.3 if `tau` is 0), absolute for the others."""
     only_correct: bool = False
-    """Count only images that the model classifies correctly."""
+    """Count only images that the model classifies correctly; for tasks whose rows are of one class."""
     lambda1: float = Field(default=1e-4, ge=0.0)
     """Weight of the L1 norm of all parameters in `prepare` and `retrain`."""
     lambda_o: float = Field(default=1e-2, ge=0.0)
@@ -156,7 +157,7 @@ class ClassAwarePruningConfig(StageConfig):
     """Validation accuracy may fall by this (0.01 is one point) below the given model's; an iteration that falls further
     is undone and is the last."""
     max_worst_class_drop: float | None = Field(default=None, ge=0.0, le=1.0)
-    """The same limit for the worst class' validation accuracy; None sets none."""
+    """The same limit for the worst class' validation accuracy, where each row is of one class; None sets none."""
     max_iterations: int = Field(default=50, ge=1)
     """Iterations at most."""
 
@@ -174,11 +175,11 @@ class ClassAwarePruningConfig(StageConfig):
         # a layer of fewer than four coarse steps would have next to no choice left
         return coarse if filters >= 4 * coarse else fine
 
-    def criterion_name(self, labels: Sequence[str]) -> str:
+    def criterion_name(self, classes: Sequence[str]) -> str:
         """The criterion that `auto` stands for on a task with these classes, or the one that was named."""
         if self.criterion != "auto":
             return self.criterion
-        if not labels:
+        if not classes:
             return _WITHOUT_CLASSES
         return "class_count" if self.target is None else "class_coverage_fpgm"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...metric import Score, within
+from ...quality_drop import measured_drop
 from ...task import Task
 from .config import ClassAwarePruningConfig
 
@@ -17,7 +18,7 @@ def broken_floor(task: Task, baseline: Score, quality: Score, config: ClassAware
         config: `max_drop` and `max_worst_class_drop`.
     """
     if not within(task.metric, baseline.value, quality.value, config.max_drop):
-        return f"{task.metric.name} below the floor"
+        return f"{task.metric.name} below the floor{measured_drop(task.metric, baseline, quality)}"
     before, after = baseline.worst_class_accuracy, quality.worst_class_accuracy
     worst = config.max_worst_class_drop
     if worst is None or before is None or after is None or after >= before - worst - 1e-9:

@@ -12,6 +12,7 @@ from ...analysis.channels.groups import Channels
 from ...analysis.cost import Cost, count
 from ...metric import Score
 from ...stage import Edit, Json, StageResult
+from ...task import names_of_classes
 from .config import CPU_STEP
 from .iterations import Progress
 from .selection import Selection
@@ -75,14 +76,15 @@ def result_of(setup: Setup, progress: Progress, quality: Score) -> StageResult:
 
 def _notes(setup: Setup, progress: Progress, cost: Cost) -> list[str]:
     notes, target, reduction = [], setup.config.target, 1.0 - cost.macs / setup.dense.macs
-    if not setup.task.labels and setup.config.criterion == "auto":
+    names = names_of_classes(setup.task)
+    if not names and setup.config.criterion == "auto":
         notes.append(
             f"the task {setup.task.name!r} has no classes to be aware of: filters were scored by "
             f"{setup.criterion.name}, what each changes in the task's own loss; `criterion` names another"
         )
     if setup.classes:
         notes.append(
-            f"from here on the task has {len(setup.task.labels)} classes ({', '.join(setup.task.labels)}): this and "
+            f"from here on the task has {len(names)} classes ({', '.join(names)}): this and "
             "later steps are judged on their samples only"
         )
     short = target is not None and reduction < target - 0.005
@@ -129,7 +131,7 @@ def _metrics(setup: Setup, progress: Progress, quality: Score, cost: Cost) -> di
         "criterion": setup.criterion.name,
         "mode": setup.config.mode if target is None else f"target ({setup.config.allocation})",
         "stopped": progress.stopped,
-        "classes": list(setup.task.labels) if setup.classes else None,
+        "classes": list(names_of_classes(setup.task)) if setup.classes else None,
         "baseline_accuracy": setup.baseline.accuracy,
         "baseline_worst_class_accuracy": setup.baseline.worst_class_accuracy,
         "accuracy": quality.accuracy,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from ...analysis.channels.modes import hooked, plain_eval
 from ...errors import StageError
 from ...stage import Context
 from ...task import Batch, Split
+from .scored_samples import Effect, ScoredSamples
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ RELATIVE_TAU = 0.3
 """With `auto` and no `tau`, for layers that are never silent. With it the mean count of SiLU and GELU networks is that
 of ReLU networks; the 1e-3 of METHODS §1.3 still counts every filter for every class (both measured)."""
 _PROBED_ROWS = 4
-_CLASSES_OF_NONE = 10
-"""So many times `images_per_class` samples are looked at where the task has no classes."""
-
-Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Mean loss of outputs [N, ...] and targets [N, ...], scalar."""
 
 _SILENT_SHARE = 1e-3
 
@@ -47,11 +42,13 @@ _SILENT_SHARE = 1e-3
 class FilterStatistics:
     """Of one layer with F filters, over C classes; float32, CPU. A task without classes counts as one.
 
-    With A the layer's output, G the gradient of a sample's loss at it, cross entropy where there are classes:
+    With A the layer's output, G the gradient at it of a sample's loss: cross entropy where a row is of one class, the
+    class's part of the task's loss where a sample shows several.
 
     Attributes:
         class_count: [F], in how many classes the filter matters at its best position; 0 ... C.
-        per_class: [C, F], share of the class's images in which it matters, at its best position.
+        per_class: [C, F], share of the class's images in which it matters, at its best position; classes that no
+            sample shows are left out.
         taylor: [C, F], mean over the images of ``|sum over positions of A * G|``.
         fisher: [C, F], mean over the images of ``(sum over positions of A * G) ** 2``.
         relative_tau: share of the layer's mean that counts as 0; None if `tau` was absolute.
@@ -62,45 +59,6 @@ class FilterStatistics:
     taylor: Tensor
     fisher: Tensor
     relative_tau: float | None = None
-
-
-def logit_gradients(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of each sample's own cross entropy at its logits, as direction and size.
-
-    A sample so confident that its gradient is exactly 0 in float32 would vanish from every count and take its class
-    along, so the direction is then that of the target logit, of size 0. Directions are scaled to largest entry 1 lest
-    the gradient of an almost confident sample underflows on its way back.
-
-    Args:
-        logits: float32 [N, C].
-        targets: int64 [N].
-
-    Returns:
-        directions [N, C] and sizes [N]; the gradient is their product.
-    """
-    onehot = nn.functional.one_hot(targets, logits.shape[1]).to(logits.dtype)
-    gradient = torch.softmax(logits.detach(), dim=1) - onehot
-    size = gradient.abs().amax(dim=1)
-    direction = torch.where(size[:, None] > 0, gradient / size.clamp_min(torch.finfo(size.dtype).tiny)[:, None], onehot)
-    return direction, size
-
-
-def loss_gradients(loss: Loss, output: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of each sample's loss at its output, as direction and size like `logit_gradients`.
-
-    Args:
-        loss: a mean over the samples, so N times its gradient is that of each.
-        output: [N, ...].
-        targets: [N, ...].
-
-    Returns:
-        directions [N, ...] of largest entry 1, or 0 where there is no gradient, and sizes [N].
-    """
-    leaf = output.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf, targets) * len(output), leaf)
-    size = gradient.abs().flatten(1).amax(dim=1) if gradient.dim() > 1 else gradient.abs()
-    scale = size.clamp_min(torch.finfo(size.dtype).tiny).view(-1, *[1] * (gradient.dim() - 1))
-    return gradient / scale, size
 
 
 class _Tally:
@@ -163,27 +121,24 @@ class _Tally:
 def collect(
     model: nn.Module,
     layers: Sequence[str],
-    split: Split,
-    labels: Sequence[str],
+    samples: ScoredSamples,
     settings: ScoringSettings,
     context: Context,
-    loss: Loss | None = None,
 ) -> dict[str, FilterStatistics]:
     """Statistics of every filter of `layers`, in eval mode and float32, without changing the model.
 
     One class after the other; never holds feature maps of more than one batch.
 
     Args:
-        model: takes the split's inputs positionally and returns logits [N, C], any output [N, ...] without classes.
+        model: takes the samples' inputs positionally and returns what the task's answers say, logits [N, C] where each
+            row is of one class.
         layers: paths of convolutions and linear layers.
-        split: has at least one sample of every class.
-        labels: names of the classes; none: all samples are one class.
+        samples: and with which loss they are scored.
         settings: see there.
         context: device, generator of the choice of images, progress.
-        loss: of the task, whose gradients are taken where there are no classes.
 
     Raises:
-        StageError: the model is not float32, returns no logits, or a score is not finite.
+        StageError: the model is not float32, returns something else, or a score is not finite.
     """
     wrong = [
         name
@@ -198,25 +153,23 @@ def collect(
     device = context.device
     model.to(device)
     recorder = _Recorder(model, layers)
-    gradients = logit_gradients if labels or loss is None else partial(loss_gradients, loss)
+    split = samples.split
     at_once = min(settings.batch_size, getattr(split, "largest_batch", settings.batch_size))
-    everything = range(max(1, len(labels)))
     handles = recorder.handles()
     with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-        never = _never_silent(recorder, split, len(labels), device) if labels else frozenset[str]()
+        never = _never_silent(recorder, samples, device) if samples.names else frozenset[str]()
         tallies = {path: _Tally(settings, path in never) for path in layers}
-        for label in context.progress.track(everything, "scoring classes" if labels else "scoring", len(everything)):
-            chosen = _choose(split, label if labels else None, settings.images_per_class, context)
+        text = "scoring classes" if samples.names else "scoring"
+        for label in context.progress.track(samples.classes, text, len(samples.classes)):
+            chosen = samples.chosen(label, settings.images_per_class, context)
             wanted = _correct(model, split, chosen, settings, device) if settings.only_correct else None
             for start in range(0, len(chosen), at_once):
                 part = slice(start, start + at_once)
                 batch = split.batch(chosen[part]).to(device)
-                logits = recorder.run(batch)
-                _check_logits(logits, len(batch.targets), len(labels))
-                direction, size = gradients(logits, batch.targets)
+                effect = samples.gradients(recorder.run(batch), batch.targets, label)
                 counted = None if wanted is None else wanted[part].to(device)
-                for path, product in recorder.products(logits, direction):
-                    tallies[path].add(product, size, counted, path)
+                for path, product in recorder.products(effect):
+                    tallies[path].add(product, effect.size, counted, path)
             images = len(chosen) if wanted is None else int(wanted.sum())
             for tally in tallies.values():
                 tally.finish_class(images)
@@ -253,11 +206,12 @@ class _Recorder:
         """After a run: from now on copies only the outputs that somebody overwrote."""
         self.copied = {path for path, calls in self.handed_on.items() if any(tensor._version for tensor in calls)}
 
-    def products(self, logits: Tensor, direction: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Per layer ``A * G`` [N, F, positions of all calls], G for the gradient `direction` at the logits."""
-        rows = len(logits)
+    def products(self, effect: Effect) -> Iterator[tuple[str, Tensor]]:
+        """Per layer ``A * G`` [N, F, positions of all calls], G for the direction of `effect` at the model's output."""
+        rows = len(effect.size)
         flat = [tensor for calls in self.outputs.values() for tensor in calls]
-        gradients = iter(torch.autograd.grad(logits, flat, grad_outputs=direction, allow_unused=True))
+        found = torch.autograd.grad(effect.outputs, flat, grad_outputs=effect.directions, allow_unused=True)
+        gradients = iter(found)
         for path, calls in self.outputs.items():
             parts = []
             for tensor in calls:
@@ -297,33 +251,22 @@ def _by_filter(product: Tensor, dim: int, rows: int) -> Tensor:
     return last.reshape(rows, -1, last.shape[-1]).transpose(1, 2)
 
 
-def _never_silent(recorder: _Recorder, split: Split, classes: int, device: torch.device) -> frozenset[str]:
+def _never_silent(recorder: _Recorder, samples: ScoredSamples, device: torch.device) -> frozenset[str]:
     """Layers of which no output is without effect on a few rows: no ReLU behind them.
 
     Looked at before anything is counted and row by row, so that the answer does not depend on the batch size.
     """
     silent: dict[str, int] = {}
     total: dict[str, int] = {}
+    split = samples.split
     for row in sorted({i * (len(split) - 1) // (_PROBED_ROWS - 1) for i in range(_PROBED_ROWS)}):
         batch = split.batch([row]).to(device)
-        logits = recorder.run(batch)
-        _check_logits(logits, len(batch.targets), classes)
-        direction, _ = logit_gradients(logits, batch.targets)
-        for path, product in recorder.products(logits, direction):
+        effect = samples.gradients(recorder.run(batch), batch.targets, None)
+        for path, product in recorder.products(effect):
             silent[path] = silent.get(path, 0) + int((product == 0).sum())
             total[path] = total.get(path, 0) + product.numel()
         recorder.stop_needless_copies()
     return frozenset(path for path, count in total.items() if silent[path] < _SILENT_SHARE * count)
-
-
-def _choose(split: Split, label: int | None, most: int, context: Context) -> Tensor:
-    """Rows of the class `label`, at most `most`; ten times as many of all rows without classes."""
-    if label is None:
-        rows, most, name = torch.arange(len(split)), _CLASSES_OF_NONE * most, -1
-    else:
-        rows, name = (split.targets == label).nonzero().flatten(), label
-    order = torch.randperm(len(rows), generator=context.generator("scoring images", name))
-    return rows[order[:most]].sort().values
 
 
 @torch.no_grad()
@@ -335,11 +278,3 @@ def _correct(model: nn.Module, split: Split, chosen: Tensor, settings: ScoringSe
         right.append((model(*batch.inputs).argmax(dim=1) == batch.targets).cpu())
     found = torch.cat(right)
     return found if bool(found.any()) else torch.ones_like(found)
-
-
-def _check_logits(logits: Any, rows: int, classes: int) -> None:
-    if not isinstance(logits, Tensor) or (classes and tuple(logits.shape) != (rows, classes)):
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise StageError(f"the model returns {shape} where logits ({rows}, {classes}) are needed for scores per class")
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise StageError(f"the model computes in {logits.dtype}: class counts need float32, remove its autocast")

@@ -8,17 +8,19 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from edgewright.export.source import answers_of
+
 from ...analysis.channels import surgery
 from ...analysis.channels.attention import open_attention
 from ...analysis.channels.finding import find_channels
 from ...analysis.channels.groups import Channels
-from ...analysis.channels.specialising import class_cut
+from ...analysis.channels.specialising import class_columns, class_cut
 from ...analysis.cost import Cost, count
 from ...errors import RecipeError, StageError
 from ...metric import Score
 from ...stage import Context
-from ...task import Task, check_classes, split_of
-from ...tasks.class_subset import ClassSubset, class_indices
+from ...task import Task, check_classes, names_of_classes, split_of
+from ...tasks.class_subset import class_indices, restricted
 from ...training.evaluation import evaluate
 from .config import ClassAwarePruningConfig
 from .criteria import CRITERIA
@@ -74,15 +76,16 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
         StageError: nothing can be pruned (with a reason per layer), or the target is out of reach.
     """
     check_kind(task, config)
-    chosen = class_indices(task.labels, config.classes, asked_by=f"stage {NAME!r}") if config.classes else ()
-    specialise = 0 < len(chosen) < len(task.labels)
-    task = ClassSubset(task, chosen) if specialise else task
+    names, by = names_of_classes(task), f"stage {NAME!r}"
+    chosen = class_indices(names, config.classes, asked_by=by) if config.classes else ()
+    specialise = 0 < len(chosen) < len(names)
+    task = restricted(task, config.classes, asked_by=by)
     if scores_each_class(config, task):
         check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
     model.to("cpu").eval()
     inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
     opened = open_attention(model, inputs, config.exclude)
-    classes = class_cut(model, inputs, chosen) if specialise else {}
+    classes = class_cut(model, inputs, chosen, class_columns(answers_of(task))) if specialise else {}
     base = surgery.pruned(model, classes) if classes else model
     channels = _prunable(base, inputs, config)
     baseline = evaluate(base, task, "validation", context.device)
@@ -109,12 +112,19 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
 
 def criterion_of(config: ClassAwarePruningConfig, task: Task) -> Criterion:
     """The criterion that the recipe names, or what its `auto` is on this task."""
-    return CRITERIA[config.criterion_name(task.labels)]
+    return CRITERIA[config.criterion_name(names_of_classes(task))]
 
 
 def scores_each_class(config: ClassAwarePruningConfig, task: Task) -> bool:
-    """Whether every class needs samples: where there are classes, and filters are scored on samples at all."""
-    return bool(task.labels) and (criterion_of(config, task).needs_statistics or config.needs_loss)
+    """Whether every class needs samples: where there are classes, and filters are scored on samples at all.
+
+    Of the classes that samples show, some may be so rare that a split shows none; the criteria that do not weigh
+    classes against each other do without them.
+    """
+    criterion = criterion_of(config, task)
+    if not task.labels:
+        return criterion.needs_classes and bool(names_of_classes(task))
+    return criterion.needs_statistics or config.needs_loss
 
 
 def check_kind(task: Task, config: ClassAwarePruningConfig) -> None:
@@ -125,17 +135,25 @@ def check_kind(task: Task, config: ClassAwarePruningConfig) -> None:
     """
     if task.labels:
         return
-    without = f"the task {task.name!r} has no classes (no labels)"
-    if CRITERIA[config.criterion_name(())].needs_classes:
+    shown = names_of_classes(task)
+    without = f"the task {task.name!r} has no classes"
+    if CRITERIA[config.criterion_name(shown)].needs_classes and not shown:
         able = ", ".join(name for name, criterion in CRITERIA.items() if not criterion.needs_classes)
         raise RecipeError(
             f"{NAME}.criterion is {config.criterion}, which weighs classes against each other, and {without}: choose "
             f"one that needs none ({able}), or leave it out, which then "
             f"is {ClassAwarePruningConfig().criterion_name(())}"
         )
-    for field in ("classes", "only_correct", "max_worst_class_drop"):
-        if getattr(config, field) != type(config).model_fields[field].default:
-            raise RecipeError(f"{NAME}.{field} speaks of classes, and {without}: leave it out")
+    for field in (
+        ("only_correct", "max_worst_class_drop") if shown else ("classes", "only_correct", "max_worst_class_drop")
+    ):
+        if getattr(config, field) == type(config).model_fields[field].default:
+            continue
+        if shown:
+            without = f"a sample of the task {task.name!r} shows any number of them"
+        raise RecipeError(
+            f"{NAME}.{field} speaks of classes{' that rows are one of' if shown else ''}, and {without}: leave it out"
+        )
 
 
 def unprunable(refused: Mapping[str, str]) -> str:

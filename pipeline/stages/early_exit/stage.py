@@ -24,6 +24,7 @@ from edgewright.models.layers.multi_exit import HeadSpec, MultiExit
 
 from ...errors import RecipeError, StageError
 from ...metric import Answer, Score, within
+from ...quality_drop import measured_drop
 from ...stage import Context, Edit, Json, Requirement, Stage, StageResult
 from ...task import Split, Task, batches, check_classes, split_of
 from .analysis import analyse_logits
@@ -253,12 +254,12 @@ def _train(
 ) -> tuple[dict[str, Json], float, tuple[str, ...]]:
     """Trains as configured; returns the log, the accuracy of the network as it was given, and notes."""
     validation = split_of(task, "validation", needed_by="early_exit")
-    given = _end(task, collect_logits(model, validation, context.device), validation.targets).value
+    given = _end(task, collect_logits(model, validation, context.device), validation.targets)
     log: dict[str, Json] = {}
     if config.freeze_backbone or config.head_epochs:
         log["heads"] = train_heads(model, task, config, context, augment=config.freeze_backbone)
     if config.freeze_backbone:
-        return log, given, ("the network itself is unchanged, the heads alone were trained",)
+        return log, given.value, ("the network itself is unchanged, the heads alone were trained",)
     kept = {key: value.clone() for key, value in model.state_dict().items()}
     try:
         log["joint"] = train_jointly(model, task, config, context)
@@ -269,12 +270,12 @@ def _train(
     else:
         damage = _damage(model, task, given, config, context)
     if damage is None or not config.head_epochs:
-        return log, given, ()
+        return log, given.value, ()
     model.load_state_dict(kept)
     model.to("cpu").eval()
     return (
         log,
-        given,
+        given.value,
         (
             f"{damage}; joint training was undone and the heads trained alone are kept: set freeze_backbone, or lower "
             "training.learning_rate",
@@ -282,18 +283,18 @@ def _train(
     )
 
 
-def _damage(model: MultiExit, task: Task, given: float, config: EarlyExitConfig, context: Context) -> str | None:
+def _damage(model: MultiExit, task: Task, given: Score, config: EarlyExitConfig, context: Context) -> str | None:
     """What joint training has broken, or None."""
     validation = split_of(task, "validation", needed_by="early_exit")
     logits = collect_logits(model, validation, context.device)
     if not all(torch.isfinite(x).all() for x in logits):
         return "joint training left logits that are not finite"
-    after = _end(task, logits, validation.targets).value
-    if config.max_backbone_drop is None or within(task.metric, given, after, config.max_backbone_drop):
+    after = _end(task, logits, validation.targets)
+    if config.max_backbone_drop is None or within(task.metric, given.value, after.value, config.max_backbone_drop):
         return None
     return (
-        f"joint training took the network's own validation {task.metric.name} from {given:.4f} to {after:.4f}, "
-        "more than max_backbone_drop allows"
+        f"joint training took the network's own validation {task.metric.name} from {given.value:.4f} to "
+        f"{after.value:.4f}{measured_drop(task.metric, given, after)}, more than max_backbone_drop allows"
     )
 
 

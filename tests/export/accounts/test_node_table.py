@@ -140,7 +140,7 @@ def test_a_step_says_where_the_graph_and_pytorch_count_differently(tmp_path):
     task = tiny_task(rows={"train": 4, "calibration": 4, "validation": 4, "test": 8})
     torch.manual_seed(0)
     model = Recurrent(nn.GRU).eval()
-    row = StepRow(step="gru", stage="train", **measure(model, task, torch.device("cpu")))
+    row = StepRow(step="gru", stage="train", **measure(model, task, torch.device("cpu")).fields)
     result = export_bundle(model, task, tmp_path / "b", ExportOptions(simplify="none"))
     made = Exported(result.path, result.manifest)
     assert made == Exported.found(tmp_path / "b"), "what travels on is what was written"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from edgewright.edge_runtime.bundle.manifest import ExitSpec
+from edgewright.edge_runtime.measure.paired import paired_drop
 from edgewright.pipeline.errors import QualityFloorError
 from edgewright.pipeline.recipe.recipe import Requirements
 from edgewright.pipeline.report.report import _marked, _two_counters, render_html
@@ -27,6 +28,7 @@ from edgewright.pipeline.stages.early_exit.report import section as exits_sectio
 def step(name: str, accuracy: float, macs: float, control: bool = False) -> dict[str, Any]:
     return {
         "step": name,
+        "metric": "accuracy",
         "accuracy": accuracy,
         "worst_class_accuracy": accuracy - 0.1,
         "macs": macs,
@@ -225,3 +227,23 @@ def test_met_requirements_say_nothing() -> None:
 def test_exits_are_required_of_a_model_without_any() -> None:
     with pytest.raises(QualityFloorError, match="the model has no exits"):
         check_requirements(REPORT, Requirements(every_exit=True))
+
+
+def test_a_requirement_that_is_missed_says_how_sure_it_is() -> None:
+    before = np.ones(100, bool)
+    after = before.copy()
+    after[:10] = False
+    report = copy.deepcopy(REPORT)
+    report["summary"] |= {"accuracy_change": -0.1, "accuracy_drop": paired_drop(before, after).to_dict()}
+    with pytest.raises(QualityFloorError, match=r"fell by 0.1000 \(10.00 points \[.*n = 100: worse\), allowed"):
+        check_requirements(report, Requirements(max_accuracy_drop=0.05))
+
+
+def test_the_page_draws_drops_and_reads_reports_that_have_none() -> None:
+    assert "Worse by how much" not in render_html(REPORT)
+    report = copy.deepcopy(REPORT)
+    drop = paired_drop(np.ones(50), np.concatenate([np.zeros(20), np.ones(30)])).to_dict()
+    report["steps"] = [{**row, "drop": drop if row["step"] == "early_exit" else None} for row in report["steps"]]
+    report["summary"] |= {"drop": drop, "accuracy_drop": drop}
+    page = render_html(report)
+    assert "Worse by how much" in page and page.count("40.00 points [") == 2 and "n = 50: worse" in page

@@ -56,6 +56,13 @@ CASES = [
     StageCase("share-values", "basis_sharing", {}, tiny_values, synthetic_regression),
     StageCase("train-map", "train", _SHORT, tiny_map, synthetic_segmentation),
     StageCase("prune-map", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_map, synthetic_segmentation),
+    StageCase(
+        "prune-map-class-count",
+        "class_aware_pruning",
+        {**_HALF, "criterion": "class_count", "tau_mode": "relative", "tau": 0.3},
+        tiny_map,
+        synthetic_segmentation,
+    ),
     StageCase("share-map", "basis_sharing", {}, tiny_map, synthetic_segmentation),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
     StageCase(

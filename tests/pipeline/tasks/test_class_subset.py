@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from edgewright import edge_runtime
 from edgewright.pipeline.analysis.channels.specialising import class_cut
 from edgewright.pipeline.analysis.channels.surgery import pruned
 from edgewright.pipeline.errors import DataError, StageError
+from edgewright.pipeline.metric import IGNORED, Answer
 from edgewright.pipeline.runs.runner import run
 from edgewright.pipeline.tasks.class_subset import ClassSubset, class_indices, restricted
 from edgewright.pipeline.tasks.image_classification import ImageClassification
+from edgewright.pipeline.tasks.segmentation import Segmentation
 
 
 def test_a_subset_has_the_samples_of_its_classes_numbered_anew() -> None:
@@ -120,3 +123,45 @@ def test_a_specialised_run_exports_the_chosen_labels(tmp_path: Path) -> None:
     wrong = [{**prune, "classes": ["label7", 0]}]
     with pytest.raises(DataError, match="no class 'label7'"):
         run(write_recipe(tmp_path, model=model, task=task, stages=wrong), tmp_path / "out")
+
+
+def _maps(first: str) -> Segmentation:
+    maps = torch.tensor([[[0, 1], [2, IGNORED]], [[1, 1], [1, 1]]])
+    return Segmentation({"test": (torch.zeros(2, 1, 2, 2), maps)}, [first, "cat", "dog"])
+
+
+def test_pixels_of_other_classes_are_background_where_there_is_one() -> None:
+    task = restricted(_maps("background"), ["background", "dog"], "x")
+    assert isinstance(task, Segmentation) and task.class_names == ("background", "dog")
+    assert task.splits["test"].batch([0, 1]).targets.tolist() == [[[0, 0], [1, IGNORED]], [[0, 0], [0, 0]]]
+    assert [spec.labels for spec in task.answers] == [("background", "dog")]
+    assert task.provenance["classes"] == ["background", "dog"]
+    assert restricted(_maps("background"), [0, 1, 2], "x").labels == ()
+
+
+def test_pixels_of_other_classes_are_ignored_where_there_is_none() -> None:
+    task = restricted(_maps("sky"), [0, "dog"], "x")
+    split = task.splits["test"]
+    assert len(split) == 1 and len(split.sample_digests) == 1, "a map with nothing left leaves"
+    assert split.targets.tolist() == [[[0, IGNORED], [1, IGNORED]]]
+    logits = torch.randn(1, 2, 2, 2)
+    assert torch.isfinite(task.loss(logits, split.targets))
+    assert task.metric.score([Answer(logits, split.targets)]).rows == 1
+    with pytest.raises(DataError, match="'dog' alone would be left"):
+        restricted(_maps("sky"), ["dog"], "x")
+
+
+def test_a_task_that_says_nothing_about_other_classes_is_not_restricted() -> None:
+    class Shows:
+        name, labels, class_names = "mine", (), ("a", "b")
+
+        def classes_present(self, targets: Tensor) -> Tensor:
+            return targets
+
+        def class_loss(self, output: Tensor, targets: Tensor, index: int) -> Tensor:
+            return output
+
+    task: Any = Shows()
+    with pytest.raises(DataError, match="method `of_classes`"):
+        restricted(task, ["a"], "stage 'x'")
+    assert restricted(task, ["b", 0], "x") is task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgewright.edge_runtime.answers.values import ValuesKind
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.pipeline.task import Batch
-from edgewright.pipeline.training.distillation import Distillation, class_axis, divergence
+from edgewright.pipeline.training.distillation import Distillation, binary_divergence, class_axis, divergence
 
 WHOLE = torch.int64
 
@@ -75,3 +78,43 @@ def test_values_are_compared_in_the_spread_of_the_teachers(unit: float) -> None:
     assert off == pytest.approx(unit**2 / spread, rel=1e-4) and 0.5 < off < 2.0
     alike = torch.full((32, 4), 3.0)
     assert _distance(nn.Identity(), alike, targets, alike + 2.0) == pytest.approx(4.0)
+
+
+def _several(answers: tuple[AnswerSpec, ...], found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    class Split:
+        def __len__(self) -> int:
+            return 8
+
+        def batch(self, rows: Tensor) -> Batch:
+            return Batch((rows,), rows)
+
+    task: Any = SimpleNamespace(labels=(), name="x", input_names=("x",), answers=answers)
+    split: Any = Split()
+    one = len(answers) == 1
+    distil = Distillation(
+        nn.Identity(), task, split, lambda net, x: expected["a"] if one else expected, torch.device("cpu")
+    )
+    return float(distil(found["a"] if one else found, Batch((torch.zeros(8),), torch.zeros(8))))
+
+
+def test_of_several_answers_each_counts_in_its_own_unit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expected = {"a": torch.randn(8, 3, generator=generator), "b": 1000 * torch.randn(8, 2, generator=generator)}
+    found = {"a": expected["a"].flip(1), "b": expected["b"] + 1000}
+    kinds = (AnswerSpec("a", "classes", leaf="a"), AnswerSpec("b", "values", leaf="b"))
+    by_hand = float(divergence(found["a"], expected["a"], 1)), 1000**2 / float(expected["b"].var(correction=0))
+    assert _several(kinds, found, expected) == pytest.approx(sum(by_hand) / 2, rel=1e-4)
+    assert _several(kinds, expected, expected) == 0.0
+    alone = (AnswerSpec("a", "classes"),)
+    assert _several(alone, found, expected) == pytest.approx(by_hand[0], rel=1e-5), "whatever the targets are"
+
+
+def test_where_several_classes_may_be_right_each_is_a_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ValuesKind, "class_axis", 1)
+    expected, found = torch.tensor([[0.0, 3.0], [-2.0, 1.0]]), torch.tensor([[1.0, 3.0], [-2.0, 0.0]])
+    by_hand = 0.0
+    for want, got in zip(expected.flatten().sigmoid().tolist(), found.flatten().sigmoid().tolist(), strict=True):
+        by_hand += (want * math.log(want / got) + (1 - want) * math.log((1 - want) / (1 - got))) / 4
+    spec = (AnswerSpec("a", "values"),)
+    assert _several(spec, {"a": found}, {"a": expected}) == pytest.approx(by_hand, rel=1e-4)
+    assert float(binary_divergence(expected, expected)) == pytest.approx(0.0, abs=1e-7)

@@ -17,15 +17,16 @@ from edgewright.pipeline.analysis.channels.groups import ChannelGroup
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stages.class_aware_pruning.criteria import CRITERIA, ScoredLayer, coupled_weights, unit_scores
 from edgewright.pipeline.stages.class_aware_pruning.loss import modified_loss, orthogonality, penalty
+from edgewright.pipeline.stages.class_aware_pruning.scored_samples import ScoredSamples, logit_gradients
 from edgewright.pipeline.stages.class_aware_pruning.scores import (
     RELATIVE_TAU,
     FilterStatistics,
     ScoringSettings,
     collect,
-    logit_gradients,
 )
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Batch
+from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.training.training import TrainingConfig
 
 LAYERS = ["stem.0", "blocks.0.conv1", "blocks.1.conv1"]
@@ -36,7 +37,7 @@ def scored(
 ) -> dict[str, FilterStatistics]:
     task = tiny_task()
     split = task.splits["calibration"]
-    return collect(model, layers or LAYERS, split, task.labels, settings, FolderContext(tmp_path))
+    return collect(model, layers or LAYERS, ScoredSamples(task, split), settings, FolderContext(tmp_path))
 
 
 def by_hand(model: nn.Module, layer: str, tmp_path: Path, images: int) -> tuple[Tensor, Tensor]:
@@ -208,7 +209,8 @@ def test_inputs_of_several_sizes_are_refused(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     context = FolderContext(tmp_path)
     with pytest.raises(StageError, match="inputs of one size"):
-        collect(model, ["0"], Sizes(), ["a", "b"], ScoringSettings(), context)
+        task = ImageClassification({"calibration": Sizes()}, ["a", "b"])
+        collect(model, ["0"], ScoredSamples(task, task.splits["calibration"]), ScoringSettings(), context)
 
 
 @pytest.mark.parametrize("name", sorted(CRITERIA))

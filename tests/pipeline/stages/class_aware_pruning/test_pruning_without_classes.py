@@ -13,7 +13,8 @@ from unlabelled import Embedding, Regression, network
 from edgewright.pipeline.errors import DataError, RecipeError
 from edgewright.pipeline.stage_registry import stage_named
 from edgewright.pipeline.stages.class_aware_pruning import CRITERIA, STAGE, ClassAwarePruningConfig, fit
-from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect, loss_gradients
+from edgewright.pipeline.stages.class_aware_pruning.scored_samples import ScoredSamples, loss_gradients
+from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import check_classes
 from edgewright.pipeline.tasks.causal_lm import CausalLM
@@ -110,10 +111,10 @@ def test_taylor_is_the_gradient_of_the_tasks_own_loss_sample_by_sample(tmp_path:
         want += (hidden * gradient).abs()[0] / 9
     for size in (1, 4, 64):
         settings = ScoringSettings(images_per_class=1, batch_size=size)
-        found = collect(model, ["0"], split, (), settings, FolderContext(tmp_path), task.loss)["0"]
+        found = collect(model, ["0"], ScoredSamples(task, split), settings, FolderContext(tmp_path))["0"]
         torch.testing.assert_close(found.taylor, want[None], rtol=1e-4, atol=1e-7)
 
 
 def test_a_sample_without_a_gradient_has_no_effect() -> None:
-    direction, size = loss_gradients(lambda x, y: (x - y).square().mean(), torch.ones(2, 3), torch.ones(2, 3))
-    assert float(direction.abs().sum()) == float(size.sum()) == 0.0
+    effect = loss_gradients(lambda x, y: (x - y).square().mean(), torch.ones(2, 3), torch.ones(2, 3))
+    assert float(effect.directions[0].abs().sum()) == float(effect.size.sum()) == 0.0

@@ -1,0 +1,214 @@
+"""Pruning where a sample shows several classes, and where a model answers in several named outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_map, tiny_residual, tiny_task
+from torch import Tensor, nn
+from unlabelled import Rows, SquaredError
+
+from edgewright.edge_runtime.answers.class_map import ClassMapKind
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec
+from edgewright.pipeline.analysis.channels.specialising import class_columns, class_cut
+from edgewright.pipeline.analysis.channels.surgery import pruned
+from edgewright.pipeline.errors import DataError, RecipeError, StageError
+from edgewright.pipeline.stages.class_aware_pruning import STAGE, ClassAwarePruningConfig, fit
+from edgewright.pipeline.stages.class_aware_pruning.scored_samples import ScoredSamples
+from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect
+from edgewright.pipeline.store.context import FolderContext
+from edgewright.pipeline.task import Batch
+from edgewright.pipeline.tasks.segmentation import Segmentation
+from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
+
+NO_TRAINING = {"retrain": {"epochs": 0}, "max_drop": 1.0}
+
+
+def config(**changes: Any) -> ClassAwarePruningConfig:
+    return ClassAwarePruningConfig.model_validate({**NO_TRAINING, **changes})
+
+
+def rare() -> Segmentation:
+    """Three classes, of which calibration shows two."""
+    images = torch.randn(8, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    maps = (images[:, 0] > 0).long()
+    whole = maps.clone()
+    whole[:, 0, 0] = 2
+    return Segmentation(
+        {"train": (images, whole), "calibration": (images + 1, maps), "validation": (images + 2, whole)},
+        ["background", "cat", "dog"],
+    )
+
+
+def test_a_sample_counts_for_every_class_that_it_shows_with_that_classs_part_of_the_loss(tmp_path: Path) -> None:
+    model, task = tiny_map(), synthetic_segmentation(rows=40)
+    split = task.splits["calibration"]
+    present = task.classes_present(split.targets)
+    samples = ScoredSamples(task, split)
+    assert samples.names == ("ground", "disc", "square") and list(samples.classes) == [0, 1, 2]
+    context = FolderContext(tmp_path)
+    settings = ScoringSettings(images_per_class=len(split), batch_size=3, tau_mode="absolute")
+    found = collect(model, ["0"], samples, settings, context)["0"]
+    for index in range(3):
+        rows = present[:, index].nonzero().flatten()
+        assert torch.equal(samples.chosen(index, len(split), context), rows)
+        taylor, hits = torch.zeros(12), torch.zeros(12, 16, 16)
+        for row in rows.tolist():
+            batch = split.batch([row])
+            maps = model[0](*batch.inputs)
+            loss = task.class_loss(model[1:](maps), batch.targets, index)
+            (gradient,) = torch.autograd.grad(loss, maps)
+            taylor += (maps * gradient).sum(dim=(0, 2, 3)).abs() / len(rows)
+            hits += (maps * gradient != 0)[0] / len(rows)
+        torch.testing.assert_close(found.taylor[index], taylor, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found.per_class[index], hits.amax(dim=(1, 2)))
+
+
+@pytest.mark.parametrize("criterion", ["auto", "class_count", "fisher", "similarity"])
+def test_criteria_prune_maps(tmp_path: Path, criterion: str) -> None:
+    task = synthetic_segmentation(rows=40)
+    result = fit(tiny_map(), task, config(criterion=criterion, target_mac_reduction=0.3), FolderContext(tmp_path))
+    assert result.metrics["mac_reduction"] >= 0.3
+    assert result.metrics["criterion"] == ("class_coverage_fpgm" if criterion == "auto" else criterion)
+    assert not any("no classes" in note for note in result.notes)
+
+
+def test_a_class_that_no_sample_shows_is_refused_or_left_out(tmp_path: Path) -> None:
+    counting, losing = config(criterion="class_count"), config(criterion="taylor", target_mac_reduction=0.3)
+    assert STAGE.needs_classes(counting, rare()) and not STAGE.needs_classes(losing, rare())
+    with pytest.raises(DataError, match="class 'dog' has no sample in the 'calibration' split"):
+        fit(tiny_map(), rare(), counting, FolderContext(tmp_path / "a"))
+    result = fit(tiny_map(), rare(), losing, FolderContext(tmp_path / "b"))
+    assert any("shows 'dog' (1 of 3 classes)" in note for note in result.notes)
+    assert len(result.artifacts["class_counts.0"]) == 3 and not result.artifacts["class_counts.0"][2].any()
+
+
+@pytest.mark.parametrize("changes", [{"only_correct": True}, {"max_worst_class_drop": 0.0}])
+def test_what_judges_rows_of_one_class_is_refused(changes: dict[str, Any]) -> None:
+    assert STAGE.check is not None
+    with pytest.raises(RecipeError, match="classes that rows are one of"):
+        STAGE.check(tiny_map(), synthetic_segmentation(), config(**changes))
+
+
+def test_a_network_of_maps_is_specialised_to_some_of_its_classes(tmp_path: Path) -> None:
+    model, task = tiny_map(), synthetic_segmentation(rows=40)
+    x = task.splits["test"].batch([0]).inputs
+    want = model(*x)[:, [0, 2]]
+    keep = class_cut(model, x, (0, 2), class_columns(task.answers))
+    torch.testing.assert_close(pruned(model, keep)(*x), want)
+    result = fit(model, task, config(classes=["square", "ground"], criterion="taylor"), FolderContext(tmp_path))
+    assert result.metrics["classes"] == ["ground", "square"] and result.model(*x).shape == (1, 2, 16, 16)
+
+
+class Head(nn.Module):
+    """As of a detector: four numbers of a box and three classes at every place, in a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.box, self.cls = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = torch.relu(self.body(x))
+        return {"head": torch.cat([self.box(x), self.cls(x)], dim=1).flatten(2).transpose(1, 2), "features": x}
+
+
+def test_columns_behind_other_numbers_are_found_in_a_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = Head().eval(), torch.randn(1, 1, 6, 6)
+    monkeypatch.setattr(ClassMapKind, "class_axis", -1)
+    monkeypatch.setattr(ClassMapKind, "before_classes", 4)
+    columns = class_columns([AnswerSpec("head", "class_map", leaf="head"), AnswerSpec("f", "values", leaf="features")])
+    small = pruned(model, class_cut(model, (x,), (1,), columns))
+    torch.testing.assert_close(small(x)["head"], model(x)["head"][..., [0, 1, 2, 3, 5]])
+    with pytest.raises(StageError, match="0 of the model's answers"):
+        class_columns([AnswerSpec("f", "values")])
+
+
+class TwoHeads(nn.Module):
+    """A tuple of a class and of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 24), nn.Linear(24, 3), nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.body(x))
+        return self.a(x), self.b(x)
+
+
+class TwoAnswers:
+    """The targets are a class and a number in one row."""
+
+    name, labels, input_names, preprocessing = "two", (), ("x",), None
+    dynamic_axes: tuple[Mapping[int, str], ...] = ({0: "batch"},)
+    answers = (AnswerSpec("kind", "classes", leaf=0), AnswerSpec("size", "values", leaf=1))
+
+    def __init__(self) -> None:
+        x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+        y = torch.stack([x[:, :3].argmax(1).float(), x[:, 3]], dim=1)
+        names: Sequence[str] = ("train", "calibration", "validation", "test")
+        self.splits = {name: Rows(x[i::4], y[i::4]) for i, name in enumerate(names)}
+
+    def loss(self, output: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        assert set(output) == {"kind", "size"}
+        kind = nn.functional.cross_entropy(output["kind"], targets[:, 0].long())
+        return kind + (output["size"][:, 0] - targets[:, 1]).square().mean()
+
+    @property
+    def metric(self) -> Any:
+        class OfSize(SquaredError):
+            def score(self, answers: Any) -> Any:
+                return super().score((o["size"], t[:, 1:]) for o, t in answers)
+
+            def drop(self, before: float, after: float) -> float:
+                return 0.0  # nothing is trained here
+
+        return OfSize()
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return batch
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "similarity", "fpgm"])
+def test_a_model_of_several_answers_is_pruned(tmp_path: Path, criterion: str) -> None:
+    torch.manual_seed(0)
+    task: Any = TwoAnswers()
+    result = fit(
+        TwoHeads().eval(), task, config(criterion=criterion, target_mac_reduction=0.3), FolderContext(tmp_path)
+    )
+    assert result.metrics["mac_reduction"] >= 0.3 and result.model.body.out_features < 24  # type: ignore[union-attr]
+
+
+def test_the_gradient_of_every_answer_counts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, task = TwoHeads().eval(), TwoAnswers()
+    split: Any = task.splits["calibration"]
+    want = torch.zeros(24)
+    for row in range(len(split)):
+        batch = split.batch([row])
+        hidden = model.body(*batch.inputs)
+        found = torch.relu(hidden)
+        loss = task.loss({"kind": model.a(found), "size": model.b(found)}, batch.targets)
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        want += (hidden * gradient).abs()[0] / len(split)
+    samples = ScoredSamples(task, split)  # type: ignore[arg-type]
+    statistics = collect(
+        model, ["body"], samples, ScoringSettings(images_per_class=len(split)), FolderContext(tmp_path)
+    )
+    torch.testing.assert_close(statistics["body"].taylor[0], want, rtol=1e-4, atol=1e-7)
+
+
+def test_rows_of_one_class_are_chosen_and_scored_as_ever(tmp_path: Path) -> None:
+    task = tiny_task()
+    samples = ScoredSamples(task, task.splits["calibration"])
+    rows = (task.splits["calibration"].targets == 2).nonzero().flatten()
+    assert torch.equal(samples.chosen(2, 1000, FolderContext(tmp_path)), rows)
+    batch = task.splits["calibration"].batch(rows)
+    logits = tiny_residual()(*batch.inputs)
+    effect = samples.gradients(logits, batch.targets, 2)
+    (want,) = torch.autograd.grad(nn.functional.cross_entropy(logits, batch.targets, reduction="sum"), logits)
+    torch.testing.assert_close(effect.directions[0] * effect.size[:, None], want)
