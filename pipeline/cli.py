@@ -157,6 +157,47 @@ def cuts(
 
 
 @app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RECIPE", help="A model's name, or a recipe.")],
+    input_shape: Annotated[
+        str | None,
+        typer.Option("--input-shape", "--shape", metavar="N,C,H,W", help="Shape of the input, batch first."),
+    ] = None,
+    export: Annotated[bool, typer.Option(help="Try the export too.")] = True,
+    layers: Annotated[int, typer.Option(metavar="N", help="Most layers that are listed of a stage.")] = 12,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Say before any training what each stage would do with a model.
+
+    Which channels can go, which layers may share, where exits can sit and why the others cannot; whether it exports,
+    and what kinds of devices make of the file. Exit code 2 if a run of the recipe would be refused.
+    """
+    with _errors(debug):
+        from .recipe.recipe import load_recipe, parse_recipe
+        from .runs.outlook import outlook
+
+        path, shape = _recipe_path(model), input_shape
+        alone = path.suffix not in (".yaml", ".yml", ".json")
+        if alone:
+            recipe = parse_recipe({"model": model, "task": "none"}, Path.cwd(), overrides or ())
+            shape = _known_shape(model, input_shape, recipe)
+        else:
+            recipe = load_recipe(path, overrides or ())
+        found = outlook(recipe, _shape(shape), alone, export)
+        if as_json is not None:
+            from .store.atomic import plain, pretty_json
+
+            as_json.write_text(pretty_json(plain(found.to_dict())), encoding="utf-8")
+        from .outlook_text import show
+
+        show(found, _console(), layers)
+        if found.refused:
+            raise typer.Exit(2)
+
+
+@app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of recipes, for editors."""
     with _errors(debug):
@@ -242,9 +283,8 @@ def _recipe_path(given: str) -> Path:
 
 def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model and one batch for it."""
-    from .errors import InputError
     from .recipe.recipe import load_recipe, parse_recipe
-    from .runs.base_model import build_folded, build_named
+    from .runs.base_model import build_folded
     from .runs.preparation import example_inputs
 
     path = _recipe_path(given)
@@ -254,16 +294,26 @@ def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> t
         recipe = load_recipe(path, overrides)
     else:
         recipe = parse_recipe({"model": given, "task": "none"}, Path.cwd(), overrides)
-    if input_shape is None and not is_recipe:
-        from edgewright.models import registry
-
-        known = registry.input_shape(given)
-        if known is None:
-            build_named(recipe)  # an unknown name is the better error
-            raise InputError(f"the input of {given} is not known: give its shape with --input-shape, e.g. 1,3,224,224")
-        input_shape = ",".join(map(str, (1, *known)))
+    if not is_recipe:
+        input_shape = _known_shape(given, input_shape, recipe)
     inputs = example_inputs(recipe, _shape(input_shape))
     return build_folded(recipe, inputs)[0], inputs
+
+
+def _known_shape(given: str, input_shape: str | None, recipe: Recipe) -> str:
+    """The shape that was given, or that of the model's input as the registry knows it."""
+    from edgewright.models import registry
+
+    from .errors import InputError
+    from .runs.base_model import build_named
+
+    if input_shape is not None:
+        return input_shape
+    known = registry.input_shape(given)
+    if known is None:
+        build_named(recipe)  # an unknown name is the better error
+        raise InputError(f"the input of {given} is not known: give its shape with --input-shape, e.g. 1,3,224,224")
+    return ",".join(map(str, (1, *known)))
 
 
 def _shape(text: str | None) -> tuple[int, ...] | None:

@@ -85,6 +85,25 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class Preview:
+    """What a stage would do with a model, found in seconds and without training.
+
+    Attributes:
+        summary: one sentence.
+        takes: module path -> what can be done there, in the order of the model.
+        leaves: module path -> why nothing can.
+        notes: what else the user should know.
+        figures: the same for programs.
+    """
+
+    summary: str
+    takes: Mapping[str, str] = field(default_factory=dict)
+    leaves: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    figures: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class State:
     """What a long stage saves to be able to go on after an interruption."""
 
@@ -194,6 +213,8 @@ class Stage(Generic[C]):
             what a control is given. Required with `classes`.
         answers: the kinds of answers (`edge_runtime.answers`) that it serves, all if None; it is given a model of
             one tensor then. Others are refused before any compute.
+        preview: what it would do with a model (eval mode, unchanged) under a configuration; of the inputs some rows,
+            and the task if there is one. Raises an `EdgewrightError` where the stage would refuse.
     """
 
     name: str
@@ -219,6 +240,7 @@ class Stage(Generic[C]):
     requirements: Mapping[str, Requirement] = field(default_factory=dict)
     report: Callable[[FinishedStage], Section | None] | None = None
     answers: frozenset[str] | None = None
+    preview: Callable[[nn.Module, tuple[Tensor, ...], Task | None, C], Preview] | None = None
 
     def needs_classes(self, config: C, task: Task) -> bool:
         """Whether `task` must have classes with samples under `config`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..stage import Context, Edit, Json, Stage, StageResult
+from ..stage import Context, Edit, Json, Preview, Stage, StageResult
 from ..task import Task
 from ..tasks.image_classification import ImageClassification
 from ..training.training import FEW_STEPS, LARGEST_BATCH, TrainingConfig, train_model
@@ -79,6 +79,18 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
     return model
 
 
+def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, config: TrainConfig) -> Preview:
+    """What is trained, and for how long."""
+    del inputs
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rows = None if task is None or "train" not in task.splits else len(task.splits["train"])
+    on = "" if rows is None else f" on {rows} samples"
+    return Preview(
+        f"trains {trained:,} parameters for {config.epochs} epochs{on}",
+        figures={"parameters": trained, "epochs": config.epochs, "samples": rows},
+    )
+
+
 STAGE = Stage(
     name="train",
     config=TrainConfig,
@@ -86,4 +98,5 @@ STAGE = Stage(
     rebuild=rebuild,
     splits=("train",),
     dense=True,
+    preview=preview,
 )

@@ -31,6 +31,7 @@ from ...training.training import train_model
 from .config import BasisSharingConfig, LayerPatterns
 from .fitting import Outcome, fit_factors
 from .grouping import check_patterns
+from .preview import preview
 from .recovery import check_packages, recover
 from .updates import updated
 
@@ -225,6 +226,7 @@ STAGE = Stage(
     splits=("calibration", "train", "validation"),
     splits_for=_splits,
     check=check,
+    preview=preview,
     tolerances=("max_drop",),
     expected_macs=_merged_macs,
     requirements={

@@ -64,7 +64,7 @@ class Setup:
 
     def target_with_streams(self) -> MacTarget:
         """`target` as it would be with `prune_residual`."""
-        return _with_streams(self.base, self.inputs, self.config, self.dense.macs)
+        return with_streams(self.base, self.inputs, self.config, self.dense.macs)
 
 
 def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, context: Context) -> Setup:
@@ -87,12 +87,12 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
     opened = open_attention(model, inputs, config.exclude)
     classes = class_cut(model, inputs, chosen, class_columns(answers_of(task))) if specialise else {}
     base = surgery.pruned(model, classes) if classes else model
-    channels = _prunable(base, inputs, config)
+    channels = prunable(base, inputs, config)
     baseline = evaluate(base, task, "validation", context.device)
     base.to("cpu")
     dense = count(model, inputs)
-    target = MacTarget(config, channels, dense.macs, count(base, inputs).macs - channels.macs({}))
-    target.check(lambda: _with_streams(base, inputs, config, dense.macs))
+    target = target_of(base, inputs, config, channels, dense.macs)
+    target.check(lambda: with_streams(base, inputs, config, dense.macs))
     return Setup(
         task,
         config,
@@ -164,16 +164,31 @@ def unprunable(refused: Mapping[str, str]) -> str:
     return f"no layer of this model can be pruned{':' if refused else empty}{reasons}{more}"
 
 
-def _with_streams(
+def target_of(
+    base: nn.Module,
+    inputs: tuple[Tensor, ...],
+    config: ClassAwarePruningConfig,
+    channels: Channels,
+    dense_macs: int,
+) -> MacTarget:
+    """The target for `base`, of whose channels `channels` can go."""
+    return MacTarget(config, channels, dense_macs, count(base, inputs).macs - channels.macs({}))
+
+
+def with_streams(
     base: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig, dense_macs: int
 ) -> MacTarget:
     """The target as it would be with `prune_residual`."""
     wider = config.model_copy(update={"prune_residual": True})
-    channels = _prunable(base, inputs, wider)
-    return MacTarget(wider, channels, dense_macs, count(base, inputs).macs - channels.macs({}))
+    return target_of(base, inputs, wider, prunable(base, inputs, wider), dense_macs)
 
 
-def _prunable(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> Channels:
+def prunable(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> Channels:
+    """The channels of `model` that can go, without those that the recipe excludes.
+
+    Raises:
+        StageError: there are none, although the recipe asks for a share of the MACs or excludes layers.
+    """
     channels = find_channels(model, inputs, config.prune_residual)
     groups, refused = [], dict(channels.refused)
     for group in channels.groups:

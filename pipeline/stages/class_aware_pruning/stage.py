@@ -22,6 +22,7 @@ from .floors import broken_floor
 from .iterations import Progress
 from .loss import modified_loss
 from .outcome import iteration_row, result_of
+from .preview import preview
 from .report import report
 from .setup import NAME, Setup, check_kind, scores_each_class, set_up, unprunable
 from .similarity import handed_over
@@ -182,4 +183,5 @@ STAGE = Stage(
     classes_alone=_classes_alone,
     tolerances=("max_drop",),
     report=report,
+    preview=preview,
 )

@@ -31,6 +31,7 @@ from .analysis import analyse_logits
 from .automatic_places import boundaries, choose_subset
 from .config import DEFAULT_SHARES, EarlyExitConfig
 from .placement import Place, choose_places
+from .preview import preview
 from .report import report
 from .thresholds.limits import ExitSearchConfig
 from .thresholds.search import OperatingPointResult, default_limits, search_thresholds
@@ -419,6 +420,7 @@ STAGE = Stage(
     check=check,
     trains=lambda config: {} if config.freeze_backbone else {"training": config.training},
     check_export=check_export,
+    preview=preview,
     tolerances=("tolerance", "max_backbone_drop"),
     branches=True,
     operating_points=operating_points,

@@ -95,6 +95,7 @@ def test_stage_is_declared_completely(name: str) -> None:
     assert stage.name == name
     assert stage.config(), "every field has a default"
     assert "test" not in stage.splits
+    assert stage.preview is not None
     assert (stage.requires | stage.after.keys() | stage.forbids.keys()) <= set(SHIPPED)
     assert not {"name", "id", "config"} & stage.config.model_fields.keys(), "recipes use these keys themselves"
     undescribed = [key for key, value in stage.config.model_fields.items() if not value.description]
