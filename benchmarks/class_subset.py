@@ -24,7 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgewright.edge_runtime.measure.paired import paired_drop
 from edgewright.models.registry import build
+from edgewright.pipeline.quality_drop import drop_text
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SplitName, Task, batches
@@ -95,15 +97,19 @@ def one_seed(task: Task, seed: int, triples: Sequence[tuple[int, ...]], split: S
         three, three_macs = pruned(model, task, THREE, classes, seed)
         subset = ClassSubset(task, classes)
         targets, wide = subset.splits[split].targets, logits_of(ten, subset, split)
+        general = wide[:, list(classes)].argmax(1) == targets
+        special = logits_of(three, subset, split).argmax(1) == targets
         row = {
             "ten": float((wide.argmax(1) == torch.tensor(classes)[targets]).double().mean()),
-            "ten_of_three": float((wide[:, list(classes)].argmax(1) == targets).double().mean()),
-            "three": float((logits_of(three, subset, split).argmax(1) == targets).double().mean()),
+            "ten_of_three": float(general.double().mean()),
+            "three": float(special.double().mean()),
             "macs_ratio": ten_macs / three_macs,
         }
         found.append(row)
         names = " ".join(task.labels[c] for c in classes)
-        print(f"  {names}: " + ", ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
+        drop = drop_text(paired_drop(general.numpy(), special.numpy()))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
+        print(f"  {names}: {shown}; three against ten_of_three: drop {drop}", flush=True)
     return found
 
 

@@ -22,6 +22,7 @@ from edgewright.pipeline.stages.class_aware_pruning.scored_samples import Scored
 from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Batch
+from edgewright.pipeline.tasks.regression import Regression
 from edgewright.pipeline.tasks.segmentation import Segmentation
 from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
@@ -126,6 +127,39 @@ def test_columns_behind_other_numbers_are_found_in_a_leaf(monkeypatch: pytest.Mo
     torch.testing.assert_close(small(x)["head"], model(x)["head"][..., [0, 1, 2, 3, 5]])
     with pytest.raises(StageError, match="0 of the model's answers"):
         class_columns([AnswerSpec("f", "values")])
+
+
+class SeveralLabels(Regression):
+    """Any number of three labels for a row, as a stranger writes it."""
+
+    class_names = ("round", "red", "soft")
+
+    def classes_present(self, targets: Tensor) -> Tensor:
+        return targets > 0.5
+
+    def class_loss(self, output: Tensor, targets: Tensor, index: int) -> Tensor:
+        each = nn.functional.binary_cross_entropy_with_logits(output, targets, reduction="none")
+        return each[:, index].mean() / 3
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.binary_cross_entropy_with_logits(output, targets)
+
+
+@pytest.mark.parametrize("criterion", ["class_count", "auto", "class_coverage", "taylor"])
+def test_rows_of_several_labels_are_scored_for_each(tmp_path: Path, criterion: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(120, 6, generator=torch.Generator().manual_seed(1))
+    task = SeveralLabels.from_arrays(x, (x[:, :3] > 0).float(), metric="mae")
+    split = task.splits["calibration"]
+    rows = (split.targets[:, 1] > 0.5).nonzero().flatten()
+    samples = ScoredSamples(task, split)
+    assert torch.equal(samples.chosen(1, 1000, FolderContext(tmp_path)), rows)
+    batch = split.batch(rows)
+    effect = samples.gradients(nn.functional.linear(batch.inputs[0], torch.ones(3, 6)), batch.targets, 1)
+    assert not effect.directions[0][:, [0, 2]].any(), "of the label's own logit alone"
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+    result = fit(model, task, config(criterion=criterion, target_mac_reduction=0.3), FolderContext(tmp_path))
+    assert result.metrics["mac_reduction"] >= 0.3 and result.metrics["iterations"]
 
 
 class TwoHeads(nn.Module):
