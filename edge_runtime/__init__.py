@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .answers.class_map import ClassMap
     from .answers.classes import Prediction
+    from .answers.multilabel import Labels
     from .answers.tokens import Tokens
     from .answers.values import Values
     from .bundle.archive import write_runtime_archive
@@ -54,6 +55,7 @@ _WHERE = {
     "GoldenCase": "bundle.manifest",
     "InputError": "errors",
     "Interleaved": "measure.interleave",
+    "Labels": "answers.multilabel",
     "Manifest": "bundle.manifest",
     "ParityError": "errors",
     "Placement": "inference.providers",
@@ -104,6 +106,7 @@ __all__ = [
     "GoldenCase",
     "InputError",
     "Interleaved",
+    "Labels",
     "Manifest",
     "ParityError",
     "Placement",

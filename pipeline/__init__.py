@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .store.context import FolderContext
     from .task import Batch, Split, Task
     from .tasks.image_classification import ImageClassification
+    from .tasks.multilabel import MultiLabel
     from .tasks.regression import Regression
     from .tasks.segmentation import Segmentation
     from .tasks.splits import DatasetSplit, TensorSplit
@@ -35,6 +36,7 @@ _WHERE = {
     "Regression": "tasks.regression",
     "RunResult": "report.result",
     "Score": "metric",
+    "MultiLabel": "tasks.multilabel",
     "Segmentation": "tasks.segmentation",
     "Split": "task",
     "Stage": "stage",
@@ -58,6 +60,7 @@ __all__ = [
     "FolderContext",
     "ImageClassification",
     "Metric",
+    "MultiLabel",
     "Recipe",
     "Regression",
     "RunResult",

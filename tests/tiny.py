@@ -9,8 +9,13 @@ from torch import Tensor, nn
 
 from edgewright.pipeline.task import SplitName
 from edgewright.pipeline.tasks.image_classification import ImageClassification
+from edgewright.pipeline.tasks.multilabel import MultiLabel
+from edgewright.pipeline.tasks.segmentation import Segmentation
+from edgewright.pipeline.tasks.shipped.synthetic_multilabel import synthetic_multilabel
+from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
 CLASSES = 4
+_PAGES: Mapping[SplitName, int] = {"train": 96, "calibration": 24, "validation": 24, "test": 24}
 
 
 class Block(nn.Module):
@@ -184,3 +189,13 @@ def tiny_map() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3, 1, 1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(12, 3, 1)).eval()
+
+
+def tiny_pages() -> Segmentation:
+    """Pages [1, 16, 16] with two characters and background, for `tiny_map`."""
+    return synthetic_segmentation(rows=_PAGES, size=16, characters="AX", most=2)
+
+
+def tiny_labels() -> MultiLabel:
+    """Pages [1, 16, 16] and which of four characters they show, for `tiny_residual`."""
+    return synthetic_multilabel(rows=_PAGES, size=16, characters="ABKX", most=3)

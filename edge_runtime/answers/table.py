@@ -9,10 +9,13 @@ from ..errors import BundleError
 from .class_map import ClassMapKind
 from .classes import CLASSES, Classes, Exits, exits_answer
 from .kind import Kind
+from .multilabel import MultilabelKind
 from .tokens import TOKENS, TokensKind
 from .values import VALUES, ValuesKind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Classes(), Exits(), ValuesKind(), ClassMapKind(), TokensKind())}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), TokensKind())
+}
 """Every kind by name."""
 
 

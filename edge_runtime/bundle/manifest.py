@@ -97,6 +97,8 @@ class AnswerSpec:
     """Of ``values``: what `predict` multiplies the output by, one number or one for each column (axis 1)."""
     offset: tuple[float, ...] = ()
     """Of ``values``: what `predict` adds after that; so standardised targets come back in the unit of the data."""
+    thresholds: tuple[float, ...] = ()
+    """Of ``multilabel``: the probability from which a class counts, one number or one for each; none: 0.5."""
     leaf: int | str | None = None
     """Where the answer lies in what the model returns: an index of a tuple, a key of a mapping; None: it is all."""
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ from .changed_split import ChangedSplit
 _OUTPUT = "class_map"
 BACKGROUND = ("background", "__background__")
 """Names of a class 0 that is whatever the others are not."""
+
+
+@runtime_checkable
+class ChecksTargets(Protocol):
+    """A split that does not hold its maps, and looks through them itself, one after the other."""
+
+    def check_targets(self, classes: int) -> None:
+        """Refuses a map that is none of so many classes.
+
+        Raises:
+            DataError: names the file.
+        """
+        ...
 
 
 class Segmentation(ArrayTask):
@@ -71,7 +84,10 @@ class Segmentation(ArrayTask):
         if len(self._classes) < 2:
             raise DataError(f"the classes are {list(self._classes)}: pixels need at least two to choose from")
         for key, split in self._splits.items():
-            _check_targets(key, split.targets, len(self._classes))
+            if isinstance(split, ChecksTargets):
+                split.check_targets(len(self._classes))
+            else:
+                _check_targets(key, split.targets, len(self._classes))
         self._metric = _metric(metric, len(self._classes)) if isinstance(metric, str) else metric
 
     @classmethod

@@ -25,11 +25,12 @@ class RawImages:
 
         Args:
             images: [len, H, W, channels].
-            targets: class indices [len].
+            targets: [len, ...], kept as float32 if they are floats, else as int64.
             preprocessing: how an image becomes an input.
         """
         self._images = images
-        self._targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=np.int64))
+        kind = np.float32 if targets.dtype.kind == "f" else np.int64
+        self._targets = torch.from_numpy(np.ascontiguousarray(targets, dtype=kind))
         self._preprocessing = preprocessing
 
     @property
@@ -39,7 +40,7 @@ class RawImages:
 
     @property
     def targets(self) -> Tensor:
-        """Class of every sample, int64 [len]."""
+        """Of every sample, [len, ...]."""
         return self._targets
 
     @property

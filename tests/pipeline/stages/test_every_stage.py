@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 from stage_tester import StageCase, check_stage
-from tiny import tiny_map, tiny_residual, tiny_siamese, tiny_transformer, tiny_values
+from tiny import tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_siamese, tiny_transformer, tiny_values
 
 from edgewright.pipeline.stage_registry import SHIPPED, stage_named
 from edgewright.pipeline.tasks.shipped.synthetic_regression import synthetic_regression
-from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
 _SHORT = {"epochs": 2, "batch_size": 32}
 _ONCE = {"epochs": 1, "batch_size": 32}
@@ -54,16 +53,19 @@ CASES = [
     StageCase("train-values", "train", _SHORT, tiny_values, synthetic_regression),
     StageCase("prune-values", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_values, synthetic_regression),
     StageCase("share-values", "basis_sharing", {}, tiny_values, synthetic_regression),
-    StageCase("train-map", "train", _SHORT, tiny_map, synthetic_segmentation),
-    StageCase("prune-map", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_map, synthetic_segmentation),
+    StageCase("train-map", "train", _SHORT, tiny_map, tiny_pages),
+    StageCase("prune-map", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_map, tiny_pages),
     StageCase(
         "prune-map-class-count",
         "class_aware_pruning",
         {**_HALF, "criterion": "class_count", "tau_mode": "relative", "tau": 0.3},
         tiny_map,
-        synthetic_segmentation,
+        tiny_pages,
     ),
-    StageCase("share-map", "basis_sharing", {}, tiny_map, synthetic_segmentation),
+    StageCase("share-map", "basis_sharing", {}, tiny_map, tiny_pages),
+    StageCase("train-labels", "train", _SHORT, tiny_residual, tiny_labels),
+    StageCase("prune-labels", "class_aware_pruning", {**_HALF, "criterion": "class_count"}, tiny_residual, tiny_labels),
+    StageCase("share-labels", "basis_sharing", {}, tiny_residual, tiny_labels),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
     StageCase(
         "exit-probability",

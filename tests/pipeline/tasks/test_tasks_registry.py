@@ -100,8 +100,10 @@ def test_shipped_tasks_are_found_by_their_modules() -> None:
     names = available()
     assert "image_folder" in names and "registry" not in names and "augmentation" not in names
     for name in names:
-        files = {path.name for path in task_sources(name, Path())}
+        sources = task_sources(name, Path())
+        files = {path.name for path in sources}
         of_images = {"augmentation.py", "splitting.py", "preprocess.py"} if name in CLASSIFIED_IMAGES else set()
         of_images |= {"image_file.py"} if name == "image_folder" else set()
         assert {f"{name}.py", "task.py", *of_images} <= files
-        assert not files & {"cost.py", "runner.py", "residual.py", *(f"{other}.py" for other in names if other != name)}
+        assert not files & {"cost.py", "runner.py", "residual.py"}
+        assert {path.stem for path in sources if path.parent.name == "shipped"} & set(names) == {name}

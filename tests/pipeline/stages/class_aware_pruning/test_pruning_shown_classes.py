@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_map, tiny_residual, tiny_task
+from tiny import tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_task
 from torch import Tensor, nn
 from unlabelled import Rows, SquaredError
 
@@ -24,7 +24,6 @@ from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import Batch
 from edgewright.pipeline.tasks.regression import Regression
 from edgewright.pipeline.tasks.segmentation import Segmentation
-from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
 NO_TRAINING = {"retrain": {"epochs": 0}, "max_drop": 1.0}
 
@@ -46,11 +45,11 @@ def rare() -> Segmentation:
 
 
 def test_a_sample_counts_for_every_class_that_it_shows_with_that_classs_part_of_the_loss(tmp_path: Path) -> None:
-    model, task = tiny_map(), synthetic_segmentation(rows=40)
+    model, task = tiny_map(), tiny_pages()
     split = task.splits["calibration"]
     present = task.classes_present(split.targets)
     samples = ScoredSamples(task, split)
-    assert samples.names == ("ground", "disc", "square") and list(samples.classes) == [0, 1, 2]
+    assert samples.names == ("background", "A", "X") and list(samples.classes) == [0, 1, 2]
     context = FolderContext(tmp_path)
     settings = ScoringSettings(images_per_class=len(split), batch_size=3, tau_mode="absolute")
     found = collect(model, ["0"], samples, settings, context)["0"]
@@ -71,7 +70,7 @@ def test_a_sample_counts_for_every_class_that_it_shows_with_that_classs_part_of_
 
 @pytest.mark.parametrize("criterion", ["auto", "class_count", "fisher", "similarity"])
 def test_criteria_prune_maps(tmp_path: Path, criterion: str) -> None:
-    task = synthetic_segmentation(rows=40)
+    task = tiny_pages()
     result = fit(tiny_map(), task, config(criterion=criterion, target_mac_reduction=0.3), FolderContext(tmp_path))
     assert result.metrics["mac_reduction"] >= 0.3
     assert result.metrics["criterion"] == ("class_coverage_fpgm" if criterion == "auto" else criterion)
@@ -92,17 +91,26 @@ def test_a_class_that_no_sample_shows_is_refused_or_left_out(tmp_path: Path) -> 
 def test_what_judges_rows_of_one_class_is_refused(changes: dict[str, Any]) -> None:
     assert STAGE.check is not None
     with pytest.raises(RecipeError, match="classes that rows are one of"):
-        STAGE.check(tiny_map(), synthetic_segmentation(), config(**changes))
+        STAGE.check(tiny_map(), tiny_pages(), config(**changes))
 
 
 def test_a_network_of_maps_is_specialised_to_some_of_its_classes(tmp_path: Path) -> None:
-    model, task = tiny_map(), synthetic_segmentation(rows=40)
+    model, task = tiny_map(), tiny_pages()
     x = task.splits["test"].batch([0]).inputs
     want = model(*x)[:, [0, 2]]
     keep = class_cut(model, x, (0, 2), class_columns(task.answers))
     torch.testing.assert_close(pruned(model, keep)(*x), want)
-    result = fit(model, task, config(classes=["square", "ground"], criterion="taylor"), FolderContext(tmp_path))
-    assert result.metrics["classes"] == ["ground", "square"] and result.model(*x).shape == (1, 2, 16, 16)
+    result = fit(model, task, config(classes=["X", "background"], criterion="taylor"), FolderContext(tmp_path))
+    assert result.metrics["classes"] == ["background", "X"] and result.model(*x).shape == (1, 2, 16, 16)
+
+
+def test_a_network_of_several_labels_is_specialised_to_some_of_them(tmp_path: Path) -> None:
+    model, task = tiny_residual(), tiny_labels()
+    x = task.splits["test"].batch([0]).inputs
+    want = model(*x)[:, [1, 3]]
+    torch.testing.assert_close(pruned(model, class_cut(model, x, (1, 3), class_columns(task.answers)))(*x), want)
+    result = fit(model, task, config(classes=["X", "B"], criterion="class_count"), FolderContext(tmp_path))
+    assert result.metrics["classes"] == ["B", "X"] and result.model(*x).shape == (1, 2)
 
 
 class Head(nn.Module):

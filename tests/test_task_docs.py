@@ -1,0 +1,111 @@
+"""The pages of docs/tasks: the stranger's model and the recipe of each run as they stand, to `predict`."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgewright.edge_runtime import ClassMap, Labels, load, verify
+from edgewright.edge_runtime.cli import main
+from edgewright.pipeline.recipe.recipe import load_recipe
+from edgewright.pipeline.runs.runner import run
+
+DOCS = Path(__file__).parents[1] / "docs" / "tasks"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page of docs.
+
+    Attributes:
+        data: writes the files that the recipe names into a folder, and returns what `predict` is given.
+        overrides: of the recipe, so that it takes seconds.
+        holds: what is true of the answer.
+    """
+
+    data: Callable[[Path], Path]
+    overrides: tuple[str, ...]
+    holds: Callable[[Any], bool]
+
+
+def _photos(folder: Path) -> Path:
+    """Images that are bright on the left, on the right, or red, or any of these together."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    with (folder / "photos.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", "left", "right", "red"])
+        for number in range(120):
+            shown = rng.integers(0, 2, 3)
+            picture = rng.integers(0, 60, (32, 32, 3))
+            picture[:, :16] += 120 * shown[0]
+            picture[:, 16:] += 120 * shown[1]
+            picture[:, :, 0] += 70 * shown[2]
+            Image.fromarray(picture.astype(np.uint8)).save(folder / "photos" / f"{number}.png")
+            table.writerow([f"{number}.png", *shown])
+    return folder / "photos" / "7.png"
+
+
+def _streets(folder: Path) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for number in range(80):
+        mask = np.zeros((40, 48), np.uint8)
+        mask[20:] = 1
+        mask[22:30, 8:20] = 2
+        mask[0, :4] = 255
+        picture = np.stack([mask % 255 * 80, 200 - mask % 255 * 60, mask % 255 * 20], axis=2) + rng.integers(0, 30)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / "images" / f"{number}.png")
+        Image.fromarray(mask).save(folder / "masks" / f"{number}.png")
+    return folder / "images" / "3.png"
+
+
+_SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
+
+PAGES = {
+    "multilabel": Page(
+        _photos, _SHORT, lambda found: isinstance(found, Labels) and found.labels == ("left", "right", "red")
+    ),
+    "segmentation": Page(
+        _streets, _SHORT, lambda found: isinstance(found, ClassMap) and found.label.shape == (1, 32, 32)
+    ),
+}
+
+
+def test_every_page_is_run() -> None:
+    assert {page.stem for page in DOCS.glob("*.md")} == PAGES.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
+def test_the_model_and_the_recipe_of_the_page_run(name: str, tmp_path: Path) -> None:
+    page = PAGES[name]
+    blocks = dict(re.findall(r"```(python|yaml)\n(.*?)```", (DOCS / f"{name}.md").read_text(), re.DOTALL)[:2])
+    (tmp_path / "model.py").write_text(blocks["python"])
+    assert blocks["yaml"].count("\n") <= 5 and blocks["python"].count("\n") <= 30
+    (tmp_path / "recipe.yaml").write_text(blocks["yaml"])
+    given = page.data(tmp_path)
+    recipe = load_recipe(tmp_path / "recipe.yaml", (*page.overrides, "benchmark.enabled=false", "threads=1"))
+    result = run(recipe, tmp_path / "out")
+    assert result.steps[2].macs < 0.7 * result.steps[1].macs
+    assert result.bundle is not None
+    verify(result.bundle).raise_if_failed()
+    with load(result.bundle) as runner:
+        from edgewright.edge_runtime.inference.image_file import load_image
+
+        assert runner.manifest is not None
+        found = runner.predict(load_image(given, runner.manifest.preprocessing))
+    assert page.holds(found)
+    assert main(["predict", str(result.bundle), str(given), "--json", str(tmp_path / "said.json")]) == 0
