@@ -156,6 +156,7 @@ def test_the_whole_way(finished: Path) -> None:
     assert {m["step"] for m in report["measurements"]} == set(steps)
 
 
+@pytest.mark.slow
 def test_the_page_opens_offline(finished: Path) -> None:
     page = (finished / "report.html").read_text()
     assert page.count("<svg") == 5
@@ -174,6 +175,7 @@ def test_verify_and_predict_by_the_commands(finished: Path, folder: Path) -> Non
     assert len(re.findall(r"\b(nw|ne|sw|se)\b", predicted.stdout)) == 3
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing_again(finished: Path, folder: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "checkpoints").rglob("*") if p.is_file()}
     before[finished / "bundle" / "model.onnx"] = (finished / "bundle" / "model.onnx").stat().st_mtime_ns
@@ -182,6 +184,7 @@ def test_a_second_run_does_nothing_again(finished: Path, folder: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_refused_before_anything_is_computed(folder: Path) -> None:
     other = TinyResidual(classes=CLASSES).state_dict()
     save_file({k: v.clone() for k, v in other.items() if torch.is_floating_point(v)}, folder / "other.safetensors")

@@ -24,6 +24,7 @@ from edgewright.pipeline.analysis.cost import count
 from edgewright.pipeline.training.evaluation import evaluate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "policy"), CASES)
 def test_a_network_with_exits(network, policy, task, tmp_path):
     model = with_exits(network, policy)
@@ -58,6 +59,7 @@ def test_a_plain_network_takes_any_batch_and_costs_what_pytorch_counts(build, ta
     assert correct == pytest.approx(evaluate(model, task, "test").accuracy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exits", [False, True])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_a_shared_basis_is_stored_once_in_every_file(kind, exits, task, tmp_path):

@@ -45,6 +45,7 @@ class Sequence(nn.Module):
         return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [Column, lambda: network(3), Sequence], ids=["column", "vectors", "sequence"])
 def test_outputs_come_back_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str], build) -> None:
     task, model = Embedding(3), build().eval()

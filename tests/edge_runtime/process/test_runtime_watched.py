@@ -20,7 +20,8 @@ print("measuring", flush=True)
 time.sleep(60)
 """
 PARENT = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
 from edgewright.edge_runtime.process.scratch import Scratch
 from edgewright.edge_runtime.process.watched import run_watched
 with Scratch("edgewright-test-") as folder:

@@ -64,6 +64,7 @@ def costs_of(model, opset=None):
     return whole, {node.op_type for node in flat.graph}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "operator", "opset"),
     [

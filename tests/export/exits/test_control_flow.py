@@ -33,6 +33,7 @@ def sunk(model, placement="bytes", method="none"):
     return flat, *sink(flat, graph_policy, model.thresholds.tolist(), placement)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "policy"), CASES, ids=IDS)
 def test_every_forced_exit_equals_pytorch_at_every_optimization_level(network, policy, tmp_path):
     model = with_exits(network, policy)

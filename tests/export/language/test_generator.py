@@ -65,6 +65,7 @@ def factorized(tmp_path_factory: pytest.TempPathFactory) -> tuple[LogitsOnly, Pa
     return model, made.bundle
 
 
+@pytest.mark.slow
 def test_a_recipe_ends_in_a_proven_bundle(factorized: tuple[LogitsOnly, Path]) -> None:
     _, bundle = factorized
     with open_bundle(bundle) as opened:

@@ -50,6 +50,7 @@ def switching(tmp_path_factory: pytest.TempPathFactory) -> tuple[LogitsOnly, Pat
     return model, folder
 
 
+@pytest.mark.slow
 def test_positions_end_where_rotary_factors_switch_and_say_so(switching: tuple[LogitsOnly, Path]) -> None:
     model, folder = switching
     generator = Generator(folder / "model.onnx", threads=1)

@@ -59,6 +59,7 @@ def test_a_flip_names_the_row_of_the_split_and_how_it_was_run():
     assert "row 15: exit 1 in PyTorch, 0 in ONNX" in failure and "exit 1 forced" in failure
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thresholds", [None, [0.5, 0.5]])
 def test_a_file_that_onnx_runtime_cannot_run_is_a_failure_of_parity(task, tmp_path, monkeypatch, thresholds):
     """Not of this program: the text names the file and the thresholds, and the command line gives 3."""

@@ -236,7 +236,10 @@ def test_what_is_no_function_of_the_users_is_never_called(tmp_path: Path, refere
         call(f"python:{reference}", {}, tmp_path)
 
 
-@pytest.mark.parametrize("reference", ["mine.py:make", "mine.py:cached", "mine.py:Net.small", "torch.nn:Identity"])
+@pytest.mark.parametrize(
+    "reference",
+    ["mine.py:make", "mine.py:cached", "mine.py:Net.small", pytest.param("torch.nn:Identity", marks=pytest.mark.slow)],
+)
 def test_functions_and_classes_in_any_wrapping_are_called(tmp_path: Path, reference: str) -> None:
     write(tmp_path, {"mine.py": FORBIDDEN})
     assert hasattr(call(f"python:{reference}", {}, tmp_path), "forward")

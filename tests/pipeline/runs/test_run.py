@@ -195,6 +195,7 @@ def test_fresh_redoes_everything(tmp_path: Path, fits: list[str]) -> None:
     assert checkpoints(out) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5, 6])
 def test_interrupted_at_any_epoch_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: list[str], number: int
@@ -216,6 +217,7 @@ def test_interrupted_at_any_epoch_ends_with_the_same_bytes(
     assert f"{'train' if number <= 3 else 'tune'}: goes on where it was interrupted" in lines.lines
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_folder_that_goes_on(tmp_path: Path) -> None:
     path = write_recipe(tmp_path / "user")
     script = """

@@ -82,13 +82,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+_QUICK = {"train-sgd", "train-values", "prune-values", "share-values", "prune-labels", "share-map", "exit-exclusion"}
+"""One or two of each stage, in the fast tier too."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.id, marks=() if case.id in _QUICK else pytest.mark.slow) for case in CASES],
+)
 def test_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
     check_stage(case, tmp_path)
 
 
 def test_every_stage_has_a_case() -> None:
     assert {case.stage for case in CASES} == set(SHIPPED)
+    assert {case.stage for case in CASES if case.id in _QUICK} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

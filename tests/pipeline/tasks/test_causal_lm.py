@@ -114,6 +114,7 @@ def test_the_tokenizer_file_is_taken_as_it_is_and_never_cuts_the_text(tmp_path: 
         build_task("causal_lm", options, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_without_stages(tmp_path: Path) -> None:
     write_llama(tmp_path / "llama", layers=1)
     (tmp_path / "text.txt").write_text(TEXT)

@@ -91,6 +91,7 @@ def test_logits_that_are_mixed_are_refused(last: nn.Module) -> None:
         class_cut(model, (torch.randn(1, 6),), (1, 2))
 
 
+@pytest.mark.slow
 def test_a_specialised_run_exports_the_chosen_labels(tmp_path: Path) -> None:
     prune = {
         "name": "class_aware_pruning",

@@ -55,6 +55,7 @@ def macs(model: nn.Module) -> int:
     return count(model, (torch.zeros(1, 1, 12, 12),)).macs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", sorted(CRITERIA))
 @pytest.mark.parametrize("build", [tiny_residual, tiny_transformer])
 def test_every_criterion_reaches_the_target(criterion: str, build: Callable[[], nn.Module], tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ class Stopping(FolderContext):
             raise Interrupted
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
     model = trained(tiny_residual, tmp_path)
     wanted = config(target_mac_reduction=0.3, max_frac_per_iter=0.2, prepare=SHORT, finetune=SHORT)

@@ -43,6 +43,7 @@ def choices(draw: st.DrawFn) -> tuple[float, int]:
     return draw(st.floats(0.02, 0.98)), draw(st.integers(0, 2**31))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", pruning_models.FAMILIES)
 @given(choice=choices())
 @settings(max_examples=4, deadline=None)
@@ -134,6 +135,7 @@ def test_families_are_specialised_to_some_classes(name: str) -> None:
         assert torch.allclose(small(IMAGES), model(IMAGES)[:, [1, 3]], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "target"), [("shufflenet", 0.3), ("swin", 0.3), ("vit", 0.3)])
 def test_what_other_pruners_fail_on_prunes_and_exports(name: str, target: float, tmp_path: Path) -> None:
     model = pruning_models.lively(pruning_models.FAMILIES[name])

@@ -84,11 +84,13 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_the_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
     check_stage(case, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", sorted(BUILD))
 def test_fit_saves_macs_within_the_tolerance(name: str, policy: str, folder: Path, tmp_path: Path) -> None:
@@ -138,6 +140,7 @@ def test_rebuild_needs_the_edit_alone(policy: str, folder: Path, tmp_path: Path)
     assert keys == {"base", "heads", "thresholds"}
 
 
+@pytest.mark.slow
 def test_the_search_can_be_repeated_from_the_edit(folder: Path, tmp_path: Path) -> None:
     """What export does after quantization."""
     result = run(trained("residual", folder), tmp_path, tolerance=0.01, max_worst_class_drop=0.1)
@@ -164,6 +167,7 @@ def test_a_frozen_backbone_stays_bit_for_bit_and_never_equals_it(folder: Path, t
     assert torch.equal(result.model(x).label, given(x).argmax(dim=1))
 
 
+@pytest.mark.slow
 def test_heads_learn_the_same_from_cached_and_from_live_features(folder: Path, tmp_path: Path) -> None:
     """The same rows in the same order; only the standardisation may differ in the last digits."""
 
@@ -197,6 +201,7 @@ def test_standardisation_is_folded_into_the_first_layer(hidden: int) -> None:
     torch.testing.assert_close(model.all_logits(x)[0], heads(x)[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_places_are_found_where_they_save_most(folder: Path, tmp_path: Path) -> None:
     given = trained("residual", folder)
     found = run(copy.deepcopy(given), tmp_path, auto=1, freeze_backbone=True, head_epochs=5, tolerance=0.02)
@@ -233,6 +238,7 @@ def test_the_features_scale_does_not_matter_to_the_heads(folder: Path, tmp_path:
     assert accuracy[0] > 0.5 and abs(accuracy[0] - accuracy[1]) < 0.05
 
 
+@pytest.mark.slow
 def test_joint_training_that_ruins_the_network_is_undone(folder: Path, tmp_path: Path) -> None:
     given = trained("transformer", folder)
     ruinous = {"epochs": 1, "batch_size": 32, "learning_rate": 0.5, "optimizer": "adamw", "gradient_clip": 1.0}
@@ -245,6 +251,7 @@ def test_joint_training_that_ruins_the_network_is_undone(folder: Path, tmp_path:
     assert damaged.metrics["plain_accuracy"] < damaged.metrics["given_accuracy"] - 0.02
 
 
+@pytest.mark.slow
 def test_joint_training_that_diverges_is_undone(folder: Path, tmp_path: Path) -> None:
     given = trained("residual", folder)
     diverging = {"epochs": 2, "batch_size": 32, "learning_rate": 1e9}
@@ -255,6 +262,7 @@ def test_joint_training_that_diverges_is_undone(folder: Path, tmp_path: Path) ->
     assert all(torch.equal(kept[f"base.{key}"], value) for key, value in given.state_dict().items())
 
 
+@pytest.mark.slow
 def test_every_exit_is_used_where_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
     result = run(trained("residual", folder), tmp_path, tolerance=0.1, min_share=0.05)
     assert result.metrics["min_share_met"]["balanced"] is True

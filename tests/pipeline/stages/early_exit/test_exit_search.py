@@ -266,6 +266,7 @@ def test_the_search_is_repeatable() -> None:
     assert [p.to_json() for p in one] == [p.to_json() for p in other]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_exit_is_used_where_that_is_asked_for(policy: str) -> None:
     points, model, logits, _ = search(3, policy, tolerance=0.02, min_share=0.05)
@@ -342,6 +343,7 @@ def test_a_geometric_schedule_gives_every_exit_a_multiple_of_the_one_before(poli
     assert float(geometric(schedules, Limits(accuracy=plain - 0.01)).accuracy[0]) >= plain - 0.01
 
 
+@pytest.mark.slow
 def test_confidence_keeps_the_tolerance_on_rows_that_the_search_has_not_seen() -> None:
     """The cheapest of thousands of settings within the tolerance is there by luck; 12 searches on few rows each."""
     model, losses = network(2, 5, "class_exclusion_softmax"), {}
@@ -412,6 +414,7 @@ def on_rows_never_seen(**limit: object) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "what", "limit", "slack"),
     [
