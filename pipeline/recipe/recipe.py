@@ -131,6 +131,8 @@ class Requirements(_Section):
     max_accuracy_drop: float | None = Field(default=None, ge=0.0, le=1.0)
     """Largest fall of test accuracy against the reference (0.01 is one point). What was measured on the test rows
     counts; where the interval of the drop reaches further, the report notes how many rows could promise it."""
+    max_drop: float | None = Field(default=None, ge=0.0)
+    """The same of the task's own metric, in the unit of its tolerances; for tasks without accuracy too."""
     macs_reduction: float | None = Field(default=None, gt=0.0)
     """Least MACs of the reference over mean MACs of the result."""
     bytes_reduction: float | None = Field(default=None, gt=0.0)

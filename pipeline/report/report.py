@@ -73,6 +73,7 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
         "final": final.step,
         "summary": {
             **_summary(reference, final, result.comparison, alike),
+            "quality_drop": task.metric.drop(reference.quality, final.quality) if alike else None,
             "drop": _drop(result.drops.get(final.step)),
             "accuracy_drop": _drop(result.accuracy_drop),
         },
@@ -87,7 +88,7 @@ def build_report(result: RunResult, tasks: Sequence[Task], root: Path) -> dict[s
         + [f"{row.step}: {note}" for row, section in sections for note in section.notes]
         + [f"export: {note}" for note in manifest.notes]
         + _two_counters(reference, final)
-        + _unpromised(result)
+        + _unpromised(result, final.step)
         + _layer_not_found(result.recipe.report.layer, [section for _, section in sections]),
         "environment": versions(LIBRARIES),
         "bundle": result.bundle.relative_to(result.out).as_posix(),
@@ -155,13 +156,15 @@ def _drop(drop: Drop | None) -> dict[str, Json] | None:
     return None if drop is None else drop.to_dict()
 
 
-def _unpromised(result: RunResult) -> list[str]:
+def _unpromised(result: RunResult, final: str) -> list[str]:
     """Where `require` is met by what was measured, and the rows do not carry it."""
-    wanted, drop = result.recipe.require.max_accuracy_drop, result.accuracy_drop
-    if wanted is None or drop is None or drop.value > wanted:
-        return []
-    reason = no_promise(drop, wanted)
-    return [] if reason is None else [f"require.max_accuracy_drop is met on the test rows, and {reason}"]
+    notes = []
+    for field, drop in (("max_accuracy_drop", result.accuracy_drop), ("max_drop", result.drops.get(final))):
+        wanted = getattr(result.recipe.require, field)
+        reason = None if wanted is None or drop is None or drop.value > wanted else no_promise(drop, wanted)
+        if reason is not None:
+            notes.append(f"require.{field} is met on the test rows, and {reason}")
+    return notes
 
 
 def _layer_not_found(layer: str | None, sections: Sequence[Section]) -> list[str]:

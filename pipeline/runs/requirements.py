@@ -12,6 +12,8 @@ from ..recipe.recipe import Requirements
 from ..stage import Json
 from ..stage_registry import requirements
 
+_DECIMAL = 1e-9  # 0.95 - 0.94 is a little more than 0.01
+
 
 def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None:
     """Holds a report to what the recipe requires.
@@ -31,6 +33,14 @@ def check_requirements(report: Mapping[str, Json], wanted: Requirements) -> None
         if summary.get("accuracy_drop"):
             fell += f" ({drop_text(Drop(**summary['accuracy_drop']))})"
         missed.append(f"{fell}, allowed {wanted.max_accuracy_drop:g}")
+    worse = summary.get("quality_drop")
+    if wanted.max_drop is not None and (worse is None or worse > wanted.max_drop + _DECIMAL):
+        fell = (
+            "the reference was judged on other samples" if worse is None else f"the drop of the metric is {worse:.4g}"
+        )
+        if worse is not None and summary.get("drop"):
+            fell += f" ({drop_text(Drop(**summary['drop']))})"
+        missed.append(f"{fell}, max_drop allows {wanted.max_drop:g}")
     for name, least in (("macs_reduction", wanted.macs_reduction), ("bytes_reduction", wanted.bytes_reduction)):
         if least is not None and (summary[name] is None or summary[name] < least):
             reached = "not defined" if summary[name] is None else f"{summary[name]:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -116,10 +117,12 @@ def test_a_run_pairs_every_step_with_the_reference(tmp_path: Any) -> None:
             "retrain": {"epochs": 0},
         },
     ]
-    recipe = write_recipe(tmp_path, stages=stages, require={"max_accuracy_drop": 0.9})
+    recipe = write_recipe(tmp_path, stages=stages, require={"max_accuracy_drop": 0.9, "max_drop": 0.9})
     result = run(recipe, tmp_path / "out")
     assert set(result.drops) == {"class_aware_pruning"} and result.accuracy_drop == result.drops["class_aware_pruning"]
     final, reference = result.steps[-1], result.steps[-2]
     assert result.drops["class_aware_pruning"].value == pytest.approx(reference.quality - final.quality)
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["summary"]["quality_drop"] == pytest.approx(result.drops["class_aware_pruning"].value)
     again = run(recipe, tmp_path / "out")
     assert again.drops == result.drops, "rows are read back"

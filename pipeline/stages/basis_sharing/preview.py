@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from torch import Tensor, nn
 
 from ...analysis.layers import discover
@@ -37,7 +39,7 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
     whole = sum(parameter.numel() for parameter in model.parameters())
     sharing = sum(len(group.members) > 1 for group in groups)
     figures = {"layers": len(chosen), "groups": len(groups), "sharing_groups": sharing, "weights": weights}
-    leaves = {one.path: one.reason for one in left}
+    leaves = {one.path: one.reason for one in left} | _of_other_types(model, takes.keys() | {one.path for one in left})
     if not chosen:
         return Preview("nothing can be factorized", {}, leaves, figures=figures)
     asked = f"; ratio {config.ratio:g} removes about {config.ratio * weights / whole:.1%} of the parameters"
@@ -46,3 +48,12 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
         + (asked if config.rank is None else "")
     )
     return Preview(summary, takes, leaves, figures=figures)
+
+
+def _of_other_types(model: nn.Module, known: Set[str]) -> dict[str, str]:
+    """Modules with matrices of their own that are neither taken nor refused: their type is not factorized."""
+    return {
+        path: f"a {type(module).__name__}, which is not factorized"
+        for path, module in model.named_modules()
+        if path and path not in known and any(p.dim() > 1 for p in module.parameters(recurse=False))
+    }

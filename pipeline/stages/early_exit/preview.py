@@ -40,7 +40,11 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
         outermost.setdefault(place.macs, place)
     figures = {"places": len(outermost), "macs": total}
     if not found:
-        return Preview("no exit can sit anywhere", figures=figures)
+        return Preview(
+            "no exit can sit anywhere: no module returns one float tensor with 2 to 4 axes, batch first, between the "
+            "first and the last layer with weights",
+            figures=figures,
+        )
     chosen = [] if config.auto else choose_places(model, row, config.at, config.at_macs or DEFAULT_SHARES)
     taken = {place.path for place in chosen}
     listed = sorted({p.path: p for p in (*outermost.values(), *chosen)}.values(), key=lambda place: place.order)

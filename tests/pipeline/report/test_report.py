@@ -239,6 +239,17 @@ def test_a_requirement_that_is_missed_says_how_sure_it_is() -> None:
         check_requirements(report, Requirements(max_accuracy_drop=0.05))
 
 
+@pytest.mark.parametrize(("worse", "missed"), [(0.05, False), (0.0501, True), (None, True)])
+def test_the_drop_of_any_metric_may_be_required(worse: float | None, missed: bool) -> None:
+    report = copy.deepcopy(REPORT)
+    report["summary"] |= {"accuracy_change": None, "quality_drop": worse}
+    if not missed:
+        check_requirements(report, Requirements(max_drop=0.05))
+        return
+    with pytest.raises(QualityFloorError, match=r"other samples|drop of the metric is 0.0501, max_drop allows 0.05"):
+        check_requirements(report, Requirements(max_drop=0.05))
+
+
 def test_the_page_draws_drops_and_reads_reports_that_have_none() -> None:
     assert "Worse by how much" not in render_html(REPORT)
     report = copy.deepcopy(REPORT)

@@ -50,6 +50,10 @@ class Branching(nn.Module):
         return self.body(x) if x.sum() > 0 else -self.body(x)
 
 
+def video():
+    return nn.Sequential(nn.Conv3d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 3))
+
+
 def two():
     class Two(nn.Module):
         def __init__(self):
@@ -160,6 +164,14 @@ def test_several_outputs_are_exported_by_name(tmp_path: Path) -> None:
 def test_a_model_that_does_not_export_is_told_before_training(tmp_path: Path) -> None:
     found = _model(tmp_path, "Branching", (1, 5), export=True)
     assert found.export is not None and found.export.refused is not None and found.refused
+
+
+def test_layers_of_other_kinds_are_named(tmp_path: Path) -> None:
+    found = _model(tmp_path, "video", (1, 1, 4, 8, 8))
+    share, exits = _of(found, "basis_sharing").preview, _of(found, "early_exit").preview
+    assert share is not None and exits is not None
+    assert share.leaves["0"] == "a Conv3d, which is not factorized" and share.summary == "nothing can be factorized"
+    assert exits.summary.startswith("no exit can sit anywhere: no module") and not exits.takes
 
 
 def test_widths_that_a_target_computes_at_once() -> None:
