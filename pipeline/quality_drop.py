@@ -15,7 +15,7 @@ from edgewright.edge_runtime.measure.paired import LEVEL, Drop, paired_drop, pai
 
 from .metric import Metric, OverRows, Score
 
-_WORK = 2e9  # numbers that a bootstrap may look at
+_WORK = 1e6  # numbers that a bootstrap looks at, if that leaves it as many choices of rows as it needs
 _RESAMPLES = (200, 1000)
 
 

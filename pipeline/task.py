@@ -27,6 +27,7 @@ from .errors import DataError, ModelError
 from .metric import Metric
 
 SplitName: TypeAlias = Literal["train", "calibration", "validation", "test"]
+_ROWS_AT_ONCE = 64
 SPLITS: tuple[SplitName, ...] = ("train", "calibration", "validation", "test")
 
 
@@ -105,6 +106,28 @@ class FromFiles(Protocol):
 
 
 @runtime_checkable
+class TargetsInParts(Protocol):
+    """A split whose targets are too large to be held, such as maps in files: some at a time."""
+
+    def targets_of(self, rows: Sequence[int]) -> Tensor:
+        """The targets of `rows`, [N, ...].
+
+        Raises:
+            DataError: one cannot be read; names it.
+        """
+        ...
+
+
+def target_parts(split: Split) -> Iterator[Tensor]:
+    """All targets of `split` in order, some at a time where they are not held (`TargetsInParts`)."""
+    if not isinstance(split, TargetsInParts):
+        yield split.targets
+        return
+    for start in range(0, len(split), _ROWS_AT_ONCE):
+        yield split.targets_of(range(start, min(start + _ROWS_AT_ONCE, len(split))))
+
+
+@runtime_checkable
 class ShowsClasses(Protocol):
     """A task of which a sample shows any number of classes: several labels, classes of pixels, boxes.
 
@@ -143,12 +166,17 @@ def names_of_classes(task: Task) -> tuple[str, ...]:
     return task.class_names if isinstance(task, ShowsClasses) else ()
 
 
+def split_presence(task: Task, split: Split) -> Tensor:
+    """`presence` of every sample of `split`, bool [len, C]; holds no more targets than the split does."""
+    return torch.cat([presence(task, targets) for targets in target_parts(split)])
+
+
 def presence(task: Task, targets: Tensor) -> Tensor:
     """Which classes each sample has, bool [N, C]; a row of one class has that one, and none if it is no class.
 
     Args:
         task: with classes of either sort, see `names_of_classes`.
-        targets: of a batch or of a whole split, [N, ...].
+        targets: of a batch, [N, ...].
     """
     if task.labels or not isinstance(task, ShowsClasses):
         return targets[:, None] == torch.arange(len(task.labels), device=targets.device)
@@ -209,7 +237,7 @@ def samples_per_class(targets: Tensor, classes: int) -> Tensor:
 
 def classes_without_samples(task: Task, split: Split) -> list[str]:
     """Names of the classes of `task` that no sample of `split` has or shows."""
-    counts = presence(task, split.targets).sum(dim=0).tolist()
+    counts = split_presence(task, split).sum(dim=0).tolist()
     return [name for name, count in zip(names_of_classes(task), counts, strict=True) if count == 0]
 
 
@@ -270,7 +298,8 @@ def data_digests(task: Task) -> dict[str, str]:
                     f"sample {row} of split {name!r} is also sample {other_row} of {other!r}: "
                     "splits must not overlap, remove it from one of them"
                 )
-        whole.update(split.targets.numpy().tobytes())
+        for targets in target_parts(split):
+            whole.update(targets.numpy().tobytes())
         digests[name] = whole.hexdigest()
     if task.provenance:
         text = json.dumps(task.provenance, sort_keys=True, ensure_ascii=True)

@@ -33,6 +33,7 @@ from ..task import (
     data_digests,
     names_of_classes,
     split_of,
+    target_parts,
 )
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
@@ -245,23 +246,27 @@ def check_labels(task: Task) -> None:
 
 def _check_targets(task: Task) -> None:
     for name, split in task.splits.items():
-        targets, place = split.targets, f"split {name!r} of the task {task.name!r}"
-        if targets.dtype in HALF:
-            raise DataError(f"{place} has targets in {_dtype(targets)}: give them in float32, `.float()`")
-        if not task.labels:
-            continue
-        if targets.is_floating_point() or targets.is_complex() or targets.dim() != 1:
-            raise DataError(
-                f"{place} has targets {_dtype(targets)} {list(targets.shape)}, and the task has labels: a classifier's "
-                "targets are the numbers of the classes, int64 [samples]; a task that predicts something else has no "
-                "labels"
-            )
-        wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= len(task.labels)))]
-        if len(wrong):
-            raise DataError(
-                f"{place} has the target {int(wrong[0])}, and the {len(task.labels)} labels are numbered from 0 to "
-                f"{len(task.labels) - 1}: add the label, or correct the target"
-            )
+        place = f"split {name!r} of the task {task.name!r}"
+        for targets in target_parts(split):
+            _check_part(task, targets, place)
+
+
+def _check_part(task: Task, targets: Tensor, place: str) -> None:
+    if targets.dtype in HALF:
+        raise DataError(f"{place} has targets in {_dtype(targets)}: give them in float32, `.float()`")
+    if not task.labels:
+        return
+    if targets.is_floating_point() or targets.is_complex() or targets.dim() != 1:
+        raise DataError(
+            f"{place} has targets {_dtype(targets)} {list(targets.shape)}, and the task has labels: a classifier's "
+            "targets are the numbers of the classes, int64 [samples]; a task that predicts something else has no labels"
+        )
+    wrong = targets[(targets != IGNORED) & ((targets < 0) | (targets >= len(task.labels)))]
+    if len(wrong):
+        raise DataError(
+            f"{place} has the target {int(wrong[0])}, and the {len(task.labels)} labels are numbered from 0 to "
+            f"{len(task.labels) - 1}: add the label, or correct the target"
+        )
 
 
 def _dtype(tensor: Tensor) -> str:

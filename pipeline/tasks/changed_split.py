@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..task import Batch, Split
+from ..task import Batch, Split, TargetsInParts
 
 
 class ChangedSplit:
@@ -25,11 +25,18 @@ class ChangedSplit:
         self._rows = torch.arange(len(split)) if rows is None else rows
         if hasattr(split, "largest_batch"):
             self.largest_batch = split.largest_batch
+        if isinstance(split, TargetsInParts):
+            self.targets_of = self._targets_of
 
     @property
     def targets(self) -> Tensor:
         """Changed, [len, ...]."""
         return self._change(self._split.targets[self._rows])
+
+    def _targets_of(self, rows: Sequence[int]) -> Tensor:
+        """See `TargetsInParts`."""
+        assert isinstance(self._split, TargetsInParts)
+        return self._change(self._split.targets_of(self._rows[torch.as_tensor(rows)].tolist()))
 
     @cached_property
     def sample_digests(self) -> Sequence[bytes]:

@@ -18,7 +18,7 @@ from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Preprocessing
 
 from ..errors import DataError
 from ..metric import IGNORED, Answer, Metric, Score
-from ..task import Split, SplitName
+from ..task import Split, SplitName, split_presence
 from .array_task import Array, ArrayTask, Augmentation, dealt
 from .changed_split import ChangedSplit
 
@@ -175,7 +175,7 @@ class Segmentation(ArrayTask):
         for key, split in self._splits.items():
             rows = None
             if others == IGNORED:
-                rows = self.classes_present(split.targets)[:, list(classes)].any(dim=1).nonzero().flatten()
+                rows = split_presence(self, split)[:, list(classes)].any(dim=1).nonzero().flatten()
                 if len(rows) == 0:
                     raise DataError(
                         f"split {key!r} of the task {self.name!r} has no pixel of {', '.join(names)}: choose others"

@@ -18,7 +18,7 @@ from edgewright.export.source import answers_of
 
 from ...errors import StageError
 from ...stage import Context
-from ...task import ShowsClasses, Split, Task, named_outputs, names_of_classes, presence
+from ...task import ShowsClasses, Split, Task, named_outputs, names_of_classes, split_presence
 
 CLASSES_OF_NONE = 10
 """So many times `images_per_class` samples are looked at where the task has no classes."""
@@ -55,7 +55,7 @@ class ScoredSamples:
         self.names = names_of_classes(task)
         self._task, self.split = task, split
         self._specs = answers_of(task)
-        self._present = presence(task, split.targets) if self.names else None
+        self._present = split_presence(task, split) if self.names else None
         self.classes: Sequence[int | None] = (None,)
         if self._present is not None:
             found = self._present.any(dim=0).nonzero().flatten().tolist()

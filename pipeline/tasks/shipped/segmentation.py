@@ -125,7 +125,7 @@ class MaskedImages:
     @property
     def targets(self) -> Tensor:
         """Class of every pixel, int64 [len, H, W]; reads every mask."""
-        return self._read(range(len(self)))
+        return self.targets_of(range(len(self)))
 
     @property
     def sample_digests(self) -> Sequence[bytes]:
@@ -177,9 +177,14 @@ class MaskedImages:
             DataError: names a file that cannot be read.
         """
         rows = [int(i) for i in torch.as_tensor(indices, dtype=torch.int64).tolist()]
-        return Batch(self._images.batch(rows).inputs, self._read(rows))
+        return Batch(self._images.batch(rows).inputs, self.targets_of(rows))
 
-    def _read(self, rows: Sequence[int]) -> Tensor:
+    def targets_of(self, rows: Sequence[int]) -> Tensor:
+        """See `edgewright.pipeline.task.TargetsInParts`.
+
+        Raises:
+            DataError: names a mask that cannot be read.
+        """
         height, width = self._reader.shape[1:]
         found = np.full((len(rows), height, width), IGNORED, np.int64)
         for place, row in enumerate(rows):
