@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .answers.boxes import Boxes
     from .answers.class_map import ClassMap
     from .answers.classes import Prediction
     from .answers.multilabel import Labels
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AnswerSpec": "bundle.manifest",
     "BenchRow": "measure.benchmark",
+    "Boxes": "answers.boxes",
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "ClassMap": "answers.class_map",
@@ -96,6 +98,7 @@ _WHERE = {
 __all__ = [
     "AnswerSpec",
     "BenchRow",
+    "Boxes",
     "Bundle",
     "BundleError",
     "ClassMap",

@@ -256,20 +256,23 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from .answers.drawing import check_drawn, save_drawn
+    from .answers.drawing import check_drawn, placed_on, save_drawn
     from .answers.text import result_dict, result_lines
     from .inference.session import load
 
     with _opened(options) as bundle, load(bundle, _session(options)) as runner:
         if options.save is not None:
             check_drawn(runner.answers, options.save)
-        found = runner.predict(_read_input(options.input, bundle.manifest))
+        given, picture = _read_input(options.input, bundle.manifest)
+        found = runner.predict(given)
         results = found if isinstance(found, dict) else {runner.answers[0].name: found}
+    if picture is not None:
+        results = placed_on(results, picture)
     for line in result_lines(results):
         print(line)
     _write_json(options.json, result_dict(results))
     if options.save is not None:
-        save_drawn(results, options.save)
+        save_drawn(results, options.save, picture)
     refused = {row for result in results.values() for row in result.refused}
     if not refused:
         return 0
@@ -335,24 +338,31 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if report.ok else ProviderError.exit_code
 
 
-def _read_input(path: Path, manifest: Manifest) -> Any:
-    """Reads .npy, .npz or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself."""
-    from .inference.image_file import SUFFIXES, load_image, read_image
+def _read_input(path: Path, manifest: Manifest) -> tuple[Any, Any]:
+    """Reads .npy, .npz or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself.
+
+    Returns:
+        What `predict` is given, and the pixels [1, H, W, C] of an image as they were, None of an array.
+    """
+    from .inference.image_file import SUFFIXES, read_image
+    from .inference.preprocess import preprocess_image
     from .measure.bench_inputs import read_inputs
 
     if not path.is_file():
         raise InputError(f"no input at {path}")
     if path.suffix.lower() not in SUFFIXES:
-        return read_inputs(path)
+        return read_inputs(path), None
     preprocessing = manifest.preprocessing
     if any(spec.dtype == "uint8" for spec in manifest.inputs):
-        return read_image(path, preprocessing)
+        pixels = read_image(path, preprocessing)
+        return pixels, pixels[None]
     if preprocessing.kind != "image":
         raise InputError(
             f"{path} is an image, and the bundle {manifest.name} does not say how images become its input: give what "
             "the model takes as a .npy"
         )
-    return load_image(path, preprocessing)
+    pixels = read_image(path, preprocessing)
+    return preprocess_image(pixels, preprocessing), pixels[None]
 
 
 def _numbers(text: str) -> list[float]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .store.checkpoint import load_checkpoint, read_checkpoint
     from .store.context import FolderContext
     from .task import Batch, Split, Task
+    from .tasks.detection import Detection
     from .tasks.image_classification import ImageClassification
     from .tasks.multilabel import MultiLabel
     from .tasks.regression import Regression
@@ -36,6 +37,7 @@ _WHERE = {
     "Regression": "tasks.regression",
     "RunResult": "report.result",
     "Score": "metric",
+    "Detection": "tasks.detection",
     "MultiLabel": "tasks.multilabel",
     "Segmentation": "tasks.segmentation",
     "Split": "task",
@@ -56,6 +58,7 @@ __all__ = [
     "Batch",
     "Context",
     "DatasetSplit",
+    "Detection",
     "Edit",
     "FolderContext",
     "ImageClassification",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.edge_runtime import ClassMap, Labels, load, verify
+from edgewright.edge_runtime import Boxes, ClassMap, Labels, load, verify
 from edgewright.edge_runtime.cli import main
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs.runner import run
@@ -72,9 +72,24 @@ def _streets(folder: Path) -> Path:
     return folder / "images" / "3.png"
 
 
+def _page(folder: Path) -> Path:
+    from PIL import Image
+
+    from edgewright.pipeline.tasks.shipped.pages import draw_book
+
+    page = draw_book(rows={"train": 3}, size=32, characters="AX", most=3).pages["train"].images[0, :, :, 0]
+    Image.fromarray(page).resize((96, 64)).save(folder / "page.png")
+    return folder / "page.png"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
+    "detection": Page(
+        _page,
+        (*_SHORT, "task.args.rows={train: 96, calibration: 32, validation: 32, test: 32}"),
+        lambda found: isinstance(found, Boxes) and found.labels == ("A", "X"),
+    ),
     "multilabel": Page(
         _photos, _SHORT, lambda found: isinstance(found, Labels) and found.labels == ("left", "right", "red")
     ),

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from edgewright.pipeline.task import SplitName
+from edgewright.pipeline.tasks.detection import Detection
 from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.tasks.multilabel import MultiLabel
 from edgewright.pipeline.tasks.segmentation import Segmentation
+from edgewright.pipeline.tasks.shipped.synthetic_detection import synthetic_detection
 from edgewright.pipeline.tasks.shipped.synthetic_multilabel import synthetic_multilabel
 from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
@@ -199,3 +201,29 @@ def tiny_pages() -> Segmentation:
 def tiny_labels() -> MultiLabel:
     """Pages [1, 16, 16] and which of four characters they show, for `tiny_residual`."""
     return synthetic_multilabel(rows=_PAGES, size=16, characters="ABKX", most=3)
+
+
+class TinyDetector(nn.Module):
+    """A raw head [N, 16, 4 + 2] of images [N, 1, 16, 16], a cell for every four pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 12, 3, 2, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3, 2, 1), nn.ReLU()
+        )
+        self.head = nn.Conv2d(16, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw: Tensor = self.head(self.body(x)).flatten(2).transpose(1, 2)
+        return raw
+
+
+def tiny_detector() -> nn.Module:
+    """A `TinyDetector`, eval mode."""
+    torch.manual_seed(0)
+    return TinyDetector().eval()
+
+
+def tiny_boxes() -> Detection:
+    """Pages [1, 16, 16] with boxes around two characters, for `tiny_detector`."""
+    return synthetic_detection(rows=_PAGES, size=16, characters="AX", most=2, strides=(4,))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..bundle.manifest import AnswerSpec
 from ..errors import InputError
-from .kind import Result
+from .kind import Placed, Result
 from .table import KINDS, kind_of
 
 if TYPE_CHECKING:
@@ -52,17 +52,28 @@ def check_drawn(answers: Sequence[AnswerSpec], path: Path) -> None:
         raise InputError("--save needs Pillow: pip install pillow, or use --json instead") from None
 
 
-def save_drawn(results: Mapping[str, Result], path: Path, pictures: NDArray[np.uint8] | None = None) -> None:
+def placed_on(results: Mapping[str, Result], pictures: NDArray[Any]) -> dict[str, Result]:
+    """The results in pixels of the pictures [N, H, W, C] that were given."""
+    height, width = pictures.shape[1:3]
+    return {
+        name: result.placed(height, width) if isinstance(result, Placed) else result for name, result in results.items()
+    }
+
+
+def save_drawn(results: Mapping[str, Result], path: Path, pictures: NDArray[Any] | None = None) -> None:
     """Writes the first answer that can be drawn.
 
     Args:
         results: of `predict` by name, see `check_drawn`.
         path: .png to write.
-        pictures: what was answered, [N, H, W, 3]; None where no image was given.
+        pictures: what was answered, [N, H, W, C], deep ones are drawn as their brightest pixel allows; None where no
+            image was given.
 
     Raises:
         InputError: it cannot be drawn, or the file cannot be written.
     """
+    if pictures is not None and pictures.dtype != np.uint8:
+        pictures = (255.0 * pictures / max(1, pictures.max())).astype(np.uint8)
     found = next(result for result in results.values() if isinstance(result, Drawn))
     try:
         found.drawn(pictures).save(path)

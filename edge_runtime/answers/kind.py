@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,15 @@ class Result(Protocol):
 
     def data(self) -> dict[str, Any]:
         """Plain data for a JSON file, `refused` left out."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A result that says where in a picture something is."""
+
+    def placed(self, height: int, width: int) -> Result:
+        """The same in pixels of pictures of this size."""
         ...
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..bundle.manifest import LOGITS, AnswerSpec
 from ..errors import BundleError
+from .boxes import BoxesKind
 from .class_map import ClassMapKind
 from .classes import CLASSES, Classes, Exits, exits_answer
 from .kind import Kind
@@ -13,9 +14,9 @@ from .multilabel import MultilabelKind
 from .tokens import TOKENS, TokensKind
 from .values import VALUES, ValuesKind
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), TokensKind())
-}
+_ALL = (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), BoxesKind(), TokensKind())
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """Every kind by name."""
 
 

@@ -82,6 +82,28 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class DecoderSpec:
+    """How the raw head of a detector [N, A, 4 + C] becomes boxes; see `answers.decoders`."""
+
+    name: str
+    """``grid``: a box at every cell of some strides; ``ssd``: offsets of anchors."""
+    size: tuple[int, int]
+    """(height, width) of the model's input in pixels."""
+    strides: tuple[int, ...] = ()
+    """Of ``grid``, in the order of the places."""
+    anchors: tuple[tuple[float, float, float, float], ...] = ()
+    """Of ``ssd``: middle x, middle y, width and height of every place, in pixels."""
+    weights: tuple[float, ...] = ()
+    """Of ``ssd``: what the four numbers of a box were multiplied by."""
+    score_threshold: float = 0.25
+    """Probability from which a box counts."""
+    iou_threshold: float = 0.5
+    """Of two boxes of one class that overlap by more, only the surer one is answered."""
+    most: int = 100
+    """Boxes of one row at most."""
+
+
+@dataclass(frozen=True)
 class AnswerSpec:
     """One answer of a model, as a task declares it and a manifest records it."""
 
@@ -99,6 +121,8 @@ class AnswerSpec:
     """Of ``values``: what `predict` adds after that; so standardised targets come back in the unit of the data."""
     thresholds: tuple[float, ...] = ()
     """Of ``multilabel``: the probability from which a class counts, one number or one for each; none: 0.5."""
+    decoder: DecoderSpec | None = None
+    """Of ``boxes``."""
     leaf: int | str | None = None
     """Where the answer lies in what the model returns: an index of a tuple, a key of a mapping; None: it is all."""
 

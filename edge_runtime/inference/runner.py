@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..answers.kind import Meaning
+from ..answers.kind import Meaning, Placed
 from ..answers.table import answers_by_names, kind_of
 from ..bundle.bundle import Bundle
 from ..bundle.consistency import unknown_exit, unlike
-from ..bundle.manifest import ANSWERS, EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, AnswerSpec, Manifest
+from ..bundle.manifest import ANSWERS, EXIT_INDEX, LABEL, LABELS, LOGITS, SCORES, AnswerSpec, Manifest, Preprocessing
 from ..bundle.typed_json import strict_json, typed
 from ..errors import BundleError, EdgewrightError, InputError
 from .feeds import FeedChecker, as_array, is_finite, prepare, specs_of, unusable_rows
@@ -150,6 +150,9 @@ class Runner:
                 feeds, refused = _with_stand_ins(feeds, unusable_rows(feeds))
                 break
         results = self._results(list(self.run_rows(feeds).values()), refused)
+        size = _size_of_pictures(x, self._preprocessing)
+        if size is not None:
+            results = _placed(results, *size)
         if type(x) is np.ndarray and not refused:
             self._remember(x, next(iter(feeds.values())))
         return results
@@ -243,6 +246,22 @@ def _answers_of(session: Any, path: Path) -> tuple[AnswerSpec, ...]:
         exits={LABEL, SCORES, EXIT_INDEX} <= outputs.keys(),
         tokens=any(given.type == "tensor(int64)" for given in session.get_inputs()),
     )
+
+
+def _size_of_pictures(x: Any, preprocessing: Preprocessing | None) -> tuple[int, int] | None:
+    """Height and width where pixels were given, which were resized."""
+    if preprocessing is None or preprocessing.kind != "image" or isinstance(x, Mapping):
+        return None
+    pixels = np.asarray(x)
+    if pixels.ndim < 3 or pixels.dtype.kind not in "ui":
+        return None
+    return int(pixels.shape[-3]), int(pixels.shape[-2])
+
+
+def _placed(results: Any, height: int, width: int) -> Any:
+    if isinstance(results, dict):
+        return {name: _placed(result, height, width) for name, result in results.items()}
+    return results.placed(height, width) if isinstance(results, Placed) else results
 
 
 def _with_stand_ins(

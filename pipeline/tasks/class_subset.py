@@ -62,6 +62,15 @@ def class_indices(labels: Sequence[str], wanted: Sequence[str | int], asked_by: 
     return tuple(sorted(found))
 
 
+def chosen_classes(task: Task, wanted: Sequence[str | int], asked_by: str) -> tuple[int, ...]:
+    """The indices of the classes of `task` that `wanted` names; a row that is one of several needs two of them.
+
+    Raises:
+        DataError: see `class_indices`.
+    """
+    return class_indices(names_of_classes(task), wanted, asked_by, least=2 if task.labels else 1)
+
+
 def restricted(task: Task, wanted: Sequence[str | int], asked_by: str) -> Task:
     """`task` with the classes that `wanted` names; the task itself if it names none or all.
 
@@ -69,7 +78,7 @@ def restricted(task: Task, wanted: Sequence[str | int], asked_by: str) -> Task:
         DataError: see `class_indices`, `ClassSubset` and `HasClassSubsets`; or a task that cannot be restricted.
     """
     names = names_of_classes(task)
-    classes = class_indices(names, wanted, asked_by, least=2 if task.labels else 1) if wanted else ()
+    classes = chosen_classes(task, wanted, asked_by) if wanted else ()
     if not 0 < len(classes) < len(names):
         return task
     if task.labels:

@@ -20,7 +20,7 @@ from ...errors import RecipeError, StageError
 from ...metric import Score
 from ...stage import Context
 from ...task import Task, check_classes, names_of_classes, split_of
-from ...tasks.class_subset import class_indices, restricted
+from ...tasks.class_subset import chosen_classes, restricted
 from ...training.evaluation import evaluate
 from .config import ClassAwarePruningConfig
 from .criteria import CRITERIA
@@ -77,7 +77,7 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
     """
     check_kind(task, config)
     names, by = names_of_classes(task), f"stage {NAME!r}"
-    chosen = class_indices(names, config.classes, asked_by=by) if config.classes else ()
+    chosen = chosen_classes(task, config.classes, asked_by=by) if config.classes else ()
     specialise = 0 < len(chosen) < len(names)
     task = restricted(task, config.classes, asked_by=by)
     if scores_each_class(config, task):

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 from stage_tester import StageCase, check_stage
-from tiny import tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_siamese, tiny_transformer, tiny_values
+from tiny import (
+    tiny_boxes,
+    tiny_detector,
+    tiny_labels,
+    tiny_map,
+    tiny_pages,
+    tiny_residual,
+    tiny_siamese,
+    tiny_transformer,
+    tiny_values,
+)
 
 from edgewright.pipeline.stage_registry import SHIPPED, stage_named
 from edgewright.pipeline.tasks.shipped.synthetic_regression import synthetic_regression
@@ -66,6 +76,16 @@ CASES = [
     StageCase("train-labels", "train", _SHORT, tiny_residual, tiny_labels),
     StageCase("prune-labels", "class_aware_pruning", {**_HALF, "criterion": "class_count"}, tiny_residual, tiny_labels),
     StageCase("share-labels", "basis_sharing", {}, tiny_residual, tiny_labels),
+    StageCase("train-boxes", "train", _SHORT, tiny_detector, tiny_boxes),
+    StageCase("prune-boxes", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_detector, tiny_boxes),
+    StageCase(
+        "prune-boxes-class-count",
+        "class_aware_pruning",
+        {**_HALF, "criterion": "class_count", "tau_mode": "relative", "tau": 0.3},
+        tiny_detector,
+        tiny_boxes,
+    ),
+    StageCase("share-boxes", "basis_sharing", {"min_width": 6}, tiny_detector, tiny_boxes),
     StageCase("exit-exclusion", "early_exit", {"training": _ONCE, "at": ("blocks.0",)}),
     StageCase(
         "exit-probability",

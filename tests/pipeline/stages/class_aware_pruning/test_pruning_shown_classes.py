@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_task
+from tiny import tiny_boxes, tiny_detector, tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_task
 from torch import Tensor, nn
 from unlabelled import Rows, SquaredError
 
@@ -111,6 +111,15 @@ def test_a_network_of_several_labels_is_specialised_to_some_of_them(tmp_path: Pa
     torch.testing.assert_close(pruned(model, class_cut(model, x, (1, 3), class_columns(task.answers)))(*x), want)
     result = fit(model, task, config(classes=["X", "B"], criterion="class_count"), FolderContext(tmp_path))
     assert result.metrics["classes"] == ["B", "X"] and result.model(*x).shape == (1, 2)
+
+
+def test_a_detector_is_specialised_to_some_of_its_classes(tmp_path: Path) -> None:
+    model, task = tiny_detector(), tiny_boxes()
+    x = task.splits["test"].batch([0]).inputs
+    want = model(*x)[..., [0, 1, 2, 3, 5]]
+    torch.testing.assert_close(pruned(model, class_cut(model, x, (1,), class_columns(task.answers)))(*x), want)
+    result = fit(model, task, config(classes=["X"], criterion="taylor"), FolderContext(tmp_path))
+    assert result.metrics["classes"] == ["X"] and result.model(*x).shape == (1, 16, 5)
 
 
 class Head(nn.Module):
