@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgewright.edge_runtime.bundle.manifest import Preprocessing
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec, Preprocessing
 from edgewright.pipeline.metric import Answer, Score
 from edgewright.pipeline.task import Batch
 
@@ -91,3 +91,47 @@ def network(outputs: int = 2, width: int = 16) -> nn.Module:
     return nn.Sequential(
         nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
     ).eval()
+
+
+class TwoHeads(nn.Module):
+    """A tuple of a class and of a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.a, self.b = nn.Linear(6, 24), nn.Linear(24, 3), nn.Linear(24, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.body(x))
+        return self.a(x), self.b(x)
+
+
+class TwoAnswers:
+    """The targets are a class and a number in one row."""
+
+    name, labels, input_names, preprocessing = "two", (), ("x",), None
+    dynamic_axes: tuple[Mapping[int, str], ...] = ({0: "batch"},)
+    answers = (AnswerSpec("kind", "classes", leaf=0), AnswerSpec("size", "values", leaf=1))
+
+    def __init__(self) -> None:
+        x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+        y = torch.stack([x[:, :3].argmax(1).float(), x[:, 3]], dim=1)
+        self.splits = {name: Rows(x[i::4], y[i::4]) for i, name in enumerate(SPLITS)}
+
+    def loss(self, output: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+        assert set(output) == {"kind", "size"}
+        kind = nn.functional.cross_entropy(output["kind"], targets[:, 0].long())
+        return kind + (output["size"][:, 0] - targets[:, 1]).square().mean()
+
+    @property
+    def metric(self) -> Any:
+        class OfSize(SquaredError):
+            def score(self, answers: Any) -> Any:
+                return super().score((o["size"], t[:, 1:]) for o, t in answers)
+
+            def drop(self, before: float, after: float) -> float:
+                return 0.0  # nothing is trained here
+
+        return OfSize()
+
+    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
+        return batch

@@ -12,6 +12,7 @@ import torch
 from dying import Dying
 from tiny import tiny_residual, tiny_signal, tiny_task, tiny_transformer
 from torch import Tensor, nn
+from unlabelled import TwoAnswers, TwoHeads
 
 from edgewright.pipeline.errors import StageError
 from edgewright.pipeline.stage import StageResult
@@ -85,3 +86,31 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         broken = copy.deepcopy(model)
         nn.init.constant_(broken.get_submodule("fc").get_parameter("bias"), float("nan"))
         recover(broken, None, TASK, RecoveryConfig(distillation=0.0), context, parameters=list(broken.parameters()))
+
+
+def test_a_model_of_several_answers_is_drawn_to_all_of_the_dense_ones(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task: Any = TwoAnswers()
+    body = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24))
+    model = TwoHeads()
+    model.body = body  # type: ignore[assignment]
+    with torch.no_grad():
+        model.a.weight *= 20.0  # classes that are far apart, as of a trained network
+    model.eval()
+    inputs = task.splits["train"].batch(range(15)).inputs[0]
+
+    def shared(folder: str, **recovery: Any) -> tuple[Tensor, Tensor]:
+        config = BasisSharingConfig(
+            ratio=0.7, min_width=6, calibration_samples=None, recovery={**SHORT, **recovery} if recovery else None
+        )
+        found = fit(copy.deepcopy(model), task, config, FolderContext(tmp_path / folder)).model
+        with torch.no_grad():
+            kind, size = found(inputs)
+        return kind.log_softmax(dim=1), size
+
+    with torch.no_grad():
+        wanted = model(inputs)
+    wanted = (wanted[0].log_softmax(dim=1), wanted[1])
+    before, after = shared("none"), shared("some", steps=120, learning_rate=3e-3)
+    for was, now, want in zip(before, after, wanted, strict=True):
+        assert (now - want).norm() < 0.85 * (was - want).norm()

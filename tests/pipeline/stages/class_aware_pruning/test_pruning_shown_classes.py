@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_boxes, tiny_detector, tiny_labels, tiny_map, tiny_pages, tiny_residual, tiny_task
 from torch import Tensor, nn
-from unlabelled import Rows, SquaredError
+from unlabelled import TwoAnswers, TwoHeads
 
 from edgewright.edge_runtime.answers.class_map import ClassMapKind
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec
@@ -21,7 +20,6 @@ from edgewright.pipeline.stages.class_aware_pruning import STAGE, ClassAwarePrun
 from edgewright.pipeline.stages.class_aware_pruning.scored_samples import ScoredSamples
 from edgewright.pipeline.stages.class_aware_pruning.scores import ScoringSettings, collect
 from edgewright.pipeline.store.context import FolderContext
-from edgewright.pipeline.task import Batch
 from edgewright.pipeline.tasks.regression import Regression
 from edgewright.pipeline.tasks.segmentation import Segmentation
 
@@ -177,51 +175,6 @@ def test_rows_of_several_labels_are_scored_for_each(tmp_path: Path, criterion: s
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
     result = fit(model, task, config(criterion=criterion, target_mac_reduction=0.3), FolderContext(tmp_path))
     assert result.metrics["mac_reduction"] >= 0.3 and result.metrics["iterations"]
-
-
-class TwoHeads(nn.Module):
-    """A tuple of a class and of a number."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.a, self.b = nn.Linear(6, 24), nn.Linear(24, 3), nn.Linear(24, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.relu(self.body(x))
-        return self.a(x), self.b(x)
-
-
-class TwoAnswers:
-    """The targets are a class and a number in one row."""
-
-    name, labels, input_names, preprocessing = "two", (), ("x",), None
-    dynamic_axes: tuple[Mapping[int, str], ...] = ({0: "batch"},)
-    answers = (AnswerSpec("kind", "classes", leaf=0), AnswerSpec("size", "values", leaf=1))
-
-    def __init__(self) -> None:
-        x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-        y = torch.stack([x[:, :3].argmax(1).float(), x[:, 3]], dim=1)
-        names: Sequence[str] = ("train", "calibration", "validation", "test")
-        self.splits = {name: Rows(x[i::4], y[i::4]) for i, name in enumerate(names)}
-
-    def loss(self, output: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        assert set(output) == {"kind", "size"}
-        kind = nn.functional.cross_entropy(output["kind"], targets[:, 0].long())
-        return kind + (output["size"][:, 0] - targets[:, 1]).square().mean()
-
-    @property
-    def metric(self) -> Any:
-        class OfSize(SquaredError):
-            def score(self, answers: Any) -> Any:
-                return super().score((o["size"], t[:, 1:]) for o, t in answers)
-
-            def drop(self, before: float, after: float) -> float:
-                return 0.0  # nothing is trained here
-
-        return OfSize()
-
-    def augment(self, batch: Batch, generator: torch.Generator) -> Batch:
-        return batch
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "similarity", "fpgm"])
