@@ -117,6 +117,10 @@ class BoxesKind(Kind):
     class_axis = -1
     before_classes = BOX
 
+    def first_class(self, spec: AnswerSpec) -> int:
+        """Behind the box, and with `ssd` behind the background, which stays whatever classes go."""
+        return BOX + (spec.decoder is not None and spec.decoder.name == "ssd")
+
     def decisions(self, spec: AnswerSpec, outputs: Outputs) -> dict[str, NDArray[np.int64]]:
         """Of every place its class and 1, int64 [N, A]; 0 where nothing is answered."""
         found = np.zeros(outputs[spec.name].shape[:2], np.int64)

@@ -103,6 +103,11 @@ class Kind:
     """Whether exactly one of the classes is right at each place, so that a softmax along the axis is a probability;
     otherwise any number of them may be, each by its own sigmoid."""
 
+    def first_class(self, spec: AnswerSpec) -> int:
+        """The place along `class_axis` of the number of the first class."""
+        del spec
+        return self.before_classes
+
     def outputs(self, spec: AnswerSpec) -> tuple[str, ...]:
         """The graph's outputs that make up the answer."""
         return (spec.name,)

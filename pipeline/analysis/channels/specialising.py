@@ -76,7 +76,7 @@ def class_columns(specs: Sequence[AnswerSpec]) -> Columns:
         except ExportError:
             return None
 
-    return Columns(kind.class_axis, logits, kind.before_classes)
+    return Columns(kind.class_axis, logits, kind.first_class(found[0]))
 
 
 def _answer(output: Any, columns: Columns) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unlabelled import TwoAnswers, TwoHeads
 
 from edgewright.edge_runtime.answers.class_map import ClassMapKind
-from edgewright.edge_runtime.bundle.manifest import AnswerSpec
+from edgewright.edge_runtime.bundle.manifest import AnswerSpec, DecoderSpec
 from edgewright.pipeline.analysis.channels.specialising import class_columns, class_cut
 from edgewright.pipeline.analysis.channels.surgery import pruned
 from edgewright.pipeline.errors import DataError, RecipeError, StageError
@@ -142,6 +142,20 @@ def test_columns_behind_other_numbers_are_found_in_a_leaf(monkeypatch: pytest.Mo
     torch.testing.assert_close(small(x)["head"], model(x)["head"][..., [0, 1, 2, 3, 5]])
     with pytest.raises(StageError, match="0 of the model's answers"):
         class_columns([AnswerSpec("f", "values")])
+
+
+@pytest.mark.parametrize("criterion", ["class_count", "taylor"])
+def test_a_detector_is_specialised_and_keeps_its_boxes(tmp_path: Path, criterion: str) -> None:
+    model, task = tiny_detector(), tiny_boxes()
+    x = task.splits["test"].batch([0]).inputs
+    keep = class_cut(model, x, (1,), class_columns(task.answers))
+    torch.testing.assert_close(pruned(model, keep)(*x), model(*x)[..., [0, 1, 2, 3, 5]])
+    asked = config(classes=["X"], criterion=criterion, target_mac_reduction=0.3)
+    result = fit(model, task, asked, FolderContext(tmp_path))
+    assert result.metrics["classes"] == ["X"] and result.metrics["mac_reduction"] >= 0.3
+    assert result.model(*x).shape[-1] == 5
+    background = AnswerSpec("boxes", "boxes", decoder=DecoderSpec("ssd", (16, 16), ()))
+    assert class_columns([background]).first == 5
 
 
 class SeveralLabels(Regression):
