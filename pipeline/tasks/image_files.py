@@ -21,6 +21,9 @@ from ..stage import Progress
 from ..task import Batch
 
 _READ_AT_ONCE = 64
+_TURNED = frozenset((5, 6, 7, 8))
+"""Values of the EXIF orientation with which height and width change places."""
+_ORIENTATION = 0x0112
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -248,3 +251,20 @@ def images_in(place: Path) -> Iterator[Path]:
     for file in place.rglob("*"):
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file():
             yield file
+
+
+def size_of_image(file: Path) -> tuple[int, int]:
+    """Height and width as the reader gives them, by the header alone, turned as the EXIF tag says.
+
+    Raises:
+        DataError: it is no readable image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(_ORIENTATION) in _TURNED
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise DataError(f"{file} is no readable image ({error}): repair it or remove it") from error
+    return (width, height) if turned else (height, width)

@@ -24,13 +24,11 @@ from ..image_files import (
     common_white,
     image_preprocessing,
     images_in,
+    size_of_image,
 )
 from ..segmentation import Segmentation
 from ..splitting import stratified_split
 
-_TURNED = frozenset((5, 6, 7, 8))
-"""Values of the EXIF orientation with which height and width change places."""
-_ORIENTATION = 0x0112
 _INDEX_MODES = frozenset(("1", "L", "P", "I", "I;16"))
 _AT_ONCE = 64
 
@@ -150,10 +148,10 @@ class MaskedImages:
         del classes  # what the split was made with
         for image, mask in zip(self._images.files, self._masks, strict=True):
             values = _values(mask)
-            if values.shape != _size_of(image):
+            if values.shape != (size := size_of_image(image)):
                 raise DataError(
-                    f"{mask} is {_sides(values.shape)} and its image {image} {_sides(_size_of(image))} pixels: a mask "
-                    "is as large as its image; export it again, without cropping or scaling"
+                    f"{mask} is {_sides(values.shape)} and its image {image} {_sides(size)} pixels: a mask is as large "
+                    "as its image; export it again, without cropping or scaling"
                 )
             known = (
                 values < self._classes if self._ignore is None else (values < self._classes) | (values == self._ignore)
@@ -262,19 +260,6 @@ def _resized(values: NDArray[np.int64], height: int, width: int) -> NDArray[np.i
     )
     found: NDArray[np.int64] = values[down[:, None], across]
     return found
-
-
-def _size_of(image: Path) -> tuple[int, int]:
-    """Height and width as the reader gives them, turned as the EXIF tag says."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(_ORIENTATION) in _TURNED
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DataError(f"{image} is no readable image ({error}): repair it or remove it with its mask") from error
-    return (width, height) if turned else (height, width)
 
 
 def _sides(shape: Sequence[int]) -> str:
