@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .answers.boxes import Boxes
     from .answers.class_map import ClassMap
     from .answers.classes import Prediction
+    from .answers.embedding import Vectors
     from .answers.multilabel import Labels
     from .answers.tokens import Tokens
     from .answers.values import Values
@@ -70,6 +71,7 @@ _WHERE = {
     "SessionOptions": "inference.options",
     "Tokens": "answers.tokens",
     "Values": "answers.values",
+    "Vectors": "answers.embedding",
     "VerifyReport": "proof.verification",
     "bench": "measure.benchmark",
     "bench_text": "measure.benchmark",
@@ -122,6 +124,7 @@ __all__ = [
     "SessionOptions",
     "Tokens",
     "Values",
+    "Vectors",
     "VerifyReport",
     "bench",
     "bench_text",

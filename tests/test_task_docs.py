@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.edge_runtime import Boxes, ClassMap, Labels, load, verify
+from edgewright.edge_runtime import Boxes, ClassMap, Labels, Vectors, load, verify
 from edgewright.edge_runtime.cli import main
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs.runner import run
@@ -82,6 +82,19 @@ def _page(folder: Path) -> Path:
     return folder / "page.png"
 
 
+def _products(folder: Path) -> Path:
+    """Folders of images of one colour each, at any brightness."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number, colour in enumerate(([200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40])):
+        (folder / "products" / str(number)).mkdir(parents=True)
+        for view in range(20):
+            picture = np.array(colour) * rng.uniform(0.5, 1.0) + rng.integers(0, 50, (40, 40, 3))
+            Image.fromarray(picture.astype(np.uint8)).save(folder / "products" / str(number) / f"{view}.png")
+    return folder / "products" / "2" / "3.png"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
@@ -90,6 +103,7 @@ PAGES = {
         (*_SHORT, "task.args.rows={train: 96, calibration: 32, validation: 32, test: 32}"),
         lambda found: isinstance(found, Boxes) and found.labels == ("A", "X"),
     ),
+    "embedding": Page(_products, _SHORT, lambda found: isinstance(found, Vectors) and found.vector.shape == (1, 32)),
     "multilabel": Page(
         _photos, _SHORT, lambda found: isinstance(found, Labels) and found.labels == ("left", "right", "red")
     ),

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from edgewright.pipeline.task import SplitName
 from edgewright.pipeline.tasks.detection import Detection
+from edgewright.pipeline.tasks.embedding import Embedding
 from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.tasks.multilabel import MultiLabel
 from edgewright.pipeline.tasks.segmentation import Segmentation
 from edgewright.pipeline.tasks.shipped.synthetic_detection import synthetic_detection
+from edgewright.pipeline.tasks.shipped.synthetic_embedding import synthetic_embedding
 from edgewright.pipeline.tasks.shipped.synthetic_multilabel import synthetic_multilabel
 from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
@@ -184,6 +186,17 @@ def tiny_values() -> nn.Module:
     """Three numbers for each row [N, 8]."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
+
+
+def tiny_vectors() -> nn.Module:
+    """A vector [8] for each row [N, 16]."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
+
+
+def tiny_things() -> Embedding:
+    """Rows [16] of things that are seen from several sides, for `tiny_vectors`."""
+    return synthetic_embedding(things=40, views=4)
 
 
 def tiny_map() -> nn.Module:

@@ -71,6 +71,8 @@ class Difference:
     """Whether the margin is no wider than what numeric errors can move."""
     places: int = 1
     """How many places of the row differ."""
+    said: str = ""
+    """What differs, where `expected` and `got` cannot say it."""
 
 
 @dataclass(frozen=True)

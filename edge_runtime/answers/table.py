@@ -9,12 +9,13 @@ from ..errors import BundleError
 from .boxes import BoxesKind
 from .class_map import ClassMapKind
 from .classes import CLASSES, Classes, Exits, exits_answer
+from .embedding import EmbeddingKind
 from .kind import Kind
 from .multilabel import MultilabelKind
 from .tokens import TOKENS, TokensKind
 from .values import VALUES, ValuesKind
 
-_ALL = (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), BoxesKind(), TokensKind())
+_ALL = (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), BoxesKind(), TokensKind(), EmbeddingKind())
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """Every kind by name."""

@@ -435,6 +435,8 @@ def _tolerances_text(tolerances: Tolerances) -> str:
 
 
 def _flip_text(difference: Difference, tolerances: Tolerances) -> str:
+    if difference.said:
+        return difference.said
     known = "no margin was recorded" if difference.margin is None else f"margin {difference.margin:.3g}"
     return (
         f"{difference.got}, wanted {difference.expected}{_places(difference.places)} ({known}, flips are excused up to "

@@ -129,8 +129,11 @@ class Agreement:
                 self.flips.append(flip)
             else:
                 many = f", at the widest of {apart.places} places" if apart.places > 1 else ""
+                named = f"{where}, row {row}: {f'{answer} ' if answer else ''}"
                 self.failures.append(
-                    f"{where}, row {row}: {f'{answer} ' if answer else ''}{apart.what} {apart.expected} in PyTorch, "
+                    f"{named}{apart.said}"
+                    if apart.said
+                    else f"{named}{apart.what} {apart.expected} in PyTorch, "
                     f"{apart.got} in ONNX{many}, margin {wide:.3g} against a possible numeric shift of "
                     f"{flip_margin:.3g}"
                 )

@@ -14,8 +14,10 @@ from tiny import (
     tiny_pages,
     tiny_residual,
     tiny_siamese,
+    tiny_things,
     tiny_transformer,
     tiny_values,
+    tiny_vectors,
 )
 
 from edgewright.pipeline.stage_registry import SHIPPED, stage_named
@@ -63,6 +65,9 @@ CASES = [
     StageCase("train-values", "train", _SHORT, tiny_values, synthetic_regression),
     StageCase("prune-values", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_values, synthetic_regression),
     StageCase("share-values", "basis_sharing", {}, tiny_values, synthetic_regression),
+    StageCase("train-vectors", "train", _SHORT, tiny_vectors, tiny_things),
+    StageCase("prune-vectors", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_vectors, tiny_things),
+    StageCase("share-vectors", "basis_sharing", {}, tiny_vectors, tiny_things),
     StageCase("train-map", "train", _SHORT, tiny_map, tiny_pages),
     StageCase("prune-map", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_map, tiny_pages),
     StageCase(
