@@ -93,7 +93,7 @@ def test_each_missing_attribute_is_named() -> None:
             under_test._check_task(part, "python:x.py:y")
 
 
-CLASSIFIED_IMAGES = {"cifar", "digits", "glyphs", "image_folder"}
+CLASSIFIED_IMAGES = {"cifar", "digits", "fashion_mnist", "glyphs", "image_folder"}
 
 
 def test_shipped_tasks_are_found_by_their_modules() -> None:
