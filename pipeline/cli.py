@@ -284,7 +284,7 @@ def _recipe_path(given: str) -> Path:
 def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model and one batch for it."""
     from .recipe.recipe import load_recipe, parse_recipe
-    from .runs.base_model import build_folded
+    from .runs.base_model import build_named, folded
     from .runs.preparation import example_inputs
 
     path = _recipe_path(given)
@@ -297,7 +297,7 @@ def _network(given: str, input_shape: str | None, overrides: Sequence[str]) -> t
     if not is_recipe:
         input_shape = _known_shape(given, input_shape, recipe)
     inputs = example_inputs(recipe, _shape(input_shape))
-    return build_folded(recipe, inputs)[0], inputs
+    return folded(build_named(recipe), recipe, inputs)[0], inputs
 
 
 def _known_shape(given: str, input_shape: str | None, recipe: Recipe) -> str:

@@ -1,4 +1,4 @@
-"""Weights that are computed from others, and branches that stand for one layer: folded before anything else.
+"""Weights that are computed from others, and branches that stand for one layer: folded before any compression.
 
 Parametrized weights (weight norm, spectral norm, old and new, and every other parametrization of torch) become plain
 ones. Networks that are trained with parallel branches and deployed with one layer in their place (RepVGG, MobileOne,
@@ -91,7 +91,7 @@ def find_folds(model: nn.Module, inputs: Sequence[Tensor]) -> Folds:
     if difference > TOLERANCE:
         return Folds(notes=(f"{_what(folds)} could be folded, and is left as it is: {_by(difference)}",))
     if folds:
-        notes.append(f"{_what(folds)} folded before anything else: {_by(difference)}")
+        notes.append(f"{_what(folds)} folded before any compression: {_by(difference)}")
     return Folds(weights, joined, (*notes, *left))
 
 

@@ -40,8 +40,8 @@ class ModelSpec(_Section):
     """Weights to load, .safetensors, or .pt / .pth with plain tensors."""
     fold: bool = True
     """Whether weight norms and the like become plain weights, and branches that a network brings a method to join
-    (`reparameterize`, `switch_to_deploy`, `fuse`) one layer, before anything else. False trains with them: then give
-    the trained weights to a second recipe, which folds."""
+    (`reparameterize`, `switch_to_deploy`, `fuse`) one layer: before anything else, or behind the trainings that the
+    recipe begins with, which want them."""
 
     @model_validator(mode="before")
     @classmethod

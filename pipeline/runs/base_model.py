@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -40,16 +41,21 @@ class Base:
 
 
 def build_base(inputs: Inputs, progress: Progress) -> Base:
-    """The model before all stages, see `build_folded`, tried on the task's samples; reads every sample once.
+    """The model before all stages, see `build_named`, tried on the task's samples; reads every sample once.
+
+    What can be folded in it is folded, unless trainings come first, see `trainings_first`.
 
     Raises:
-        ModelError: see `build_folded`, `check_model`, `check_reproducible` and `check_exportable`.
+        ModelError: see `build_named`, `check_model`, `check_reproducible` and `check_exportable`.
         DataError: a sample that cannot be read; names it.
     """
     name, recipe = inputs.base.name, inputs.recipe
     notes: list[str] = []
     rows = first_rows(inputs.task)
-    model, folds = build_folded(recipe, rows, notes)
+    model, folds = build_named(recipe, notes=notes), Folds()
+    if not trainings_first(recipe):
+        model, folds = folded(model, recipe, rows)
+        notes += folds.notes
     check_model(model, inputs.task, name)
     other = fold(build_named(recipe, recipe.seed + 1), folds)
     late = check_reproducible(model, other, rows, name)
@@ -66,28 +72,26 @@ def build_base(inputs: Inputs, progress: Progress) -> Base:
     return Base(model, folds, late, tuple(notes))
 
 
-def build_folded(recipe: Recipe, rows: Sequence[Tensor], notes: list[str] | None = None) -> tuple[nn.Module, Folds]:
-    """As `build_named`, and what can be folded in it is folded, see `models.sources.folding`, if the recipe wants that.
+def trainings_first(recipe: Recipe) -> int:
+    """How many trainings the recipe begins with.
+
+    They want the branches of a network that brings a method to join them, and the norms in these; what can be folded is
+    folded behind them.
+    """
+    return sum(1 for _ in takewhile(lambda entry: stage_named(entry.name).dense, recipe.stages))
+
+
+def folded(model: nn.Module, recipe: Recipe, rows: Sequence[Tensor]) -> tuple[nn.Module, Folds]:
+    """`model` with everything folded that can be, see `models.sources.folding`, if the recipe wants that.
 
     Args:
-        recipe: names it.
+        model: eval mode, on the CPU; changed in place.
+        recipe: says whether.
         rows: inputs of some rows, to try it on.
-        notes: gets what the user should know of the model, its weights and its folds, if it is given.
-
-    Raises:
-        ModelError: see `build_named`.
     """
-    model = build_named(recipe, notes=notes)
     if not recipe.model.fold:
         return model, Folds()
     folds = find_folds(model, rows)
-    if notes is not None:
-        notes += folds.notes
-        if folds.joined and recipe.model.weights is None and any(stage_named(e.name).dense for e in recipe.stages[:1]):
-            notes.append(
-                "this recipe trains without the branches that were joined: `model.fold: false` trains with them, and a "
-                "second recipe with the trained weights under model.weights joins them"
-            )
     return fold(model, folds), folds
 
 

@@ -11,7 +11,7 @@ from ..analysis import cost
 from ..errors import RecipeError
 from ..recipe.recipe import ControlSpec, ModelSpec, Recipe, Requirements, StageEntry
 from ..stage_registry import TRAINING, stage_named
-from .base_model import build_folded
+from .base_model import build_named, folded
 from .inputs import Inputs
 
 CONTROL = "control"
@@ -109,4 +109,5 @@ def _argument(spec: ControlSpec, value: float) -> int | float:
 def _built(recipe: Recipe, spec: ControlSpec, value: float, rows: Sequence[Tensor]) -> nn.Module:
     args: dict[str, Any] = {**recipe.model.args, spec.argument: _argument(spec, value)}
     asked = ModelSpec(name=recipe.model.name, args=args, fold=recipe.model.fold)
-    return build_folded(recipe.model_copy(update={"model": asked}), rows)[0]
+    recipe = recipe.model_copy(update={"model": asked})
+    return folded(build_named(recipe), recipe, rows)[0]

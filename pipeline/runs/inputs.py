@@ -29,6 +29,7 @@ class Inputs:
         base_sources: sha256 of the files that define the base, by portable name.
         environment: versions and the like, part of every key.
         watch: of the files that the keys speak of.
+        folds: whether something can be folded in the base, see `models.sources.folding`.
     """
 
     recipe: Recipe
@@ -40,3 +41,4 @@ class Inputs:
     base_sources: Mapping[str, str]
     environment: dict[str, Json]
     watch: Watch
+    folds: bool = False

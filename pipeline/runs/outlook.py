@@ -32,7 +32,7 @@ from ..stage import Json, Preview
 from ..stage_registry import stage_named, usable_stages
 from ..task import Batch, Task
 from ..tasks import build_task
-from .base_model import build_folded
+from .base_model import build_named, folded
 from .determinism import seeded
 from .preparation import check_answers, example_inputs, tasks_of
 
@@ -149,7 +149,8 @@ def outlook(recipe: Recipe, shape: tuple[int, ...] | None, alone: bool, export: 
             task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
     inputs = example_inputs(recipe, shape) if shape is not None or task is None else _rows(task)
     notes: list[str] = []
-    model, _ = build_folded(recipe, inputs, notes)
+    model, folds = folded(build_named(recipe, notes=notes), recipe, inputs)
+    notes += folds.notes
     cost = count(model, inputs)
     if alone:
         planned = [(stage.name, StageEntry.model_validate(stage.name)) for stage in usable_stages()]

@@ -38,7 +38,7 @@ from ..task import (
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
 from ..training.training import trainings_in
-from .base_model import build_folded
+from .base_model import build_named, folded, trainings_first
 from .determinism import seeded
 from .inputs import Inputs
 from .model_check import check_model, first_rows
@@ -87,7 +87,7 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
         check_splits(recipe, tasks)
         data = data_digests(task)
     watch.data(task)
-    check_stages(recipe, tasks, read_by_model)
+    folds = check_stages(recipe, tasks, read_by_model)
     if base.name.startswith(PREFIX):
         # it is built anew at every step: what it reads is as much a source of it as its code
         base_sources |= watch.read(read_by_model, recipe.folder)
@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
         recipe.model.fold,
     )
     watch.check()
-    return Inputs(recipe, device, task, tasks, base, key, base_sources, around, watch)
+    return Inputs(recipe, device, task, tasks, base, key, base_sources, around, watch, folds)
 
 
 def check_bundle_place(bundle: Path) -> None:
@@ -193,7 +193,7 @@ def check_answers(stage: Stage[Any], task: Task) -> None:
     )
 
 
-def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -> None:
+def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -> bool:
     """Shows the base model to every stage that has something to say about it or trains it, before any compute.
 
     Args:
@@ -201,29 +201,38 @@ def check_stages(recipe: Recipe, tasks: Sequence[Task], read: dict[Path, str]) -
         tasks: see `tasks_of`.
         read: gets the user's files that the model reads when it is built, the weights file left out; see `files_read`.
 
+    Returns:
+        Whether something can be folded in the model, see `models.sources.folding`; False if nobody asked for the model.
+
     Raises:
-        ModelError: see `build_folded`, `check_model` and `check_training`.
+        ModelError: see `build_named`, `check_model` and `check_training`.
         InputError: see `Stage.check` and `check_training`.
     """
     checked = [(stage_named(entry.name).check, entry.config) for entry in recipe.stages]
-    planned = list(_trainings(recipe, tasks))
-    if not planned and not any(check for check, _ in checked) and not recipe.model.name.startswith(PREFIX):
-        return
+    first = trainings_first(recipe)
+    before, planned = (list(_trainings(recipe, tasks, part)) for part in (slice(first), slice(first, None)))
+    asked = bool(before or planned) or any(check for check, _ in checked)
+    if not asked and not recipe.model.name.startswith(PREFIX):
+        return False
     rows = first_rows(tasks[0])
     with files_read(recipe.folder, read):
-        model, _ = build_folded(recipe, rows)
+        model = build_named(recipe)
     if recipe.model.weights is not None:
         read.pop(recipe.resolve(recipe.model.weights).resolve(), None)
     check_model(model, tasks[0], recipe.model.name)
+    with seeded(recipe.seed):
+        check_training(model, tasks[0], before, recipe.model.name)
+    model, folds = folded(model, recipe, rows)
     for check, config in checked:
         if check is not None:
             check(model, tasks[0], config)
     with seeded(recipe.seed):
         check_training(model, tasks[0], planned, recipe.model.name)
+    return bool(folds)
 
 
-def _trainings(recipe: Recipe, tasks: Sequence[Task]) -> Iterator[PlannedTraining]:
-    for entry, task in zip(recipe.stages, tasks[1:], strict=True):
+def _trainings(recipe: Recipe, tasks: Sequence[Task], part: slice) -> Iterator[PlannedTraining]:
+    for entry, task in zip(recipe.stages[part], tasks[1:][part], strict=True):
         for section, training in (stage_named(entry.name).trains or trainings_in)(entry.config).items():
             place = ".".join(filter(None, (entry.id or entry.name, section)))
             samples = len(split_of(task, "train", needed_by=place))

@@ -36,12 +36,13 @@ from ..store.context import FolderContext, Quiet
 from ..store.output import output_folder
 from ..task import names_of_classes
 from . import bundles
-from .base_model import build_base
+from .base_model import build_base, folded, trainings_first
 from .control import CONTROL, check_control, control_recipe
 from .determinism import deterministic_torch, mixed_seed, seeded, torch_threads
 from .exporting import ExportPlan, export_bundles, export_step
 from .inputs import Inputs
 from .measurement import compare_bundles, measure_bundles
+from .model_check import first_rows
 from .preparation import check_bundle_place, prepare, remarks
 from .watch import Watch
 
@@ -208,7 +209,8 @@ class _Run:
 
     def _stage(self, position: int, asked: StageEntry, given: Entry) -> Entry:
         stage = stage_named(asked.name)
-        key = stage_key(asked.name, asked.config, position, given.key, self.recipe.seed, self.inputs.environment)
+        folds = self.inputs.folds and position == trainings_first(self.recipe)
+        key = stage_key(asked.name, asked.config, position, given.key, self.recipe.seed, self.inputs.environment, folds)
         step = self.recipe.step_ids[position - 1]
         entry = self._finished(position, asked.name, step, key)
         if entry is not None:
@@ -220,13 +222,16 @@ class _Run:
         context = FolderContext(self.cache.state(key), seed, self.inputs.device, self.progress, self.verify)
         with self.timed(step), seeded(seed):
             result = stage.fit(model, self.inputs.tasks[position - 1], asked.config, context)
-        compressed = _checked(result, asked.name)
+        compressed, base, notes = _checked(result, asked.name), before.base, result.notes
+        if folds and not before.late:  # what a first call makes is not there when a checkpoint is folded again
+            compressed, found = folded(compressed, self.recipe, first_rows(self.inputs.tasks[position]))
+            base, notes = dataclasses.replace(base, folds=found.data()), (*notes, *found.notes)
         return self._store(
             position,
             asked.name,
             key,
-            before.base,
-            dataclasses.replace(result, model=compressed),
+            base,
+            dataclasses.replace(result, model=compressed, notes=notes),
             (*before.edits, result.edit),
             before.late,
         )

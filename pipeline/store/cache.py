@@ -106,7 +106,13 @@ def base_key(
 
 
 def stage_key(
-    stage: str, config: StageConfig, position: int, given: Key, seed: int, environment: Mapping[str, Json]
+    stage: str,
+    config: StageConfig,
+    position: int,
+    given: Key,
+    seed: int,
+    environment: Mapping[str, Json],
+    fold: bool = False,
 ) -> Key:
     """Key of what a stage makes of its input.
 
@@ -117,6 +123,7 @@ def stage_key(
         given: key of its input.
         seed: the recipe's.
         environment: see `environment`.
+        fold: whether what the stage leaves is folded.
     """
     parts = {
         "stage": stage,
@@ -127,6 +134,8 @@ def stage_key(
         "seed": seed,
         **environment,
     }
+    if fold:
+        parts["folding"] = module_digests(_FOLDING)
     return Key(plain(parts))
 
 

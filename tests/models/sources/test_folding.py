@@ -116,7 +116,7 @@ def test_branches_are_joined_by_the_networks_own_method(kind: type[Branches]) ->
     before = count(model, (X,))
     model, folds = folded(model)
     assert [path for path, _ in folds.joined] == ["1", "0"]
-    assert "2 module(s) ('0', '1')" in folds.notes[0] and "folded before anything else" in folds.notes[0]
+    assert "2 module(s) ('0', '1')" in folds.notes[0] and "folded before any compression" in folds.notes[0]
     after = count(model, (X,))
     assert after.macs == before.macs * 9 // 10 and after.parameters < before.parameters
     assert model[0] is model[2] and all(p.requires_grad for p in model.parameters())

@@ -38,14 +38,17 @@ def net():
 """
 
 
-def recipe(folder: Path, **changes: object) -> Path:
+OPTIONS = {"train": {"epochs": 1, "batch_size": 16}, "basis_sharing": {"ratio": 0.1, "min_width": 2}}
+
+
+def recipe(folder: Path, stages: list[str], **changes: object) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "net.py").write_text(MODEL)
     (folder / "data.py").write_text(TASK)
     data = {
         "model": {"name": "python:net.py:net", "weights": "trained.pt", **changes},
         "task": {"name": "python:data.py:task", "args": {"splits": ["train", "calibration", "validation", "test"]}},
-        "stages": [{"name": "train", "epochs": 1, "batch_size": 16}, {"name": "basis_sharing", "ratio": 0.1}],
+        "stages": [{"name": name, "id": f"{name}{i}", **OPTIONS[name]} for i, name in enumerate(stages)],
         "benchmark": {"enabled": False},
     }
     namespace: dict[str, object] = {}
@@ -63,13 +66,16 @@ def stages_only(monkeypatch: pytest.MonkeyPatch) -> None:
     without_later_phases(monkeypatch)
 
 
+FOLDS = {"weights": ["0"], "joined": [["1", "reparameterize"]]}
+
+
 def test_what_is_folded_stays_folded(tmp_path: Path) -> None:
-    path = recipe(tmp_path / "user")
+    path = recipe(tmp_path / "user", ["basis_sharing"])
     result = run(path, tmp_path / "out")
-    assert any("by reparameterize(), folded before anything else" in note for note in result.steps[0].notes)
+    assert any("by reparameterize(), folded before any compression" in note for note in result.steps[0].notes)
     for step in result.steps:
         place = tmp_path / "out" / step.checkpoint
-        assert read_checkpoint(place).base.folds == {"weights": ["0"], "joined": [["1", "reparameterize"]]}
+        assert read_checkpoint(place).base.folds == FOLDS
         model = load_checkpoint(place)
         assert type(model[1]).__name__ == "Branches" and not hasattr(model[1], "a")
     base = load_checkpoint(tmp_path / "out" / result.steps[0].checkpoint)
@@ -81,13 +87,24 @@ def test_what_is_folded_stays_folded(tmp_path: Path) -> None:
     assert torch.allclose(base[0](x), first(x), atol=1e-6)
 
 
-def test_a_recipe_may_train_with_the_branches(tmp_path: Path) -> None:
-    path = recipe(tmp_path / "user", fold=False)
+def test_trainings_that_come_first_train_with_the_branches(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "user", ["train", "train", "basis_sharing"])
+    result = run(path, tmp_path / "out")
+    places = [tmp_path / "out" / step.checkpoint for step in result.steps]
+    assert [read_checkpoint(place).base.folds for place in places] == [{}, {}, FOLDS, FOLDS]
+    models = [load_checkpoint(place) for place in places]
+    assert [hasattr(model[1], "a") for model in models] == [True, True, False, False]
+    assert [any("folded before" in note for note in step.notes) for step in result.steps] == [False, False, True, False]
+    assert result.steps[2].macs < result.steps[1].macs
+    # the first training alone ends folded: another entry of the cache than the same one before a second
+    result = run(recipe(tmp_path / "user", ["train"]), tmp_path / "out")
+    model = load_checkpoint(tmp_path / "out" / result.steps[1].checkpoint)
+    x = torch.randn(4, 5)
+    assert not hasattr(model[1], "a") and torch.allclose(model(x), models[1](x), atol=1e-5)
+
+
+def test_a_recipe_may_leave_everything_as_it_is(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "user", ["train"], fold=False)
     result = run(path, tmp_path / "out")
     model = load_checkpoint(tmp_path / "out" / result.steps[1].checkpoint)
-    assert hasattr(model[1], "a") and not any("folded" in note for note in result.steps[0].notes)
-    data = yaml.safe_load(path.read_text())
-    del data["model"]["weights"], data["model"]["fold"]
-    path.write_text(yaml.safe_dump(data))
-    result = run(path, tmp_path / "out")
-    assert any("`model.fold: false` trains with them" in note for note in result.steps[0].notes)
+    assert hasattr(model[1], "a") and not any("folded" in note for step in result.steps for note in step.notes)
