@@ -182,6 +182,26 @@ def tiny_siamese() -> nn.Module:
     return TinySiamese().eval()
 
 
+class TinyRecurrent(nn.Module):
+    """The rows of an image are the steps of a bidirectional LSTM of two layers, and of a GRU behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(12, 16, num_layers=2, batch_first=True, bidirectional=True)
+        self.gru = nn.GRU(32, 16, batch_first=True)
+        self.out = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.lstm(x[:, 0])
+        logits: Tensor = self.out(self.gru(states)[0][:, -1])
+        return logits
+
+
+def tiny_recurrent() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyRecurrent().eval()
+
+
 def tiny_values() -> nn.Module:
     """Three numbers for each row [N, 8]."""
     torch.manual_seed(0)

@@ -6,11 +6,14 @@ from collections.abc import Set
 
 from torch import Tensor, nn
 
+from edgewright.models.sources.module_state import copied
+
 from ...analysis.layers import discover
 from ...stage import Preview
 from ...task import Task
 from .config import BasisSharingConfig
 from .grouping import candidates, select
+from .recurrent import open_recurrent
 
 
 def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, config: BasisSharingConfig) -> Preview:
@@ -26,6 +29,8 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
         StageError: a pattern of the recipe matches no layer.
     """
     del task
+    model = copied(model).eval()
+    open_recurrent(model, inputs)
     graph = discover(model, inputs)
     chosen, left = select(graph, config.layers.include, config.layers.exclude, config.min_width)
     groups = candidates(chosen, config.groups, config.group_size, config.layers.private)

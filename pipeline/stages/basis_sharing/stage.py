@@ -33,6 +33,7 @@ from .fitting import Outcome, fit_factors
 from .grouping import check_patterns
 from .preview import preview
 from .recovery import check_packages, recover
+from .recurrent import close, in_recurrent, open_recurrent, reopen, with_opened
 from .updates import updated
 
 __all__ = ["STAGE", "BasisSharingConfig", "LayerPatterns", "check", "fit", "install", "rebuild"]
@@ -57,7 +58,9 @@ def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
     ranks = list(config.rank) if isinstance(config.rank, dict) else []
     if config.layers.include or config.layers.exclude or ranks:
         split = split_of(task, "calibration", needed_by="basis_sharing")
-        graph = discover(model, split.batch(range(min(2, len(split)))).inputs)
+        rows, model = split.batch(range(min(2, len(split)))).inputs, copied(model)
+        open_recurrent(model, rows)
+        graph = discover(model, rows)
         check_patterns(graph, config.layers.include, config.layers.exclude, ranks, config.min_width)
 
 
@@ -89,8 +92,10 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
         split_of(task, "validation", needed_by="max_drop of basis_sharing")
         before = evaluate(model, task, "validation", context.device)
     saved = context.load("factorized")
+    model.to("cpu").eval()
+    closed = open_recurrent(model, split_of(task, "calibration", needed_by="basis_sharing").batch([0]).inputs)
     if saved is None:
-        outcome = fit_factors(model, task, config, context)
+        outcome = with_opened(fit_factors(model, task, config, context), closed)
         if config.updates and outcome.data["groups"]:
             compressed = install(copied(model), outcome)
             outcome = updated(model, compressed, outcome, task, config, context)
@@ -98,6 +103,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     else:
         outcome = Outcome(saved.data, saved.tensors)
     model = install(model.to("cpu"), outcome)
+    close(model, {path: module for path, module in closed.items() if path not in outcome.data.get("opened", ())})
     metrics: dict[str, Json] = dict(outcome.data["metrics"])
     notes: list[str] = list(outcome.data["notes"])
     if config.recovery is not None and outcome.data["groups"]:
@@ -105,12 +111,12 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
     if config.finetune is not None and outcome.data["groups"]:
         metrics["finetune"] = train_model(model, task, config.finetune, context, name="finetune")
     artifacts = {k: v for k, v in outcome.tensors.items() if k.endswith(".spectrum")}
-    groups = outcome.data["groups"]
+    groups, opened = outcome.data["groups"], outcome.data.get("opened", [])
     if config.max_drop is not None and original is not None and before is not None:
         after = evaluate(model, task, "validation", context.device)
         metrics |= {"quality_before": before.value, "quality_after": after.value}
         if not within(task.metric, before.value, after.value, config.max_drop):
-            model, groups = original, []
+            model, groups, opened = original, [], []
             metrics["rolled_back"] = True
             fell = measured_drop(task.metric, before, after)
             notes = [
@@ -118,7 +124,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
                 f"more than max_drop {config.max_drop}; the model is unchanged: lower ratio, or allow (more) finetune "
                 "epochs"
             ]
-    edit = Edit("basis_sharing", {"groups": groups})
+    edit = Edit("basis_sharing", {"groups": groups} | ({"opened": opened} if opened else {}))
     return StageResult(model.to("cpu").eval(), edit, metrics, artifacts, tuple(notes))
 
 
@@ -127,11 +133,13 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
 
     Args:
         model: as `fit` was given it.
-        edit: ``{"groups": [{"members": [path, ...], "rank": k, "kind": "linear" | "conv1d" | "conv2d"}, ...]}``.
+        edit: ``{"groups": [{"members": [path, ...], "rank": k, "kind": "linear" | "conv1d" | "conv2d"}, ...]}``, and
+            under ``opened`` the paths of LSTMs and GRUs, if there are any.
 
     Raises:
         CheckpointError: the model has no such layer.
     """
+    reopen(model, edit.data.get("opened", ()))
     for group in edit.data["groups"]:
         basis: SharedBasis | None = None
         for path in group["members"]:
@@ -149,7 +157,8 @@ def rebuild(model: nn.Module, edit: Edit) -> nn.Module:
                 basis = basis or SharedBasis(weight.new_zeros(weight.shape[1], rank))
                 new = FactorizedLinear(basis, weight.new_zeros(rank, out), bias)
             # PyTorch's fused paths (TransformerEncoderLayer) read `.weight` of their layers unless one has a hook
-            new.register_forward_pre_hook(_keep_off_fused_paths)
+            if not in_recurrent(model, path):
+                new.register_forward_pre_hook(_keep_off_fused_paths)
             new.train(layer.training).requires_grad_(layer.weight.requires_grad)
             replace_module(model, path, new)
     return model
@@ -181,8 +190,9 @@ def install(model: nn.Module, outcome: Outcome) -> nn.Module:
     """Puts the factors of `outcome` into `model`, in place; biases stay."""
     groups = outcome.data["groups"]
     paths = [path for group in groups for path in group["members"]]
+    reopen(model, outcome.data.get("opened", ()))
     biases = {path: dict(model.get_submodule(path).named_parameters()).get("bias") for path in paths}
-    model = rebuild(model, Edit("basis_sharing", {"groups": groups}))
+    model = rebuild(model, Edit("basis_sharing", {"groups": groups, "opened": outcome.data.get("opened", [])}))
     with torch.no_grad():
         for i, group in enumerate(groups):
             for j, path in enumerate(group["members"]):
