@@ -12,10 +12,14 @@ from torch import nn
 from edgewright.edge_runtime.bundle.manifest import Ledger, LedgerRow
 from edgewright.edge_runtime.process.scratch import Scratch
 from edgewright.models.layers.factorized import SharedBasis
+from edgewright.models.layers.recurrent import OpenRecurrent
 
 from ..exits.weight_placement import LEVEL_MARK
 from ..graph.capture import module_of
 from ..graph.model_file import EXTERNAL_ABOVE, data_file
+
+_MOVING = ("Identity", "Transpose", "Reshape", "Slice")
+"""What may stand between a projection and the operator that reads it: steps backwards, axes in another order."""
 
 
 def torch_unique_bytes(model: nn.Module) -> int:
@@ -120,6 +124,7 @@ def sharing_in_file(model: ir.Model, torch_model: nn.Module, copies: bool = Fals
     if not bases:
         return {}  # nothing is shared: spares hashing all weights
     owned = set(torch_model.state_dict())
+    recurrent = [path for path, module in torch_model.named_modules() if isinstance(module, OpenRecurrent)]
     found = {}
     everything = [(path, value, _digest(tensor)) for path, value, tensor in _initializers(model)]
     nodes = list(model.graph.all_nodes())
@@ -129,7 +134,9 @@ def sharing_in_file(model: ir.Model, torch_model: nn.Module, copies: bool = Fals
         holders = [(path, v) for path, v, digest in everything if digest in contents and v.name not in owned - {name}]
         places = [path for path, _ in holders]
         readers = {node for _, value in holders for node, _ in value.uses()}
-        users = tuple(m for m in modules if _uses(nodes, readers, m))
+        users = tuple(
+            m for m in modules if _uses(nodes, readers, m) or _is_in_an_operator(nodes, readers, m, recurrent)
+        )
         if len(places) == (len(set(places)) if copies else 1) and len(users) > 1:
             found[name] = users
     return found
@@ -156,6 +163,26 @@ def _uses(nodes: Sequence[ir.Node], readers: Collection[ir.Node], module: str) -
             continue
         if node in readers or any(v.producer() in readers for v in inputs):
             return True
+    return False
+
+
+def _is_in_an_operator(
+    nodes: Sequence[ir.Node], readers: Collection[ir.Node], module: str, recurrent: Sequence[str]
+) -> bool:
+    """Whether `module` is the input layer of an LSTM or a GRU whose operator reads what the basis has multiplied.
+
+    Its coefficients are the operator's own weights then, put into the order that ONNX wants.
+    """
+    owner = next((path for path in recurrent if module.startswith(f"{path}.")), None)
+    if owner is None:
+        return False
+    for node in nodes:
+        if node.op_type in ("LSTM", "GRU") and f"{module_of(node)}.".startswith(f"{owner}."):
+            producer = node.inputs[0].producer() if node.inputs[0] is not None else None
+            while producer is not None and producer.op_type in _MOVING and producer.inputs[0] is not None:
+                producer = producer.inputs[0].producer()
+            if producer in readers:
+                return True
     return False
 
 

@@ -50,7 +50,9 @@ class _Direction(nn.Module):
         Nor is it one for those who watch it by hooks: they want to see it called.
         """
         layer = self.inputs
-        if type(layer) is not FactorizedLinear or layer._forward_hooks or layer._forward_pre_hooks:
+        if not isinstance(layer, FactorizedLinear):  # torch.export makes a class of its own of it
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks:
             return None
         found = [layer.coefficients.T.contiguous(), self.weight_hh]
         if self.bias_hh is not None:
@@ -149,6 +151,11 @@ class OpenRecurrent(nn.Module):
     def flatten_parameters(self) -> None:
         """There is nothing to do; users' models call it."""
 
+    def _direction(self, name: str) -> _Direction:
+        found = self.get_submodule(name)
+        assert isinstance(found, _Direction)
+        return found
+
     @property
     def _suffixes(self) -> tuple[str, ...]:
         return ("", "_reverse") if self.bidirectional else ("",)
@@ -159,20 +166,20 @@ class OpenRecurrent(nn.Module):
         if hx is None:
             zeros = x.new_zeros(self.num_layers * len(self._suffixes), x.shape[1], self.hidden_size)
             return [(zeros[i],) * parts for i in range(len(zeros))]
-        given = hx if isinstance(hx, tuple) else (hx,)
+        given: State = hx if isinstance(hx, tuple) else (hx,)
         given = tuple(part[:, None] for part in given) if single else given
         return list(zip(*(part.unbind(0) for part in given), strict=True))
 
     def _layer(self, number: int, x: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
-        directions = [self.get_submodule(f"l{number}{suffix}") for suffix in self._suffixes]
-        assert all(isinstance(direction, _Direction) for direction in directions)
-        fused: list[Any] = [direction.fused_weights() for direction in directions]  # type: ignore[union-attr, operator]
-        bases = {id(direction.inputs.basis) for direction, w in zip(directions, fused, strict=True) if w}  # type: ignore[union-attr]
-        if len(directions) == 2 and all(fused) and len(bases) == 1:
+        directions = [self._direction(f"l{number}{suffix}") for suffix in self._suffixes]
+        fused = [weights for direction in directions if (weights := direction.fused_weights()) is not None]
+        layers = [direction.inputs for direction in directions]
+        first = layers[0]
+        shared = isinstance(first, FactorizedLinear) and all(getattr(x, "basis", None) is first.basis for x in layers)
+        if len(fused) == 2 and shared:
             # both directions read one projection: the operator has both in it
-            projected = directions[0].inputs.project(x)  # type: ignore[union-attr, operator]
-            together = [weight for weights in fused for weight in weights]
-            y, ends = _fused(self.kind, projected, states, together, self.bias)
+            assert isinstance(first, FactorizedLinear)
+            y, ends = _fused(self.kind, first.project(x), states, [w for weights in fused for w in weights], self.bias)
             return y, [tuple(part[i] for part in ends) for i in range(2)]
         outputs, after = [], []
         for direction, state, backwards in zip(directions, states, (False, True), strict=False):
