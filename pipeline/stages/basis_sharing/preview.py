@@ -13,7 +13,7 @@ from ...stage import Preview
 from ...task import Task
 from .config import BasisSharingConfig
 from .grouping import candidates, select
-from .recurrent import open_recurrent
+from .recurrent import in_recurrent, open_recurrent
 
 
 def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, config: BasisSharingConfig) -> Preview:
@@ -57,8 +57,9 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
 
 def _of_other_types(model: nn.Module, known: Set[str]) -> dict[str, str]:
     """Modules with matrices of their own that are neither taken nor refused: their type is not factorized."""
+    whole = "the recurrent matrix, which the operator of an LSTM or GRU keeps whole"
     return {
-        path: f"a {type(module).__name__}, which is not factorized"
+        path: whole if in_recurrent(model, path) else f"a {type(module).__name__}, which is not factorized"
         for path, module in model.named_modules()
         if path and path not in known and any(p.dim() > 1 for p in module.parameters(recurse=False))
     }

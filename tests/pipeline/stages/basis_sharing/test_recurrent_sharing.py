@@ -14,6 +14,7 @@ from torch import nn
 
 from edgewright.export import export_bundle
 from edgewright.models.layers.recurrent import OpenRecurrent
+from edgewright.pipeline.stages.basis_sharing.preview import preview
 from edgewright.pipeline.stages.basis_sharing.stage import BasisSharingConfig, LayerPatterns, fit
 from edgewright.pipeline.store.context import FolderContext
 
@@ -46,3 +47,11 @@ def test_a_model_that_reads_the_weights_of_its_lstm_keeps_it(tmp_path: Path) -> 
     torch.manual_seed(0)
     result = fit(Direct().eval(), tiny_task(), BasisSharingConfig(min_width=4), FolderContext(tmp_path))
     assert type(result.model.lstm) is nn.LSTM and "opened" not in result.edit.data
+
+
+def test_the_preview_knows_what_of_an_lstm_can_be_factors() -> None:
+    model = tiny_recurrent()
+    rows = tiny_task().splits["calibration"].batch([0, 1]).inputs
+    found = preview(model, rows, None, BasisSharingConfig(groups="readers", min_width=8))
+    assert found.takes["lstm.l1.inputs"] == "may share a basis with lstm.l1_reverse.inputs"
+    assert "keeps whole" in found.leaves["lstm.l1"] and type(model.lstm) is nn.LSTM
