@@ -74,13 +74,14 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
 
 _ADAPTER = (
     "its decoder reads what its encoder made of the input beside tokens of its own, two networks that run a different "
-    "number of times. It needs an adapter: a `python:` model for each, one whose forward gives the encoder's "
-    "last_hidden_state (`model.get_encoder()`), and one that takes that and the tokens so far, or one for both that "
-    "takes input and decoder_input_ids and returns the logits alone"
+    "number of times. Take one in each recipe: `model.args: {part: encoder}` gives the encoder's hidden states, `part: "
+    "decoder` takes the tokens so far and those states and gives logits. One network for both needs a `python:` model "
+    "that takes input and decoder_input_ids and returns the logits alone"
 )
 
 HEADLESS = (
-    "the network without a head: it returns hidden states and no logits. Save it with the head of its task "
+    "the network without a head: it returns hidden states and no logits. For one vector a row give `model.args: "
+    "{pool: mean}` (or cls); else save it with the head of its task "
     "(AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForImageClassification, ...), or wrap it in a "
     "`python:` model whose forward puts a layer of its own on last_hidden_state and returns the logits"
 )

@@ -1,7 +1,7 @@
 """Models of the transformers library from local files: ``hf:FOLDER``, ``gguf:FILE``, ``packaged:smollm2-135m``.
 
 Nothing is downloaded. Which class a folder holds is read off its ``config.json`` (``architectures``), so any
-architecture of the library that returns ``logits`` can be named; nothing here knows one of them.
+architecture of the library can be named; nothing here knows one of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .generating import HEADLESS, NotOneAnswer, refuse_encoder_decoder
+from .heads import check_arguments, with_head
 
 HF, GGUF, PACKAGED = "hf:", "gguf:", "packaged:"
 PREFIXES = (HF, GGUF, PACKAGED)
@@ -80,14 +81,22 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
     Args:
         name: ``hf:FOLDER`` with ``config.json`` and ``model.safetensors``, ``gguf:FILE``, or ``packaged:NAME``;
             relative paths are taken from `root`.
-        args: none are known.
+        args: of ``hf:`` alone. `pool`, ``mean`` or ``cls``: one vector a row, of a network without a head or of what
+            stands below it; `outputs`: names of what it returns, a mapping then; `part`, ``encoder`` or ``decoder``:
+            one half of an encoder-decoder. Default its logits; of a question answering head ``start_logits`` and
+            ``end_logits``.
         root: folder of the recipe.
 
     Raises:
-        ValueError: transformers is not installed, the files are not there or do not load, or `args` is not empty.
+        ValueError: transformers is not installed, the files are not there or do not load, or `args` do not fit them.
     """
-    if args:
+    if args and not name.startswith(HF):
         raise ValueError(f"{name} takes no arguments and was given {', '.join(args)}: its files say what it is")
+    try:
+        check_arguments(args)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    made: nn.Module | None = None
     transformers = _transformers(name)
     place = place_of_weights(name, root)
     try:
@@ -100,9 +109,9 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
                 del model.config.quantization_config
         else:
             config = transformers.AutoConfig.from_pretrained(str(place), local_files_only=True)
-            kind = _class_of(transformers, config)
+            kind = _class_of(transformers, config, headless="pool" in args or "outputs" in args or "part" in args)
             model = kind.from_pretrained(str(place), dtype=torch.float32, local_files_only=True, use_safetensors=True)
-            refuse_encoder_decoder(model)
+            made = _as_wanted(model, args)
     except NotOneAnswer as error:
         raise ValueError(f"{name}: {error}") from None
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError) as error:
@@ -111,8 +120,24 @@ def build(name: str, args: Mapping[str, Any], root: Path) -> nn.Module:
             f"{name} cannot be loaded from {place}: {first}; an `hf:` folder holds config.json and model.safetensors "
             "as `save_pretrained` writes them, a `gguf:` file an architecture that transformers can dequantise"
         ) from error
-    _without_transposed_linears(model)
-    return LogitsOnly(model, model.main_input_name).eval()
+    made = LogitsOnly(model, model.main_input_name) if made is None else made
+    _without_transposed_linears(made)
+    return made.eval()
+
+
+def _as_wanted(model: nn.Module, args: Mapping[str, Any]) -> nn.Module | None:
+    """See `heads.with_head`.
+
+    Raises:
+        NotOneAnswer: also where an encoder-decoder is asked for its logits.
+    """
+    try:
+        made = with_head(model, args)
+    except ValueError as error:
+        raise NotOneAnswer(str(error)) from None
+    if made is None:
+        refuse_encoder_decoder(model)
+    return made
 
 
 def sources(name: str, root: Path) -> tuple[Path, ...]:
@@ -166,8 +191,8 @@ def packaged_file(name: str) -> Path:
     return found[0]
 
 
-def _class_of(transformers: Any, config: Any) -> Any:
-    """The class of the library that a configuration names.
+def _class_of(transformers: Any, config: Any, *, headless: bool) -> Any:
+    """The class of the library that a configuration names; with `headless` one without a head may be it.
 
     Raises:
         ValueError: none that gives logits.
@@ -180,7 +205,11 @@ def _class_of(transformers: Any, config: Any) -> Any:
         raise ValueError(f"its config.json names the architecture {listed}, which this transformers lacks")
     bare = transformers.models.auto.modeling_auto.MODEL_MAPPING_NAMES.values()
     # a few with heads stand in that table too
-    if "For" not in listed[0] and any(listed[0] in ((names,) if isinstance(names, str) else names) for names in bare):
+    if (
+        not headless
+        and "For" not in listed[0]
+        and any(listed[0] in ((names,) if isinstance(names, str) else names) for names in bare)
+    ):
         raise NotOneAnswer(f"it holds {listed[0]}, {HEADLESS}")
     return kind
 

@@ -80,7 +80,7 @@ def test_models_without_a_head_and_encoder_decoders_are_refused_with_the_adapter
         transformers.BertModel(_bert()): "BertModel, the network without a head.*AutoModelForCausalLM.*python:",
         transformers.T5EncoderModel(t5): "T5EncoderModel is the network without a head",
         transformers.T5ForConditionalGeneration(t5): "T5ForCond.*encoder-decoder.*decoder_input_ids",
-        transformers.WhisperForConditionalGeneration(whisper): "WhisperForCond.*encoder-decoder.*get_encoder",
+        transformers.WhisperForConditionalGeneration(whisper): "WhisperForCond.*encoder-decoder.*part: encoder",
     }
     for model, words in made.items():
         place = tmp_path / type(model).__name__

@@ -54,7 +54,8 @@ def test_sources_are_the_files(tmp_path: Path) -> None:
         ("hf:nowhere", {}, "save_pretrained"),
         ("gguf:none.gguf", {}, "there is no file"),
         ("packaged:gpt9", {}, "unknown packaged model 'gpt9'; there are smollm2-135m"),
-        ("hf:nowhere", {"layers": 3}, "takes no arguments and was given layers"),
+        ("hf:nowhere", {"layers": 3}, "has no argument 'layers'; there are pool, outputs, part"),
+        ("packaged:smollm2-135m", {"pool": "mean"}, "takes no arguments and was given pool"),
         ("hf:broken", {}, "cannot be loaded from"),
     ],
 )
