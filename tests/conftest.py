@@ -13,8 +13,11 @@ from typing import Any
 
 import hypothesis
 import pytest
+import simplifier_server
 import torch
 from torch.onnx._internal.exporter import _registration
+
+from edgewright.export.graph import simplify
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -30,6 +33,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_simplifier() -> Iterator[None]:
+    """See `simplifier_server`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simplify, "_run", simplifier_server.run)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

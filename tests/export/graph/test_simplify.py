@@ -6,15 +6,22 @@ import sys
 
 import numpy as np
 import pytest
+import simplifier_server
 import torch
 from exported import share_linear_bases, with_exits
 
 from edgewright.edge_runtime.errors import InputError
 from edgewright.export.accounts.ledger import unique_bytes
+from edgewright.export.graph import simplify as simplify_module
 from edgewright.export.graph.capture import capture
 from edgewright.export.graph.simplify import simplify
 
 FEEDS = {"image": np.random.default_rng(0).standard_normal((1, 1, 12, 12)).astype(np.float32)}
+
+
+@pytest.fixture(autouse=True)
+def real_process(monkeypatch):
+    monkeypatch.setattr(simplify_module, "_run", simplifier_server.REAL_RUN)
 
 
 @pytest.fixture(scope="module")
