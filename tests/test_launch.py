@@ -72,6 +72,7 @@ def test_a_part_of_edgewright_in_the_way_is_named(tmp_path: Path, name: str) -> 
         assert code == 2 and str(shadow) in error and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_folders_called_models_and_export_are_in_nobodys_way(tmp_path: Path) -> None:
     for name in ("models", "export", "pipeline", "edge_runtime"):
         (tmp_path / name).mkdir()

@@ -44,6 +44,7 @@ def test_a_network_with_exits(network, policy, task, tmp_path):
     assert result.mean_macs == pytest.approx(np.mean([macs[i] for i in result.exit_index]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_residual, tiny_transformer])
 def test_a_plain_network_takes_any_batch_and_costs_what_pytorch_counts(build, task, tmp_path):
     model = build()
@@ -75,6 +76,7 @@ def test_a_shared_basis_is_stored_once_in_every_file(kind, exits, task, tmp_path
     assert ledger.runtime_weight_bytes <= ledger.stored_weight_bytes + 1024
 
 
+@pytest.mark.slow
 def test_readers_of_one_tensor_compute_the_shared_product_once(task, tmp_path):
     model = share_linear_bases(tiny_transformer())
     manifest = export_bundle(model, task, tmp_path / "bundle").manifest
@@ -84,6 +86,7 @@ def test_readers_of_one_tensor_compute_the_shared_product_once(task, tmp_path):
     assert len(row.readers) == 3
 
 
+@pytest.mark.slow
 def test_the_same_model_gives_the_same_bytes(task, tmp_path):
     for name in ("a", "b"):
         export_bundle(with_exits("residual"), task, tmp_path / name)
@@ -91,6 +94,7 @@ def test_the_same_model_gives_the_same_bytes(task, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_metadata_and_operating_points_travel(task, tmp_path):
     model = with_exits("residual")
     stored = tuple(float(t) for t in model.thresholds)
@@ -104,6 +108,7 @@ def test_metadata_and_operating_points_travel(task, tmp_path):
     assert json.loads(properties["edgewright.exits"]) == ["stem", "blocks.1"]
 
 
+@pytest.mark.slow
 def test_failed_parity_writes_nothing_and_leaves_the_old_bundle(task, tmp_path, monkeypatch):
     target = tmp_path / "bundle"
     export_bundle(with_exits("residual"), task, target)
@@ -130,6 +135,7 @@ def test_exits_with_a_dynamic_batch_are_refused(task, tmp_path):
         export_bundle(with_exits("residual"), task, tmp_path / "bundle", ExportOptions(batch="dynamic"))
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph_and_a_dot_in_the_name(task, tmp_path, monkeypatch):
     model, target = with_exits("residual"), tmp_path / "net.v2"
     monkeypatch.setattr(model_file, "BRANCHES_ABOVE", 2000)
@@ -176,6 +182,7 @@ class Parallel(torch.nn.Module):
         return self.fc(torch.cat([self.wide(x), self.narrow(x)], dim=1))
 
 
+@pytest.mark.slow
 def test_operating_points_cost_what_the_graph_runs(task, tmp_path):
     torch.manual_seed(0)
     model = MultiExit(Parallel(), [HeadSpec("narrow", 8)], [2], 4, "max_probability").eval()

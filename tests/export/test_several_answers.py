@@ -51,6 +51,7 @@ class Task(Regression):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "leaves"), [("tuple", (1, 2, 3)), ("mapping", ("kind", "far", "map"))])
 def test_named_outputs_of_several_kinds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, leaves: Sequence[int | str]

@@ -80,6 +80,7 @@ def bundle(network, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_one_row_a_run(network, tmp_path: Path) -> None:
     model, inputs = network
     flat = capture(model, tuple(x[:1] for x in inputs), NAMES, None)
@@ -100,6 +101,7 @@ def test_one_row_a_run(network, tmp_path: Path) -> None:
             same(dict(zip(("label", "scores", "exit_index"), answer, strict=True)), want, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["file", "split"])
 def test_any_number_of_rows(network, bundle: Path, layout: str) -> None:
     model, inputs = network

@@ -34,6 +34,7 @@ def duplicating(ending):
     return lambda raw, *arguments, **options: (with_copy(raw, ending), "simplifier: duplicates")
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_not_run_is_no_slack_for_a_copy(task, tmp_path, monkeypatch):
     model = tiny_residual()
     model.spare = nn.Linear(64, 64)
@@ -42,6 +43,7 @@ def test_a_layer_that_does_not_run_is_no_slack_for_a_copy(task, tmp_path, monkey
         export_bundle(model, task, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_a_small_basis_is_not_copied_within_the_allowance(task, tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "simplify", duplicating("basis.weight"))
     with pytest.raises(ExportError, match=r"basis\.weight is shared by .* none of them in the exported file"):
@@ -82,12 +84,14 @@ class WithTable(nn.Module):
         return x.flatten(1) @ self.table * self.scale
 
 
+@pytest.mark.slow
 def test_constants_of_a_users_forward_are_no_copies(task, tmp_path):
     ledger = export_bundle(WithTable(), task, tmp_path / "bundle").manifest.ledger
     assert ledger.torch_unique_bytes == 4 * CLASSES
     assert ledger.stored_weight_bytes == 4 * CLASSES + 4 * 144 * CLASSES
 
 
+@pytest.mark.slow
 def test_a_factorized_layer_that_does_not_run_is_not_missed(task, tmp_path):
     model = share_linear_bases(tiny_transformer())
     basis = model.layers[0].attention.q.basis
@@ -98,6 +102,7 @@ def test_a_factorized_layer_that_does_not_run_is_not_missed(task, tmp_path):
     assert dict(ledger.shared) == {name: modules[:-1]}
 
 
+@pytest.mark.slow
 def test_copies_that_were_asked_for_are_one_in_each_level(task, tmp_path):
     model = share_conv_bases(with_exits("residual"))
     options = ExportOptions(shared_across_exits="latency")

@@ -86,6 +86,7 @@ def test_every_operator_costs_what_pytorch_counts(build, operator, opset):
     assert whole.weight > 0
 
 
+@pytest.mark.slow
 def test_a_gru_multiplies_at_every_step_the_first_included():
     # PyTorch's counter leaves out the first step's product with the constant initial state; the operator runs it
     whole, operators = costs_of(Recurrent(nn.GRU))
@@ -137,6 +138,7 @@ def test_what_may_multiply_without_a_formula_is_said(operator, domain):
     assert "strange" in note and "lower bound" in note
 
 
+@pytest.mark.slow
 def test_a_step_says_where_the_graph_and_pytorch_count_differently(tmp_path):
     task = tiny_task(rows={"train": 4, "calibration": 4, "validation": 4, "test": 8})
     torch.manual_seed(0)

@@ -97,6 +97,7 @@ def test_both_branches_have_equal_types_and_shapes():
                 assert (a.dtype, list(a.shape)) == (b.dtype, list(b.shape))
 
 
+@pytest.mark.slow
 def test_a_convolution_basis_over_exits_is_stored_once_or_per_branch():
     model = share_conv_bases(with_exits("residual"))
     _, once, notes = sunk(model, "bytes")
@@ -109,6 +110,7 @@ def test_a_convolution_basis_over_exits_is_stored_once_or_per_branch():
     assert any("2 times" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_a_matmul_basis_over_exits_is_one_initializer():
     _, final, _ = sunk(share_linear_bases(with_exits("transformer")))
     holders = [p for p, g in graphs(final.graph) for v in g.initializers if v.endswith("basis.weight")]
@@ -133,6 +135,7 @@ def test_thresholds_can_be_overridden_by_add_initializer(level, tmp_path):
         assert session.run(["exit_index"], {"image": x})[0] == [k]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "most"),
     [("class_exclusion", 12), ("class_exclusion_permanent", 14), ("max_probability", 4), ("entropy", 7)],
@@ -189,6 +192,7 @@ def test_a_negation_is_folded_only_where_nobody_else_reads_the_logits():
         assert ("beta" in product.attributes) == (not others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [16, 20])
 def test_additions_of_a_residual_stream_stay_inside_convolutions(width, tmp_path):
     torch.manual_seed(1)

@@ -73,6 +73,7 @@ def same(got, want, rows):
     np.testing.assert_allclose(got["scores"], want.scores[:rows], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["single", "compact"])
 def test_six_exits_and_two_inputs(model, batch, tmp_path):
     single = batch == "single"

@@ -82,6 +82,7 @@ def same(got, want):
     np.testing.assert_allclose(got["scores"], want.scores, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "policy"), CASES)
 def test_one_file_serves_every_batch_size_and_every_mix(network, policy, exported):
     model, path = exported(network, policy)

@@ -52,6 +52,7 @@ def same(got, want, rows):
     np.testing.assert_allclose(got["scores"], want.scores[:rows], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_layouts_answer_alike_by_every_exit_and_for_every_batch(exported):
     model, path = exported
     for level in ("disabled", "all"):
@@ -114,6 +115,7 @@ def test_the_files_are_hashed_and_each_stores_only_what_it_reads(exported):
     altered.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_one_row_a_run_and_a_shared_basis_that_is_once_in_each_file_that_reads_it(tmp_path):
     model = share_conv_bases(with_exits("residual"))
     x = torch.randn(1, 1, 12, 12)
@@ -134,6 +136,7 @@ def test_one_row_a_run_and_a_shared_basis_that_is_once_in_each_file_that_reads_i
         same(dict(zip(("label", "scores", "exit_index"), chain.run(None, given), strict=True)), want, 1)
 
 
+@pytest.mark.slow
 def test_rows_leave_along_their_own_axis_and_sizes_follow(tmp_path):
     model = sequence_model()
     flat = capture(model, (torch.randn(2, 5, 6),), ["image"], [{0: "batch"}])
@@ -185,6 +188,7 @@ def test_operating_points_switch_the_split_layout_too(exported):
         load(path, layout="chain")
 
 
+@pytest.mark.slow
 def test_the_latency_table_says_for_every_exit_what_a_row_costs_and_which_layout_is_faster(exported, tmp_path):
     _, path = exported
     table = latency_table(path, threads=1, layout="split", blocks=4, block_runs=3)

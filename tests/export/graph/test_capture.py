@@ -15,6 +15,7 @@ from edgewright.edge_runtime.errors import ExportError
 from edgewright.export.graph.capture import MODULE_KEY, capture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_names_start_with_module_paths_and_are_unique(network):
     model = with_exits(network)
@@ -32,6 +33,7 @@ def test_names_start_with_module_paths_and_are_unique(network):
     assert [v.name for v in graph.outputs] == ["logits.0", "logits.1", "logits.2"]
 
 
+@pytest.mark.slow
 def test_initializers_keep_their_state_dict_names():
     model = with_exits("transformer")
     graph = capture(model, (torch.randn(1, 1, 12, 12),), ["image"]).graph
@@ -46,6 +48,7 @@ def test_the_file_holds_no_path_of_this_machine(tmp_path):
     assert not re.search(rb"/[a-z]+/[\w./-]+\.py", (tmp_path / "flat.onnx").read_bytes())
 
 
+@pytest.mark.slow
 def test_dynamic_axes_get_the_tasks_names():
     graph = capture(with_exits("residual"), (torch.randn(2, 1, 12, 12),), ["image"], [{0: "batch"}]).graph
     assert [str(d) for d in graph.inputs[0].shape] == ["batch", "1", "12", "12"]

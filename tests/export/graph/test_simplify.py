@@ -29,6 +29,7 @@ def flat():
     return capture(share_linear_bases(with_exits("transformer")), (torch.randn(1, 1, 12, 12),), ["image"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["onnxscript", "onnxsim"])
 def test_a_good_simplifier_is_kept_and_shares_on(flat, method):
     simplified, note = simplify(flat, method, FEEDS)
@@ -84,6 +85,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_simplifier_is_survived(flat, name):
     script, reason = BAD[name]

@@ -38,6 +38,7 @@ def group_norm():
     )
 
 
+@pytest.mark.slow
 def test_a_level_that_cannot_run_without_rows_is_found_and_skipped(group_norm, tmp_path):
     model, _, levels = group_norm
     feeds = {"x": X[:2].numpy()}

@@ -77,6 +77,7 @@ def test_a_file_that_onnx_runtime_cannot_run_is_a_failure_of_parity(task, tmp_pa
     assert caught.value.exit_code == 3 and ("[0.5, 0.5]" in str(caught.value)) == (thresholds is not None)
 
 
+@pytest.mark.slow
 def test_every_excused_flip_is_listed_with_its_row_and_pytorch_runs_each_row_once(task, tmp_path, monkeypatch):
     answer, logits = parity_subject.Reference.answer, parity_subject.Reference.logits
     ran = []
@@ -166,6 +167,7 @@ def test_an_exit_that_no_row_can_take_is_refused_in_its_own_words(tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.slow
 def test_wide_logits_and_a_small_beta(tmp_path):
     # sigmoids that saturate to 0 and 1, exact ties among them, and a threshold far below what float32 keeps apart
     # next to 1

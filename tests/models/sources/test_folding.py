@@ -187,6 +187,7 @@ def test_a_recurrent_layer_computes_with_its_plain_weights() -> None:
         assert not torch.equal(model(x), answer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobileone_s0", "repvit_m0_9", "fastvit_t8", "repghostnet_050"])
 def test_networks_of_timm(name: str) -> None:
     timm = pytest.importorskip("timm")

@@ -282,6 +282,7 @@ def test_samples_in_half_precision(tmp_path: Path) -> None:
         check_inputs(Given(torch.zeros(2, 5).half(), torch.tensor([0, 1])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_model_in_half_precision_runs_in_float32_and_that_is_said(tmp_path: Path, dtype: str) -> None:
     path = write_recipe(tmp_path, stages=[TRAIN])

@@ -109,6 +109,7 @@ def checkpoints(out: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_a_whole_run(tmp_path: Path) -> None:
     result = run(write_recipe(tmp_path / "user"), tmp_path / "out")
     assert [row.step for row in result.steps] == ["base", "train", "tune"]
@@ -155,6 +156,7 @@ def test_finished_work_is_not_redone(tmp_path: Path, fits: list[str]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_two_folders_have_the_same_bytes(tmp_path: Path) -> None:
     run(write_recipe(tmp_path / "user"), tmp_path / "one")
     torch.manual_seed(99)
@@ -163,6 +165,7 @@ def test_two_folders_have_the_same_bytes(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "one") == checkpoints(tmp_path / "deep" / "two")
 
 
+@pytest.mark.slow
 def test_a_changed_stage_redoes_itself_and_what_follows(tmp_path: Path, fits: list[str]) -> None:
     path, out, lines = write_recipe(tmp_path / "user"), tmp_path / "out", Lines()
     run(path, out)
@@ -186,6 +189,7 @@ def test_changed_user_code_starts_from_the_base(tmp_path: Path, fits: list[str])
     assert "base: starts, because model_sources.net.py changed" in lines.lines
 
 
+@pytest.mark.slow
 def test_fresh_redoes_everything(tmp_path: Path, fits: list[str]) -> None:
     path, out = write_recipe(tmp_path / "user"), tmp_path / "out"
     run(path, out)

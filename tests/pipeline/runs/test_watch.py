@@ -215,6 +215,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_an_edited_model_is_never_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages_only: None, place: str
@@ -275,6 +276,7 @@ def test_an_edited_task_and_replaced_weights_stop_the_run(
     assert stored(out) == ["00-base-"]
 
 
+@pytest.mark.slow
 def test_the_controls_run_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages_only: None) -> None:
     folder, out = tmp_path / "user", tmp_path / "out"
     training = {"epochs": 1, "batch_size": 16}

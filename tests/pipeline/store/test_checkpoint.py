@@ -103,6 +103,7 @@ def test_shared_tensors_are_stored_once_and_shared_again(tmp_path: Path) -> None
     assert sharing(loaded) == [("embed.weight", "head.weight")]
 
 
+@pytest.mark.slow
 def test_sharing_that_is_lost_is_refused(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(TIED)
     base = BaseSpec("python:net.py:net")

@@ -146,6 +146,7 @@ def test_hashes_and_places_are_checked(tmp_path: Path) -> None:
         cifar(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_published_recipe_runs_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_later_phases(monkeypatch)
     ten(tmp_path / "cifar-10-batches-bin")

@@ -49,6 +49,7 @@ class Convolutions(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_joint_training_with_the_default_settings_does_not_ruin_a_network_without_normalisation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, task = Convolutions(), signals()
@@ -62,6 +63,7 @@ def test_joint_training_with_the_default_settings_does_not_ruin_a_network_withou
     assert result.metrics["plain_accuracy"] >= given - 0.02
 
 
+@pytest.mark.slow
 def test_the_defaults_learn_from_two_hundred_rows(tmp_path: Path) -> None:
     torch.manual_seed(0)
     task = tiny_task(rows={"train": 120, "validation": 40, "test": 40})

@@ -201,6 +201,7 @@ def test_interrupted_anywhere_ends_with_the_same_bits(tmp_path: Path) -> None:
         assert all(torch.equal(again.artifacts[k], v) for k, v in expected.artifacts.items()), stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "share"), [("patchwork", 0.5), ("residual", 0.7), ("gated", 0.1), ("transformer", 0.3)]
 )
@@ -299,6 +300,7 @@ def test_missing_class_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_saturated_counts_are_pointed_out(tmp_path: Path) -> None:
     absolute = config(target_mac_reduction=None, tau_mode="absolute")
     result = fit(tiny_transformer(), tiny_task(), absolute, FolderContext(tmp_path))

@@ -191,6 +191,7 @@ def test_edit_for_another_model_is_refused() -> None:
         surgery.pruned(model, keep)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_groups_agree_with_torch_pruning(name: str) -> None:
     tp = pytest.importorskip("torch_pruning")

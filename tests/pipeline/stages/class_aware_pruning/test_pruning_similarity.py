@@ -153,6 +153,7 @@ def test_no_survivor_is_left_alone(tmp_path: Path) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [pruning_models.Patchwork, pruning_models.GatedUnits, tiny_transformer])
 def test_every_kind_of_model_is_compared_and_handed_over(build: type[nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -125,6 +125,7 @@ def test_fit_saves_macs_within_the_tolerance(name: str, policy: str, folder: Pat
         assert table.shape[1] == 5 and len(table) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_rebuild_needs_the_edit_alone(policy: str, folder: Path, tmp_path: Path) -> None:
     result = run(trained("residual", folder), tmp_path, policy=policy, pool=2)
@@ -155,6 +156,7 @@ def test_the_search_can_be_repeated_from_the_edit(folder: Path, tmp_path: Path) 
     assert points[0].metrics["accuracy"] >= plain - 0.01 - 1e-9
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_bit_for_bit_and_never_equals_it(folder: Path, tmp_path: Path) -> None:
     given = trained("residual", folder)
     before = {key: value.clone() for key, value in given.state_dict().items()}
@@ -327,6 +329,7 @@ class TwoInputs(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_two_inputs_and_two_classes(policy: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -116,6 +116,7 @@ def test_shares_find_distinct_places_in_order(build) -> None:
     assert len(choose_places(model, IMAGE, (), tuple(i / 60 for i in range(1, 60)))) < 59, "as many as there are"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "expected", "axis"),
     [
@@ -209,6 +210,7 @@ def test_a_mask_goes_past_every_boundary() -> None:
     assert [place.path for place in boundaries(Masked().eval(), inputs)] == ["one"]
 
 
+@pytest.mark.slow
 def test_the_subset_is_the_one_that_saves_most() -> None:
     """Five candidates of which only the second and the fourth see the classes."""
     generator = torch.Generator().manual_seed(0)
@@ -247,6 +249,7 @@ def chances(policy, logits, targets, macs, heads, chosen, limits) -> list[float]
     return search.run(bound, search.published(bound).values()).shares[0].tolist()
 
 
+@pytest.mark.slow
 def test_many_subsets_are_searched_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(3, (200,), generator=generator)

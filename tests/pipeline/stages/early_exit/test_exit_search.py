@@ -114,6 +114,7 @@ def assert_same(one: Trials, other: Trials) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "classes"),
     [
@@ -240,6 +241,7 @@ def test_greedy_switches_a_harmful_exit_off() -> None:
     assert found.thresholds.tolist() == [[0.0]] and found.accuracy == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("exits", [2, 3, 6])
 def test_points_keep_to_their_limits_and_coordinate_is_never_worse(policy: str, exits: int) -> None:
@@ -261,6 +263,7 @@ def test_points_keep_to_their_limits_and_coordinate_is_never_worse(policy: str, 
         assert fast <= balanced <= accurate
 
 
+@pytest.mark.slow
 def test_the_search_is_repeatable() -> None:
     one, other = (search(3, "class_exclusion", tolerance=0.01)[0] for _ in range(2))
     assert [p.to_json() for p in one] == [p.to_json() for p in other]
@@ -287,6 +290,7 @@ def test_the_worst_class_can_be_protected() -> None:
     assert held[0].metrics["worst_class_accuracy"] >= plain - 0.02 - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_large_splits_are_searched_on_a_sample_and_checked_on_all_rows(
     policy: str, monkeypatch: pytest.MonkeyPatch
@@ -312,6 +316,7 @@ def test_unusable_logits_and_configurations_are_refused() -> None:
         ExitSearchConfig(search="greedy", min_share=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["class_exclusion_softmax", "max_probability"])
 def test_a_budget_is_kept_and_bought_better_than_as_published(policy: str) -> None:
     points, model, logits, targets = search(3, policy, tolerance=0.01, budgets=(0.4, 0.65))
@@ -367,6 +372,7 @@ def test_confidence_keeps_the_tolerance_on_rows_that_the_search_has_not_seen() -
     assert sum(x > 0.02 for x in losses[0.95]) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["greedy", "geometric"])
 def test_the_published_searches_keep_the_same_margin(method: str) -> None:
     logits, targets = data(2, 400, 5, 1)
@@ -379,6 +385,7 @@ def test_the_published_searches_keep_the_same_margin(method: str) -> None:
         assert lost <= 0.02 + 1e-4 and point.metrics["mac_share"] < 1.0
 
 
+@pytest.mark.slow
 def test_wrong_exclusions_can_be_limited() -> None:
     free = search(2, "class_exclusion", tolerance=0.1)[0][0]
     held, model, logits, targets = search(2, "class_exclusion", tolerance=0.1, max_wrong_exclusion=0.02)
