@@ -25,8 +25,8 @@ from edgewright.edge_runtime import interleaved
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models.registry import build
 from edgewright.pipeline.analysis.channels import surgery
-from edgewright.pipeline.analysis.channels.attention import reopen
 from edgewright.pipeline.analysis.channels.equivalence import probe
+from edgewright.pipeline.analysis.opening import reopen
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SPLITS

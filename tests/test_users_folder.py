@@ -166,6 +166,7 @@ def test_the_page_opens_offline(finished: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_verify_and_predict_by_the_commands(finished: Path, folder: Path) -> None:
     verified = command("verify", "out/bundle", folder=folder)
     assert verified.returncode == 0, verified.stderr

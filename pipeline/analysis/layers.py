@@ -274,6 +274,9 @@ def _obstacle(module: nn.Linear | nn.Conv1d | nn.Conv2d) -> str | None:
         own_forward |= type(module)._conv_forward is not vars(plain)["_conv_forward"]
     if own_forward:
         return f"its class {type(module).__name__} has a forward of its own"
+    whole: str | None = getattr(module, "kept_whole", None)
+    if whole is not None:
+        return whole
     if set(module._parameters) != {"weight", "bias"} or module.weight is None or module._modules or module._buffers:
         return "its weight is parametrized"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:

@@ -116,6 +116,7 @@ def test_any_number_of_rows(network, bundle: Path, layout: str) -> None:
     assert left == {0, 1, 2} and len(set(want.exit_index.tolist())) > 1, "the last setting mixes exits in a batch"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["file", "split"])
 def test_operating_points_are_switched_and_verified(network, bundle: Path, layout: str) -> None:
     model, inputs = network

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from edgewright.models.sources.module_state import copied
 
 from ...analysis.layers import discover
+from ...analysis.opening import RECURRENT, open_layers
 from ...stage import Preview
 from ...task import Task
 from .config import BasisSharingConfig
 from .grouping import candidates, select
-from .recurrent import in_recurrent, open_recurrent
 
 
 def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, config: BasisSharingConfig) -> Preview:
@@ -30,7 +30,7 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
     """
     del task
     model = copied(model).eval()
-    open_recurrent(model, inputs)
+    open_layers(model, inputs, RECURRENT)
     graph = discover(model, inputs)
     chosen, left = select(graph, config.layers.include, config.layers.exclude, config.min_width)
     groups = candidates(chosen, config.groups, config.group_size, config.layers.private)
@@ -57,9 +57,8 @@ def preview(model: nn.Module, inputs: tuple[Tensor, ...], task: Task | None, con
 
 def _of_other_types(model: nn.Module, known: Set[str]) -> dict[str, str]:
     """Modules with matrices of their own that are neither taken nor refused: their type is not factorized."""
-    whole = "the recurrent matrix, which the operator of an LSTM or GRU keeps whole"
     return {
-        path: whole if in_recurrent(model, path) else f"a {type(module).__name__}, which is not factorized"
+        path: f"a {type(module).__name__}, which is not factorized"
         for path, module in model.named_modules()
         if path and path not in known and any(p.dim() > 1 for p in module.parameters(recurse=False))
     }

@@ -21,6 +21,7 @@ from edgewright.models.layers.factorized import FactorizedConv1d, FactorizedConv
 from edgewright.models.sources.module_state import copied
 
 from ...analysis.layers import discover, replace_module
+from ...analysis.opening import RECURRENT, close, in_recurrent, open_layers, reopen
 from ...errors import CheckpointError, RecipeError
 from ...metric import Score, within
 from ...quality_drop import measured_drop
@@ -33,7 +34,7 @@ from .fitting import Outcome, fit_factors
 from .grouping import check_patterns
 from .preview import preview
 from .recovery import check_packages, recover
-from .recurrent import close, in_recurrent, open_recurrent, reopen, with_opened
+from .recurrent import with_opened
 from .updates import updated
 
 __all__ = ["STAGE", "BasisSharingConfig", "LayerPatterns", "check", "fit", "install", "rebuild"]
@@ -59,7 +60,7 @@ def check(model: nn.Module, task: Task, config: BasisSharingConfig) -> None:
     if config.layers.include or config.layers.exclude or ranks:
         split = split_of(task, "calibration", needed_by="basis_sharing")
         rows, model = split.batch(range(min(2, len(split)))).inputs, copied(model)
-        open_recurrent(model, rows)
+        open_layers(model, rows, RECURRENT)
         graph = discover(model, rows)
         check_patterns(graph, config.layers.include, config.layers.exclude, ranks, config.min_width)
 
@@ -93,7 +94,7 @@ def fit(model: nn.Module, task: Task, config: BasisSharingConfig, context: Conte
         before = evaluate(model, task, "validation", context.device)
     saved = context.load("factorized")
     model.to("cpu").eval()
-    closed = open_recurrent(model, split_of(task, "calibration", needed_by="basis_sharing").batch([0]).inputs)
+    closed = open_layers(model, split_of(task, "calibration", needed_by="basis_sharing").batch([0]).inputs, RECURRENT)
     if saved is None:
         outcome = with_opened(fit_factors(model, task, config, context), closed)
         if config.updates and outcome.data["groups"]:

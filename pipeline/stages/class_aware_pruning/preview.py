@@ -6,13 +6,12 @@ from torch import Tensor, nn
 
 from edgewright.models.sources.module_state import copied
 
-from ...analysis.channels.attention import open_attention
 from ...analysis.cost import count
 from ...stage import Preview
 from ...task import Task
 from .config import ClassAwarePruningConfig
 from .selection import removable
-from .setup import check_kind, criterion_of, prunable, target_of, with_streams
+from .setup import check_kind, criterion_of, opened_for, prunable, target_of, with_streams
 
 
 def preview(
@@ -34,7 +33,7 @@ def preview(
         check_kind(task, config)
     row = tuple(x[:1] for x in inputs)
     opened = copied(model)
-    open_attention(opened, row, config.exclude)
+    opened_for(opened, row, config)
     channels = prunable(opened, row, config)
     dense = count(model, row)
     target = target_of(opened, row, config, channels, dense.macs)

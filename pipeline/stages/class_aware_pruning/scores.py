@@ -157,6 +157,7 @@ def collect(
     at_once = min(settings.batch_size, getattr(split, "largest_batch", settings.batch_size))
     handles = recorder.handles()
     with plain_eval(model), hooked(handles), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        recorder.look_at_one_row(split.batch([0]).to(device))
         never = _never_silent(recorder, samples, device) if samples.names else frozenset[str]()
         tallies = {path: _Tally(settings, path in never) for path in layers}
         text = "scoring classes" if samples.names else "scoring"
@@ -188,6 +189,7 @@ class _Recorder:
         self.model = model
         self.modules = {path: model.get_submodule(path) for path in layers}
         self.outputs: dict[str, list[Tensor]] = {}
+        self.of_one_row: dict[str, list[torch.Size]] = {}
         # a copy goes on where an activation that works in place would overwrite what is scored
         self.copied = set(layers)
         self.handed_on: dict[str, list[Tensor]] = {}
@@ -202,6 +204,11 @@ class _Recorder:
         self.handed_on.clear()
         return self.model(*batch.inputs)
 
+    def look_at_one_row(self, batch: Batch) -> None:
+        """Notes the shapes of one row: what of more rows is longer than these is the axis of rows."""
+        self.run(batch)
+        self.of_one_row = {path: [tensor.shape for tensor in calls] for path, calls in self.outputs.items()}
+
     def stop_needless_copies(self) -> None:
         """After a run: from now on copies only the outputs that somebody overwrote."""
         self.copied = {path for path, calls in self.handed_on.items() if any(tensor._version for tensor in calls)}
@@ -214,16 +221,29 @@ class _Recorder:
         gradients = iter(found)
         for path, calls in self.outputs.items():
             parts = []
-            for tensor in calls:
+            for number, tensor in enumerate(calls):
                 gradient = next(gradients)
                 product = torch.zeros_like(tensor) if gradient is None else tensor.detach() * gradient
+                dim = channel_dim(self.modules[path], product)
+                axis = self._axis_of_rows(path, number, product, rows)
+                if axis != 0 and dim != axis:
+                    product = product.movedim(axis, 0)
+                    dim += dim < axis
                 if product.shape[0] % rows:
                     raise StageError(
                         f"layer {path!r} runs on {product.shape[0]} rows for {rows} samples, so its filters "
                         "cannot be scored per sample: exclude it"
                     )
-                parts.append(_by_filter(product, channel_dim(self.modules[path], product), rows))
+                parts.append(_by_filter(product, dim, rows))
             yield path, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _axis_of_rows(self, path: str, call: int, product: Tensor, rows: int) -> int:
+        """0, unless another axis alone is `rows` times as long as for one row: sequences with time first."""
+        known = self.of_one_row.get(path, [])
+        if rows == 1 or call >= len(known) or len(known[call]) != product.dim():
+            return 0
+        longer = [i for i, (one, all_) in enumerate(zip(known[call], product.shape, strict=True)) if one != all_]
+        return longer[0] if len(longer) == 1 and product.shape[longer[0]] == rows * known[call][longer[0]] else 0
 
     def _hook(self, path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:

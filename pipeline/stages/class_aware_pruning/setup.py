@@ -9,13 +9,14 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from edgewright.export.source import answers_of
+from edgewright.models.sources.module_state import copied
 
 from ...analysis.channels import surgery
-from ...analysis.channels.attention import open_attention
 from ...analysis.channels.finding import find_channels
 from ...analysis.channels.groups import Channels
 from ...analysis.channels.specialising import class_columns, class_cut
 from ...analysis.cost import Cost, count
+from ...analysis.opening import ATTENTION, RECURRENT, close, open_layers
 from ...errors import RecipeError, StageError
 from ...metric import Score
 from ...stage import Context
@@ -38,7 +39,7 @@ class Setup:
         task: with the chosen classes only.
         inputs: one row.
         given: the model of all classes.
-        opened: its attention layers of which heads can be taken.
+        opened: its attention layers, of which heads can be taken, and the LSTMs and GRUs of which units can.
         classes: what of `given` the chosen classes leave.
         base: that, the beginning of the iterations.
         channels: of `base`.
@@ -84,10 +85,11 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
         check_classes(task, config.score_split, needed_by=f"stage {NAME!r}")
     model.to("cpu").eval()
     inputs = split_of(task, config.score_split, NAME).batch([0]).inputs
-    opened = open_attention(model, inputs, config.exclude)
+    opened = opened_for(model, inputs, config)
     classes = class_cut(model, inputs, chosen, class_columns(answers_of(task))) if specialise else {}
     base = surgery.pruned(model, classes) if classes else model
     channels = prunable(base, inputs, config)
+    close_untouched(opened, channels, model, base)
     baseline = evaluate(base, task, "validation", context.device)
     base.to("cpu")
     dense = count(model, inputs)
@@ -99,7 +101,7 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
         context,
         inputs,
         model,
-        opened,
+        list(opened),
         classes,
         base,
         channels,
@@ -108,6 +110,22 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
         baseline,
         criterion_of(config, task),
     )
+
+
+def opened_for(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> dict[str, nn.Module]:
+    """Opens attention layers, LSTMs and GRUs of `model` in place; returns what stood there, by path."""
+    opened = open_layers(model, inputs, ATTENTION, config.exclude)
+    return opened | open_layers(model, inputs, RECURRENT, config.exclude)
+
+
+def close_untouched(opened: dict[str, nn.Module], channels: Channels, *models: nn.Module) -> None:
+    """Puts LSTMs and GRUs of which nothing can go back into the models, and takes them out of `opened`."""
+    axes = {axis[0] for group in channels.groups for axis in group.members}
+    for path, module in list(opened.items()):
+        if any(kind.can_open(module) for kind in RECURRENT) and not any(axis.startswith(f"{path}.") for axis in axes):
+            del opened[path]
+            for model in models:
+                close(model, {path: copied(module)})
 
 
 def criterion_of(config: ClassAwarePruningConfig, task: Task) -> Criterion:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ...analysis.channels import surgery
 from ...analysis.channels.apart import EndedError, in_a_process
-from ...analysis.channels.attention import reopen
 from ...analysis.channels.equivalence import failures
 from ...analysis.channels.groups import Channels
+from ...analysis.opening import reopen
 from ...metric import Score
 from ...stage import Context, Edit, Stage, StageResult
 from ...task import SplitName, Task

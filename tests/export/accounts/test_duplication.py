@@ -50,6 +50,7 @@ def test_a_small_basis_is_not_copied_within_the_allowance(task, tmp_path, monkey
         export_bundle(share_linear_bases(tiny_transformer()), task, tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_a_basis_that_the_runtime_keeps_in_two_orders_is_refused():
     model = share_linear_bases(tiny_transformer())
     raw = capture(model, IMAGE, ["image"])

@@ -101,6 +101,7 @@ def test_one_file_serves_every_batch_size_and_every_mix(network, policy, exporte
                 assert (got["scores"].dtype, got["label"].dtype) == (np.float32, np.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 def test_rows_never_influence_each_other(network, exported):
     model, path = exported(network)

@@ -98,6 +98,7 @@ def test_a_recipe_ends_in_a_proven_bundle(factorized: tuple[LogitsOnly, Path]) -
     assert manifest.exits[0].attention_macs == row["attention_macs"]
 
 
+@pytest.mark.slow
 def test_a_prompt_gets_logits_at_its_last_token_alone(factorized: tuple[LogitsOnly, Path]) -> None:
     generator = Generator(factorized[1] / "model.onnx", threads=1)
     prompts = [IDS[0, :7].tolist(), IDS[1, :4].tolist()]
@@ -110,6 +111,7 @@ def test_a_prompt_gets_logits_at_its_last_token_alone(factorized: tuple[LogitsOn
     np.testing.assert_allclose(generator.step(IDS[:2, :1].numpy()), following, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_changed_weight_is_found(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
     shutil.copytree(factorized[1], tmp_path / "b")
     data = bytearray((tmp_path / "b" / "model.onnx").read_bytes())
@@ -119,6 +121,7 @@ def test_a_changed_weight_is_found(factorized: tuple[LogitsOnly, Path], tmp_path
         verify(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_rounded_weights_are_smaller_and_their_error_is_measured(
     factorized: tuple[LogitsOnly, Path], tmp_path: Path
 ) -> None:
@@ -139,6 +142,7 @@ def test_rounded_weights_are_smaller_and_their_error_is_measured(
     assert "8 in 8 bits" in four.text()
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph(
     factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +197,7 @@ def test_recipes_that_cannot_generate_are_refused_before_anything_runs(tmp_path:
             run(path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_pytorchs(factorized: tuple[LogitsOnly, Path]) -> None:
     model, bundle = factorized
     prompts = [IDS[0].tolist(), IDS[1, :5].tolist(), IDS[2, :7].tolist()]
@@ -209,6 +214,7 @@ def test_greedy_tokens_are_pytorchs(factorized: tuple[LogitsOnly, Path]) -> None
     assert found.steps == 5 and found.prompt_tokens == 21
 
 
+@pytest.mark.slow
 def test_stop_and_sampling(factorized: tuple[LogitsOnly, Path]) -> None:
     generator = Generator(factorized[1] / "model.onnx", threads=1)
     prompt = [IDS[0].tolist()]
@@ -220,6 +226,7 @@ def test_stop_and_sampling(factorized: tuple[LogitsOnly, Path]) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_model_has_no_further_positions(factorized: tuple[LogitsOnly, Path]) -> None:
     generator = Generator(factorized[1] / "model.onnx", threads=1)
     assert generator.positions == 64 and generator.end_tokens == (2,)
@@ -231,6 +238,7 @@ def test_it_ends_where_the_model_has_no_further_positions(factorized: tuple[Logi
     assert not generate(generator, [[1] * 62], 3).context_full
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, Path], tmp_path: Path) -> None:
     generator = Generator(factorized[1] / "model.onnx", threads=1)
     with pytest.raises(InputError, match="prefill first"):
@@ -244,6 +252,7 @@ def test_what_does_not_fit_is_refused(factorized: tuple[LogitsOnly, Path], tmp_p
         export_generator(factorized[0], IDS[:2], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_prints_ids_or_text_and_says_how_fast(
     factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +274,7 @@ def test_the_command_prints_ids_or_text_and_says_how_fast(
     assert capsys.readouterr().out.split() == [str(token) for token in greedy[: greedy.index(greedy[1]) + 1]]
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_it_cannot_continue(
     factorized: tuple[LogitsOnly, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

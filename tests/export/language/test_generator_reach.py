@@ -82,6 +82,7 @@ class _Other(LogitsOnly):
         return logits + changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_positions_end_before_the_first_wrong_length(switching: tuple[LogitsOnly, Path], everywhere: bool) -> None:
     """Also where no configuration says that something changes; the padded row is three tokens behind."""

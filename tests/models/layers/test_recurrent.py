@@ -30,9 +30,9 @@ def factorized(model: OpenRecurrent, joint: bool) -> OpenRecurrent:
         basis = None
         for suffix in ("", "_reverse") if model.bidirectional else ("",):
             direction = model.get_submodule(f"l{number}{suffix}")
-            weight, bias = direction.inputs.weight.detach(), direction.inputs.bias
+            weight, bias = direction.input_gates.weight.detach(), direction.input_gates.bias
             basis = basis if joint and basis is not None else SharedBasis(torch.eye(weight.shape[1]) * 2.0)
-            direction.inputs = FactorizedLinear(basis, weight.T / 2.0, None if bias is None else bias.detach())
+            direction.input_gates = FactorizedLinear(basis, weight.T / 2.0, None if bias is None else bias.detach())
     return model
 
 

@@ -109,8 +109,8 @@ CASES = [
 ]
 
 
-_QUICK = {"train-sgd", "train-values", "prune-values", "share-values", "prune-labels", "share-map", "exit-exclusion"}
-"""One or two of each stage, in the fast tier too."""
+_QUICK = {"train-values", "prune-values", "share-values", "exit-exclusion"}
+"""One of each stage, in the fast tier too."""
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,10 @@ def test_the_exported_operator_is_narrower_and_its_basis_is_stored_once(tmp_path
     result = fit(copy.deepcopy(model), tiny_task(), wanted, FolderContext(tmp_path))
     assert result.edit.data["opened"] == ["lstm"], "the GRU is as it was"
     assert type(result.model.gru) is nn.GRU and isinstance(result.model.lstm, OpenRecurrent)
-    members = [["lstm.l0.inputs", "lstm.l0_reverse.inputs"], ["lstm.l1.inputs", "lstm.l1_reverse.inputs"]]
+    members = [
+        ["lstm.l0.input_gates", "lstm.l0_reverse.input_gates"],
+        ["lstm.l1.input_gates", "lstm.l1_reverse.input_gates"],
+    ]
     assert [group["members"] for group in result.edit.data["groups"]] == members
     assert any("recurrent ones (16384 bytes) stay whole" in note for note in result.notes)
     bundle = export_bundle(result.model, tiny_task(), tmp_path / "bundle", parity_rows=16)
@@ -46,12 +49,12 @@ def test_a_model_that_reads_the_weights_of_its_lstm_keeps_it(tmp_path: Path) -> 
 
     torch.manual_seed(0)
     result = fit(Direct().eval(), tiny_task(), BasisSharingConfig(min_width=4), FolderContext(tmp_path))
-    assert type(result.model.lstm) is nn.LSTM and "opened" not in result.edit.data
+    assert type(result.model.lstm) is nn.LSTM and "lstm" not in result.edit.data.get("opened", [])
 
 
 def test_the_preview_knows_what_of_an_lstm_can_be_factors() -> None:
     model = tiny_recurrent()
     rows = tiny_task().splits["calibration"].batch([0, 1]).inputs
     found = preview(model, rows, None, BasisSharingConfig(groups="readers", min_width=8))
-    assert found.takes["lstm.l1.inputs"] == "may share a basis with lstm.l1_reverse.inputs"
-    assert "keeps whole" in found.leaves["lstm.l1"] and type(model.lstm) is nn.LSTM
+    assert found.takes["lstm.l1.input_gates"] == "may share a basis with lstm.l1_reverse.input_gates"
+    assert "keeps whole" in found.leaves["lstm.l1.state_gates"] and type(model.lstm) is nn.LSTM

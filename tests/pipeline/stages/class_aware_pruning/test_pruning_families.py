@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from edgewright.export import ExportOptions, export_bundle
 from edgewright.models import registry
 from edgewright.pipeline.analysis.channels import surgery
-from edgewright.pipeline.analysis.channels.attention import open_attention
 from edgewright.pipeline.analysis.channels.finding import find_channels
 from edgewright.pipeline.analysis.channels.groups import Channels
 from edgewright.pipeline.analysis.channels.specialising import class_cut
+from edgewright.pipeline.analysis.opening import ATTENTION, open_layers
 from edgewright.pipeline.stages.class_aware_pruning import ClassAwarePruningConfig, fit, rebuild
 from edgewright.pipeline.store.context import FolderContext
 from edgewright.pipeline.task import SPLITS
@@ -32,7 +32,7 @@ _FOUND: dict[str, tuple[nn.Module, Channels]] = {}
 def found(name: str) -> tuple[nn.Module, Channels]:
     if name not in _FOUND:
         model = pruning_models.lively(pruning_models.FAMILIES[name])
-        open_attention(model, (IMAGES[:1],))
+        open_layers(model, (IMAGES[:1],), ATTENTION)
         _FOUND[name] = model, find_channels(model, (IMAGES[:1],), prune_residual=True)
     return _FOUND[name]
 
@@ -87,7 +87,7 @@ def test_whole_heads_of_window_attention_go_with_their_position_biases() -> None
         [4, 4], 16, [2], [2], [4, 4], num_classes=4, block=torchvision.models.swin_transformer.SwinTransformerBlockV2
     ).eval()
     before = cosine(IMAGES)
-    assert open_attention(cosine, (IMAGES[:1],)) == ["features.1.0.attn", "features.1.1.attn"]
+    assert list(open_layers(cosine, (IMAGES[:1],), ATTENTION)) == ["features.1.0.attn", "features.1.1.attn"]
     with torch.no_grad():
         assert torch.allclose(cosine(IMAGES), before, atol=1e-5)
     two = next(g for g in find_channels(cosine, (IMAGES[:1],)).groups if g.name == "features.1.0.attn.q")
@@ -122,9 +122,9 @@ def test_attention_that_the_model_reaches_into_stays_closed() -> None:
             return y.mean(dim=1) * self.attention.in_proj_weight.sum()
 
     model, x = Reads().eval(), torch.randn(1, 3, 8)
-    assert open_attention(model, (x,)) == [] and isinstance(model.attention, nn.MultiheadAttention)
+    assert open_layers(model, (x,), ATTENTION) == {} and isinstance(model.attention, nn.MultiheadAttention)
     tied = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2, enable_nested_tensor=False)
-    assert open_attention(tied.eval(), (x,), exclude=("layers.0.*",)) == ["layers.1.self_attn"]
+    assert list(open_layers(tied.eval(), (x,), ATTENTION, exclude=("layers.0.*",))) == ["layers.1.self_attn"]
 
 
 @pytest.mark.parametrize("name", ["densenet", "squeezenet", "vit"])
@@ -151,7 +151,7 @@ def test_what_other_pruners_fail_on_prunes_and_exports(name: str, target: float,
     assert target <= result.metrics["mac_reduction"] < target + 0.05
     rebuilt = rebuild(copy.deepcopy(dense), result.edit)
     rebuilt.load_state_dict(result.model.state_dict(), strict=True)
-    open_attention(dense, (IMAGES[:1],))
+    open_layers(dense, (IMAGES[:1],), ATTENTION)
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(IMAGES), result.model(IMAGES))
         expected = surgery.masked(dense, surgery.from_json(result.edit.data["keep"]))(IMAGES)
