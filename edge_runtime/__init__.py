@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .inference.providers import Placement, ProviderFallbackWarning
     from .inference.runner import Runner
     from .inference.session import load, session_on
+    from .inference.table_file import load_table
     from .measure.benchmark import BenchRow, bench, bench_text
     from .measure.exit_latency import latency_table
     from .measure.interleave import Contender, Interleaved, interleaved
@@ -84,6 +85,7 @@ _WHERE = {
     "latency_table": "measure.exit_latency",
     "load": "inference.session",
     "load_image": "inference.image_file",
+    "load_table": "inference.table_file",
     "open_bundle": "bundle.bundle",
     "pack_zip": "bundle.bundle",
     "read_golden": "bundle.golden",
@@ -137,6 +139,7 @@ __all__ = [
     "latency_table",
     "load",
     "load_image",
+    "load_table",
     "open_bundle",
     "pack_zip",
     "read_golden",

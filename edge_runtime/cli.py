@@ -339,17 +339,21 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _read_input(path: Path, manifest: Manifest) -> tuple[Any, Any]:
-    """Reads .npy, .npz or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself.
+    """Reads .npy, .npz, .csv or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself.
 
     Returns:
         What `predict` is given, and the pixels [1, H, W, C] of an image as they were, None of an array.
     """
     from .inference.image_file import SUFFIXES, read_image
     from .inference.preprocess import preprocess_image
+    from .inference.table_file import SUFFIXES as TABLES
+    from .inference.table_file import load_table
     from .measure.bench_inputs import read_inputs
 
     if not path.is_file():
         raise InputError(f"no input at {path}")
+    if path.suffix.lower() in TABLES:
+        return load_table(path, manifest.preprocessing), None
     if path.suffix.lower() not in SUFFIXES:
         return read_inputs(path), None
     preprocessing = manifest.preprocessing

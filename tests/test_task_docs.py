@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.edge_runtime import Boxes, ClassMap, Labels, Vectors, load, verify
+from edgewright.edge_runtime import Boxes, ClassMap, Labels, Values, Vectors, load, load_table, verify
 from edgewright.edge_runtime.cli import main
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs.runner import run
@@ -95,6 +95,17 @@ def _products(folder: Path) -> Path:
     return folder / "products" / "2" / "3.png"
 
 
+def _load(folder: Path) -> Path:
+    """A load with a daily wave that follows the temperature."""
+    rng = np.random.default_rng(0)
+    hour = np.arange(400)
+    temperature = np.sin(hour / 24 * 2 * np.pi) + 0.2 * rng.normal(size=400)
+    lines = [f"{h},{100 + 20 * t + rng.normal():.3f},{t:.3f}" for h, t in zip(hour, temperature, strict=True)]
+    (folder / "load.csv").write_text("\n".join(["hour,load,temperature", *lines]))
+    (folder / "today.csv").write_text("\n".join(["temperature,load", *("0.5,110" for _ in range(30))]))
+    return folder / "today.csv"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
@@ -106,6 +117,17 @@ PAGES = {
     "embedding": Page(_products, _SHORT, lambda found: isinstance(found, Vectors) and found.vector.shape == (1, 32)),
     "multilabel": Page(
         _photos, _SHORT, lambda found: isinstance(found, Labels) and found.labels == ("left", "right", "red")
+    ),
+    "regression": Page(
+        _load,
+        _SHORT,
+        lambda found: (
+            isinstance(found, Values)
+            and found.values.shape == (1, 4)
+            and found.labels == ("load+1", "load+2", "load+3", "load+4")
+            and found.unit == "MW"
+            and 50 < found.values.min() < found.values.max() < 150
+        ),
     ),
     "segmentation": Page(
         _streets, _SHORT, lambda found: isinstance(found, ClassMap) and found.label.shape == (1, 32, 32)
@@ -135,6 +157,7 @@ def test_the_model_and_the_recipe_of_the_page_run(name: str, tmp_path: Path) -> 
         from edgewright.edge_runtime.inference.image_file import load_image
 
         assert runner.manifest is not None
-        found = runner.predict(load_image(given, runner.manifest.preprocessing))
+        read = load_table if given.suffix == ".csv" else load_image
+        found = runner.predict(read(given, runner.manifest.preprocessing))
     assert page.holds(found)
     assert main(["predict", str(result.bundle), str(given), "--json", str(tmp_path / "said.json")]) == 0

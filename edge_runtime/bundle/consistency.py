@@ -160,13 +160,16 @@ def _check_exits(manifest: Manifest) -> None:
 
 def _check_preprocessing(manifest: Manifest) -> None:
     given = manifest.preprocessing
-    if given.kind not in ("none", "image"):
-        raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are 'none' and 'image'")
+    if given.kind not in ("none", "image", "table"):
+        raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are 'none', 'image' and 'table'")
+    if given.kind == "table" and (not given.columns or (given.window is not None and given.window < 1)):
+        raise _contradiction(f"preprocessing reads {len(given.columns)} columns and a window of {given.window} rows")
     if given.channels < 1 or (given.size is not None and min(given.size) < 1):
         raise _contradiction(f"preprocessing makes images of {given.size} pixels and {given.channels} channels")
     for name, values in (("mean", given.mean), ("std", given.std)):
-        if values and len(values) != given.channels:
-            raise _contradiction(f"preprocessing.{name} has {len(values)} values for {given.channels} channels")
+        wanted = len(given.columns) if given.kind == "table" else given.channels
+        if values and len(values) != wanted:
+            raise _contradiction(f"preprocessing.{name} has {len(values)} values for {wanted} channels or columns")
     if 0 in given.std:
         raise _contradiction("preprocessing divides by a standard deviation of 0")
     if given.max_value is not None and not 0 < given.max_value <= 2**31 - 1:

@@ -141,10 +141,14 @@ APPLIED, IGNORED, DROPPED = "applied", "ignored", "dropped"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a raw image becomes the float32 input: resize to `size`, times `scale`, minus `mean`, over `std`.
+    """How what a user has becomes the float32 input; float arrays are taken as already preprocessed.
 
-    Applied by `predict` to integer arrays [H, W, C] or [N, H, W, C] and to image files; float arrays are
-    taken as already preprocessed. `kind` is ``"image"`` or ``"none"``.
+    By `kind`:
+
+    * ``"image"``: resize to `size`, times `scale`, minus `mean`, over `std`. Applied by `predict` to integer arrays
+      [H, W, C] or [N, H, W, C] and to image files.
+    * ``"table"``: the `columns` of a CSV file, minus `mean`, over `std`; of a series the last `window` rows.
+    * ``"none"``.
     """
 
     kind: str = "none"
@@ -161,6 +165,10 @@ class Preprocessing:
     """Of image files: ``"applied"``, turned as their EXIF tag says, or ``"ignored"``; what training did."""
     alpha: str = DROPPED
     """Of image files: transparency is dropped, not composited."""
+    columns: tuple[str, ...] = ()
+    """Of tables: names of the columns, in the order of the input's."""
+    window: int | None = None
+    """Of tables that are a series: rows that the input [N, columns, window] holds; None: a row is an input."""
 
 
 @dataclass(frozen=True)
