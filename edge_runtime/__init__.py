@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .answers.class_map import ClassMap
     from .answers.classes import Prediction
     from .answers.embedding import Vectors
+    from .answers.image import Restored
     from .answers.multilabel import Labels
     from .answers.tokens import Tokens
     from .answers.values import Values
@@ -52,6 +53,7 @@ _WHERE = {
     "Bundle": "bundle.bundle",
     "BundleError": "errors",
     "ClassMap": "answers.class_map",
+    "Restored": "answers.image",
     "Comparison": "proof.comparison",
     "Contender": "measure.interleave",
     "DoctorReport": "device",
@@ -122,6 +124,7 @@ __all__ = [
     "ProviderFallbackWarning",
     "QualityFloorError",
     "RawReport",
+    "Restored",
     "Runner",
     "SessionOptions",
     "Tokens",

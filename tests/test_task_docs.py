@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.edge_runtime import Boxes, ClassMap, Labels, Values, Vectors, load, load_table, verify
+from edgewright.edge_runtime import (
+    Boxes,
+    ClassMap,
+    Labels,
+    Prediction,
+    Restored,
+    Values,
+    Vectors,
+    load,
+    load_table,
+    verify,
+)
 from edgewright.edge_runtime.cli import main
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs.runner import run
 
+CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 DOCS = Path(__file__).parents[1] / "docs" / "tasks"
 
 
@@ -106,6 +119,37 @@ def _load(folder: Path) -> Path:
     return folder / "today.csv"
 
 
+def _clothes(folder: Path) -> Path:
+    """Four files as those of the set, of squares whose size is the class."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "fashion").mkdir()
+    for part, count in (("train", 300), ("t10k", 60)):
+        kinds = (np.arange(count) % 10).astype(np.uint8)
+        pictures = rng.integers(0, 40, (count, 28, 28), dtype=np.uint8)
+        for picture, kind in zip(pictures, kinds, strict=True):
+            picture[: 4 + 2 * kind, : 4 + 2 * kind] += 180
+        for name, data in (("images-idx3", pictures), ("labels-idx1", kinds)):
+            header = (0x800 + data.ndim, *data.shape)
+            packed = gzip.compress(b"".join(number.to_bytes(4, "big") for number in header) + data.tobytes(), mtime=0)
+            (folder / "fashion" / f"{part}-{name}-ubyte.gz").write_bytes(packed)
+    Image.fromarray(pictures[3]).save(folder / "coat.png")
+    return folder / "coat.png"
+
+
+def _stripes(folder: Path) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for number in range(80):
+        stripes = np.zeros((32, 32, 3), np.uint8)
+        stripes[rng.integers(0, 4) :: 4] = rng.integers(60, 256, 3)
+        Image.fromarray(stripes).save(folder / "photos" / f"{number}.png")
+    return folder / "photos" / "3.png"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
@@ -115,6 +159,9 @@ PAGES = {
         lambda found: isinstance(found, Boxes) and found.labels == ("A", "X"),
     ),
     "embedding": Page(_products, _SHORT, lambda found: isinstance(found, Vectors) and found.vector.shape == (1, 32)),
+    "fashion_mnist": Page(
+        _clothes, _SHORT, lambda found: isinstance(found, Prediction) and found.labels[found.label[0]] in CLOTHES
+    ),
     "multilabel": Page(
         _photos, _SHORT, lambda found: isinstance(found, Labels) and found.labels == ("left", "right", "red")
     ),
@@ -128,6 +175,11 @@ PAGES = {
             and found.unit == "MW"
             and 50 < found.values.min() < found.values.max() < 150
         ),
+    ),
+    "restoration": Page(
+        _stripes,
+        _SHORT,
+        lambda found: isinstance(found, Restored) and found.pixels.shape == (1, 3, 32, 32),
     ),
     "segmentation": Page(
         _streets, _SHORT, lambda found: isinstance(found, ClassMap) and found.label.shape == (1, 32, 32)

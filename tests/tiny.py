@@ -12,10 +12,12 @@ from edgewright.pipeline.tasks.detection import Detection
 from edgewright.pipeline.tasks.embedding import Embedding
 from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.tasks.multilabel import MultiLabel
+from edgewright.pipeline.tasks.restoration import Restoration
 from edgewright.pipeline.tasks.segmentation import Segmentation
 from edgewright.pipeline.tasks.shipped.synthetic_detection import synthetic_detection
 from edgewright.pipeline.tasks.shipped.synthetic_embedding import synthetic_embedding
 from edgewright.pipeline.tasks.shipped.synthetic_multilabel import synthetic_multilabel
+from edgewright.pipeline.tasks.shipped.synthetic_restoration import synthetic_restoration
 from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
 
 CLASSES = 4
@@ -229,6 +231,18 @@ def tiny_map() -> nn.Module:
 def tiny_pages() -> Segmentation:
     """Pages [1, 16, 16] with two characters and background, for `tiny_map`."""
     return synthetic_segmentation(rows=_PAGES, size=16, characters="AX", most=2)
+
+
+def tiny_denoiser() -> nn.Module:
+    """Images [N, 1, 16, 16] to images of this size."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 12, 3, 1, 1), nn.ReLU(), nn.Conv2d(12, 12, 3, 1, 1), nn.ReLU(), nn.Conv2d(12, 1, 3, 1, 1)]
+    return nn.Sequential(*layers).eval()
+
+
+def tiny_noisy() -> Restoration:
+    """Pages [1, 16, 16] with noise, for `tiny_denoiser`."""
+    return synthetic_restoration(rows=_PAGES, size=16, characters="AX", most=2)
 
 
 def tiny_labels() -> MultiLabel:

@@ -170,7 +170,9 @@ TABLE: dict[str, Architecture] = {
         _transformers("BertConfig", "BertForTokenClassification", **_BERT), masked(), "tokens"
     ),
     "hf:bert_answers": Architecture(
-        _transformers("BertConfig", "BertForQuestionAnswering", "start_logits,end_logits", **_BERT),
+        _transformers(
+            "BertConfig", "BertForQuestionAnswering", "start_logits,end_logits", **{**_BERT, "num_labels": 2}
+        ),
         masked(),
         answers={"start_logits": "values", "end_logits": "values"},
     ),

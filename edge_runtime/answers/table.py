@@ -10,12 +10,23 @@ from .boxes import BoxesKind
 from .class_map import ClassMapKind
 from .classes import CLASSES, Classes, Exits, exits_answer
 from .embedding import EmbeddingKind
+from .image import ImageKind
 from .kind import Kind
 from .multilabel import MultilabelKind
 from .tokens import TOKENS, TokensKind
 from .values import VALUES, ValuesKind
 
-_ALL = (Classes(), Exits(), MultilabelKind(), ValuesKind(), ClassMapKind(), BoxesKind(), TokensKind(), EmbeddingKind())
+_ALL = (
+    Classes(),
+    Exits(),
+    MultilabelKind(),
+    ValuesKind(),
+    ClassMapKind(),
+    BoxesKind(),
+    TokensKind(),
+    EmbeddingKind(),
+    ImageKind(),
+)
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in _ALL}
 """Every kind by name."""

@@ -23,6 +23,7 @@ from ..splitting import stratified_split
 from ..time_windows import stretches_in_time, windows
 
 _LEAST_ROWS = 20
+_STRIDES: Mapping[SplitName, int] = {"train": 1}
 
 
 def regression(
@@ -107,7 +108,7 @@ def regression(
     else:
         found = {
             name: windows(
-                known, future, range(at[0], at[-1] + 1), window, horizon, stride or (1 if name == "train" else horizon)
+                known, future, range(at[0], at[-1] + 1), window, horizon, stride or _STRIDES.get(name, horizon)
             )
             for name, at in chosen.items()
             if at
@@ -205,4 +206,5 @@ def _arrays(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         raise
     except Exception as error:  # numpy raises zipfile's, its own and plain ValueError
         raise DataError(f"{file} cannot be read as a .npz without pickle ({error}): save it with numpy.savez") from None
-    return tuple(a.astype(np.float32) if a.dtype.kind == "f" else a for a in (x, y))  # type: ignore[return-value]
+    x, y = (array.astype(np.float32) if array.dtype.kind == "f" else array for array in (x, y))
+    return x, y
