@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .inference.runner import Runner
     from .inference.session import load, session_on
     from .inference.table_file import load_table
+    from .inference.text_file import encode_texts
     from .measure.benchmark import BenchRow, bench, bench_text
     from .measure.exit_latency import latency_table
     from .measure.interleave import Contender, Interleaved, interleaved
@@ -88,6 +89,7 @@ _WHERE = {
     "load": "inference.session",
     "load_image": "inference.image_file",
     "load_table": "inference.table_file",
+    "encode_texts": "inference.text_file",
     "open_bundle": "bundle.bundle",
     "pack_zip": "bundle.bundle",
     "read_golden": "bundle.golden",
@@ -136,6 +138,7 @@ __all__ = [
     "check_raw",
     "compare",
     "doctor",
+    "encode_texts",
     "file_sha256",
     "fingerprint",
     "interleaved",

@@ -23,7 +23,6 @@ from .process.termination import Terminated, terminable
 
 if TYPE_CHECKING:
     from .bundle.bundle import Bundle
-    from .bundle.manifest import Manifest
     from .inference.options import SessionOptions
 
 COMMANDS = {
@@ -263,7 +262,7 @@ def _predict(options: argparse.Namespace) -> int:
     with _opened(options) as bundle, load(bundle, _session(options)) as runner:
         if options.save is not None:
             check_drawn(runner.answers, options.save)
-        given, picture = _read_input(options.input, bundle.manifest)
+        given, picture = _read_input(options.input, bundle)
         found = runner.predict(given)
         results = found if isinstance(found, dict) else {runner.answers[0].name: found}
     if picture is not None:
@@ -338,8 +337,8 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if report.ok else ProviderError.exit_code
 
 
-def _read_input(path: Path, manifest: Manifest) -> tuple[Any, Any]:
-    """Reads .npy, .npz, .csv or, where Pillow is installed, an image, preprocessed unless the graph takes bytes itself.
+def _read_input(path: Path, bundle: Bundle) -> tuple[Any, Any]:
+    """Reads .npy, .npz, .csv, .txt or, where Pillow is installed, an image; preprocessed unless the graph takes bytes.
 
     Returns:
         What `predict` is given, and the pixels [1, H, W, C] of an image as they were, None of an array.
@@ -348,12 +347,17 @@ def _read_input(path: Path, manifest: Manifest) -> tuple[Any, Any]:
     from .inference.preprocess import preprocess_image
     from .inference.table_file import SUFFIXES as TABLES
     from .inference.table_file import load_table
+    from .inference.text_file import SUFFIXES as TEXTS
+    from .inference.text_file import encode_texts, read_texts
     from .measure.bench_inputs import read_inputs
 
     if not path.is_file():
         raise InputError(f"no input at {path}")
+    manifest = bundle.manifest
     if path.suffix.lower() in TABLES:
         return load_table(path, manifest.preprocessing), None
+    if path.suffix.lower() in TEXTS:
+        return encode_texts(read_texts(path), bundle), None
     if path.suffix.lower() not in SUFFIXES:
         return read_inputs(path), None
     preprocessing = manifest.preprocessing

@@ -24,6 +24,7 @@ from edgewright.edge_runtime.bundle.manifest import (
     LABELS,
     MODEL_FILE,
     RUNTIME_FILE,
+    TOKENIZER_FILE,
     Ledger,
     Manifest,
     OperatingPoint,
@@ -52,7 +53,7 @@ from .options import Batch, ExportOptions
 from .proof.empty_batch import takes_no_rows
 from .proof.parity import ParityResult, check_parity
 from .proof.subject import answers_in
-from .source import Source, answers_of
+from .source import Source, Tokenizing, answers_of
 from .target import held_to
 
 
@@ -164,6 +165,8 @@ def export_bundle(
         with writing(target):
             write_golden(work / GOLDEN_FILE, parity.golden)
             write_runtime_archive(work / RUNTIME_FILE)
+            if source.preprocessing.kind == "text" and isinstance(source, Tokenizing):
+                (work / TOKENIZER_FILE).write_text(source.tokenizer, encoding="utf-8")
             manifest = write_manifest(work, manifest)
         if split_spec is not None:
             prove_split(work)

@@ -96,6 +96,16 @@ class HasVocabulary(Protocol):
         ...
 
 
+@runtime_checkable
+class Tokenizing(Protocol):
+    """A source whose inputs are tokens of texts."""
+
+    @property
+    def tokenizer(self) -> str:
+        """Content of the tokenizer.json, for the bundle."""
+        ...
+
+
 def answers_of(source: Source) -> tuple[AnswerSpec, ...]:
     """What the model of `source` answers: as it declares, else classes where it has labels, tokens, or values.
 

@@ -21,11 +21,14 @@ from edgewright.edge_runtime import (
     Restored,
     Values,
     Vectors,
+    encode_texts,
     load,
     load_table,
+    open_bundle,
     verify,
 )
 from edgewright.edge_runtime.cli import main
+from edgewright.edge_runtime.inference.text_file import read_texts
 from edgewright.pipeline.recipe.recipe import load_recipe
 from edgewright.pipeline.runs.runner import run
 
@@ -150,6 +153,26 @@ def _stripes(folder: Path) -> Path:
     return folder / "photos" / "3.png"
 
 
+def _reviews(folder: Path) -> Path:
+    """Twenty words, of which those that come twice are good or bad."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: at for at, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(38))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.enable_padding(pad_id=0, length=40)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    lines = ["label,text"]
+    for number in range(240):
+        good = number % 2
+        chosen = [*rng.integers(10, 38, 6), *rng.integers(5 * good, 5 * good + 5, 2)]
+        lines.append(f"{['bad', 'good'][good]}," + " ".join(f"w{i}" for i in rng.permutation(chosen)))
+    (folder / "reviews.csv").write_text("\n".join(lines))
+    (folder / "new.txt").write_text("w1 w20 w3\n\nw6 w7 w30 w31\n")
+    return folder / "new.txt"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
@@ -181,6 +204,9 @@ PAGES = {
         _SHORT,
         lambda found: isinstance(found, Restored) and found.pixels.shape == (1, 3, 32, 32),
     ),
+    "text_classification": Page(
+        _reviews, _SHORT, lambda found: found.labels == ("bad", "good") and found.label.shape == (2,)
+    ),
     "segmentation": Page(
         _streets, _SHORT, lambda found: isinstance(found, ClassMap) and found.label.shape == (1, 32, 32)
     ),
@@ -209,7 +235,11 @@ def test_the_model_and_the_recipe_of_the_page_run(name: str, tmp_path: Path) -> 
         from edgewright.edge_runtime.inference.image_file import load_image
 
         assert runner.manifest is not None
-        read = load_table if given.suffix == ".csv" else load_image
-        found = runner.predict(read(given, runner.manifest.preprocessing))
+        if given.suffix == ".txt":
+            with open_bundle(result.bundle) as bundle:
+                found = runner.predict(encode_texts(read_texts(given), bundle))
+        else:
+            read = load_table if given.suffix == ".csv" else load_image
+            found = runner.predict(read(given, runner.manifest.preprocessing))
     assert page.holds(found)
     assert main(["predict", str(result.bundle), str(given), "--json", str(tmp_path / "said.json")]) == 0

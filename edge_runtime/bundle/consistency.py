@@ -160,10 +160,13 @@ def _check_exits(manifest: Manifest) -> None:
 
 def _check_preprocessing(manifest: Manifest) -> None:
     given = manifest.preprocessing
-    if given.kind not in ("none", "image", "table"):
-        raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are 'none', 'image' and 'table'")
-    if given.kind == "table" and (not given.columns or (given.window is not None and given.window < 1)):
-        raise _contradiction(f"preprocessing reads {len(given.columns)} columns and a window of {given.window} rows")
+    kinds = ("none", "image", "table", "text")
+    if given.kind not in kinds:
+        raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are {', '.join(map(repr, kinds))}")
+    if given.kind == "table" and not given.columns:
+        raise _contradiction("preprocessing reads a table without columns")
+    if (given.window is None and given.kind == "text") or (given.window is not None and given.window < 1):
+        raise _contradiction(f"preprocessing has a window of {given.window}")
     if given.channels < 1 or (given.size is not None and min(given.size) < 1):
         raise _contradiction(f"preprocessing makes images of {given.size} pixels and {given.channels} channels")
     for name, values in (("mean", given.mean), ("std", given.std)):

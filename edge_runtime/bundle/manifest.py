@@ -9,7 +9,7 @@ A bundle is an immutable folder, or the same files in a zip::
     split/level0.onnx  only with `split`: the same network, a file for every exit and one for its end
     golden.npz         cases with inputs and expected outputs, see `GoldenCase`
     edge_runtime.pyz   this package, runnable with numpy and onnxruntime
-    tokenizer.json     of a generator, if it was known
+    tokenizer.json     of a model that reads texts, if it was known
 
 Standard library only. Everything here is plain data:
 `Manifest.from_json(manifest.to_json())` is the identity.
@@ -148,6 +148,7 @@ class Preprocessing:
     * ``"image"``: resize to `size`, times `scale`, minus `mean`, over `std`. Applied by `predict` to integer arrays
       [H, W, C] or [N, H, W, C] and to image files.
     * ``"table"``: the `columns` of a CSV file, minus `mean`, over `std`; of a series the last `window` rows.
+    * ``"text"``: the first `window` tokens, filled up with `padding`; ``tokenizer.json`` lies in the bundle.
     * ``"none"``.
     """
 
@@ -168,7 +169,10 @@ class Preprocessing:
     columns: tuple[str, ...] = ()
     """Of tables: names of the columns, in the order of the input's."""
     window: int | None = None
-    """Of tables that are a series: rows that the input [N, columns, window] holds; None: a row is an input."""
+    """Of tables that are a series: rows that the input [N, columns, window] holds; None: a row is an input.
+    Of texts: the tokens that the input [N, window] holds."""
+    padding: int = 0
+    """Of texts: the token that fills up."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,22 @@ from ...sources import content_digest
 from ...task import SplitName
 from ..embedding import Embedding
 from ..image_files import ImageReader, check_image_arguments, common_white, image_preprocessing
+from ..texts import text_reader
 from .image_folder import image_folder
 
-_TOKENIZER_FILE = "tokenizer.json"
+
+class TextEmbedding(Embedding):
+    """A vector for each text, of which the model is given the tokens.
+
+    Args:
+        splits: as of `Embedding`.
+        tokenizer: content of the tokenizer.json, which goes into the bundle.
+        options: as of `Embedding`.
+    """
+
+    def __init__(self, splits: Mapping[SplitName, Any], *, tokenizer: str, **options: Any) -> None:
+        super().__init__(splits, **options)
+        self.tokenizer = tokenizer
 
 
 def embedding(
@@ -106,11 +119,10 @@ def embedding(
     pairs, scores = _read(table, columns, score_column)
     files = {table: content_digest(table)}
     if tokenizer_path is not None:
-        place = Path(tokenizer_path)
-        place = place / _TOKENIZER_FILE if place.is_dir() else place
-        sides = [_tokens([pair[side] for pair in pairs], place, window, mask) for side in (0, 1)]
-        files[place] = content_digest(place)
-        options |= {"input_name": ("input_ids", "attention_mask") if mask else ("input_ids",)}
+        reader = text_reader(tokenizer_path, window, mask)
+        sides = [reader.inputs([pair[side] for pair in pairs]) for side in (0, 1)]
+        files[reader.file] = content_digest(reader.file)
+        options |= {"input_name": reader.names, "preprocessing": reader.preprocessing, "tokenizer": reader.content}
     else:
         assert path is not None
         images, preprocessing = _images(pairs, Path(path), table, size, channels, max_value, mean, std)
@@ -118,7 +130,8 @@ def embedding(
         sides = [[torch.stack([images[Path(path) / pair[side]] for pair in pairs])] for side in (0, 1)]
         options |= {"input_name": "image", "preprocessing": preprocessing}
     wanted = None if scores is None else torch.tensor(scores, dtype=torch.float32)
-    return Embedding.from_pairs(
+    kind = Embedding if tokenizer_path is None else TextEmbedding
+    return kind.from_pairs(
         sides[0], sides[1], wanted, fractions=fractions, seed=seed, name=table.stem, file_digests=files, **options
     )
 
@@ -155,26 +168,6 @@ def _read(
     if not pairs:
         raise DataError(f"{table} has no pairs")
     return pairs, None if score_column is None else scores
-
-
-def _tokens(texts: Sequence[str], place: Path, window: int, mask: bool) -> list[Tensor]:
-    """Tokens int64 [len, window], and with `mask` which of them are none of padding."""
-    try:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(place))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(
-            f"no tokenizer from {place}: {error}; install 'edgewright[text]', and give a tokenizer.json or its folder"
-        ) from error
-    padding = (tokenizer.padding or {}).get("pad_id", 0)
-    # a file may carry the settings of a training run
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(window)
-    found = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
-    ids = torch.tensor([one + [padding] * (window - len(one)) for one in found], dtype=torch.int64)
-    real = torch.tensor([[1] * len(one) + [0] * (window - len(one)) for one in found], dtype=torch.int64)
-    return [ids, real] if mask else [ids]
 
 
 def _images(
