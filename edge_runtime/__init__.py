@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .inference.providers import Placement, ProviderFallbackWarning
     from .inference.runner import Runner
     from .inference.session import load, session_on
+    from .inference.sound_file import load_sound
     from .inference.table_file import load_table
     from .inference.text_file import encode_texts
     from .measure.benchmark import BenchRow, bench, bench_text
@@ -88,6 +89,7 @@ _WHERE = {
     "latency_table": "measure.exit_latency",
     "load": "inference.session",
     "load_image": "inference.image_file",
+    "load_sound": "inference.sound_file",
     "load_table": "inference.table_file",
     "encode_texts": "inference.text_file",
     "open_bundle": "bundle.bundle",
@@ -145,6 +147,7 @@ __all__ = [
     "latency_table",
     "load",
     "load_image",
+    "load_sound",
     "load_table",
     "open_bundle",
     "pack_zip",

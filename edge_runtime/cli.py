@@ -338,13 +338,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _read_input(path: Path, bundle: Bundle) -> tuple[Any, Any]:
-    """Reads .npy, .npz, .csv, .txt or, where Pillow is installed, an image; preprocessed unless the graph takes bytes.
+    """Reads .npy, .npz, .csv, .txt, .wav or, with Pillow, an image; preprocessed unless the graph takes bytes.
 
     Returns:
         What `predict` is given, and the pixels [1, H, W, C] of an image as they were, None of an array.
     """
     from .inference.image_file import SUFFIXES, read_image
     from .inference.preprocess import preprocess_image
+    from .inference.sound_file import SUFFIXES as SOUNDS
+    from .inference.sound_file import load_sound
     from .inference.table_file import SUFFIXES as TABLES
     from .inference.table_file import load_table
     from .inference.text_file import SUFFIXES as TEXTS
@@ -356,6 +358,8 @@ def _read_input(path: Path, bundle: Bundle) -> tuple[Any, Any]:
     manifest = bundle.manifest
     if path.suffix.lower() in TABLES:
         return load_table(path, manifest.preprocessing), None
+    if path.suffix.lower() in SOUNDS:
+        return load_sound(path, manifest.preprocessing), None
     if path.suffix.lower() in TEXTS:
         return encode_texts(read_texts(path), bundle), None
     if path.suffix.lower() not in SUFFIXES:

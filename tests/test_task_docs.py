@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import re
+import wave
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from edgewright.edge_runtime import (
     Vectors,
     encode_texts,
     load,
+    load_sound,
     load_table,
     open_bundle,
     verify,
@@ -173,9 +175,26 @@ def _reviews(folder: Path) -> Path:
     return folder / "new.txt"
 
 
+def _sounds(folder: Path) -> Path:
+    """Tones, high and low, of another length and rate than the model's."""
+    rng = np.random.default_rng(0)
+    for name, pitch in (("high", 1500.0), ("low", 400.0)):
+        (folder / "sounds" / name).mkdir(parents=True)
+        for number in range(40):
+            time = np.arange(9000) / 16000
+            sound = 0.4 * np.sin(2 * np.pi * pitch * rng.uniform(0.8, 1.2) * time) + 0.1 * rng.normal(size=9000)
+            with wave.open(str(folder / "sounds" / name / f"{number}.wav"), "wb") as file:
+                file.setparams((1, 2, 16000, 0, "NONE", "not compressed"))
+                file.writeframes((32767 * sound.clip(-1, 1)).astype("<i2").tobytes())
+    return folder / "sounds" / "low" / "7.wav"
+
+
 _SHORT = ("stages.0.epochs=2", "stages.1.target_steps=1", "stages.1.max_drop=1.0", "stages.1.retrain={epochs: 1}")
 
 PAGES = {
+    "audio_classification": Page(
+        _sounds, _SHORT, lambda found: found.labels == ("high", "low") and found.label[0] == 1
+    ),
     "detection": Page(
         _page,
         (*_SHORT, "task.args.rows={train: 96, calibration: 32, validation: 32, test: 32}"),
@@ -239,7 +258,7 @@ def test_the_model_and_the_recipe_of_the_page_run(name: str, tmp_path: Path) -> 
             with open_bundle(result.bundle) as bundle:
                 found = runner.predict(encode_texts(read_texts(given), bundle))
         else:
-            read = load_table if given.suffix == ".csv" else load_image
+            read = {".csv": load_table, ".wav": load_sound}.get(given.suffix, load_image)
             found = runner.predict(read(given, runner.manifest.preprocessing))
     assert page.holds(found)
     assert main(["predict", str(result.bundle), str(given), "--json", str(tmp_path / "said.json")]) == 0

@@ -160,12 +160,14 @@ def _check_exits(manifest: Manifest) -> None:
 
 def _check_preprocessing(manifest: Manifest) -> None:
     given = manifest.preprocessing
-    kinds = ("none", "image", "table", "text")
+    kinds = ("none", "image", "table", "text", "sound")
     if given.kind not in kinds:
         raise _contradiction(f"preprocessing has the kind {given.kind!r}, known are {', '.join(map(repr, kinds))}")
     if given.kind == "table" and not given.columns:
         raise _contradiction("preprocessing reads a table without columns")
-    if (given.window is None and given.kind == "text") or (given.window is not None and given.window < 1):
+    if given.kind == "sound" and (given.rate is None or given.rate < 1):
+        raise _contradiction(f"preprocessing makes sounds of {given.rate} samples a second")
+    if (given.window is None and given.kind in ("text", "sound")) or (given.window is not None and given.window < 1):
         raise _contradiction(f"preprocessing has a window of {given.window}")
     if given.channels < 1 or (given.size is not None and min(given.size) < 1):
         raise _contradiction(f"preprocessing makes images of {given.size} pixels and {given.channels} channels")

@@ -149,6 +149,7 @@ class Preprocessing:
       [H, W, C] or [N, H, W, C] and to image files.
     * ``"table"``: the `columns` of a CSV file, minus `mean`, over `std`; of a series the last `window` rows.
     * ``"text"``: the first `window` tokens, filled up with `padding`; ``tokenizer.json`` lies in the bundle.
+    * ``"sound"``: the mean of a wav file's channels at `rate` samples a second, the `window` samples in its middle.
     * ``"none"``.
     """
 
@@ -170,9 +171,11 @@ class Preprocessing:
     """Of tables: names of the columns, in the order of the input's."""
     window: int | None = None
     """Of tables that are a series: rows that the input [N, columns, window] holds; None: a row is an input.
-    Of texts: the tokens that the input [N, window] holds."""
+    Of texts the tokens, of sounds the samples that the input [N, window] holds."""
     padding: int = 0
     """Of texts: the token that fills up."""
+    rate: int | None = None
+    """Of sounds: samples a second."""
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from ...errors import DataError
 from ...task import SPLITS, SplitName
 from ..detection import NO_BOX, Detection, mirrored
 from ..image_files import (
-    ImageFiles,
     ImageReader,
     check_image_arguments,
     common_white,
     image_preprocessing,
     size_of_image,
 )
+from ..input_files import FileSplit
 from ..splitting import stratified_split
 
 _SLACK = 1.0
@@ -106,7 +106,7 @@ def detection(
     height, width = reader.shape[1:]
     return Detection(
         {
-            name: ImageFiles([s.file for s in part], _targets(part, height, width), reader)
+            name: FileSplit([s.file for s in part], _targets(part, height, width), reader)
             for name, part in samples.items()
             if part
         },

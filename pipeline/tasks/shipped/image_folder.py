@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from edgewright.edge_runtime.inference.image_file import SUFFIXES
-from edgewright.models.sources.python_source import did_you_mean
 
 from ...errors import DataError
-from ...task import SPLITS, SplitName
+from ...task import SplitName
+from ..class_folders import class_folders, class_splits
 from ..image_classification import ImageClassification
-from ..image_files import ImageFiles, ImageReader, check_image_arguments, common_white, image_preprocessing, images_in
-from ..splitting import stratified_split
+from ..image_files import ImageReader, check_image_arguments, common_white, image_preprocessing, images_in
 from .augmentation import flip_and_crop
-
-_SPLIT_FOLDERS: dict[str, SplitName] = {
-    **{name: name for name in SPLITS},
-    "val": "validation",
-    "valid": "validation",
-}
 
 
 def image_folder(
@@ -78,28 +68,12 @@ def image_folder(
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}: give the folder that holds one folder per class")
     check_image_arguments(size, channels, max_value)
-    presplit = _split_folders(folder)
-    by_split: dict[SplitName, dict[str, list[Path]]] = {n: _classes_in(p) for n, p in presplit.items()}
-    if not presplit:
-        by_split["train"] = _classes_in(folder)
-    names = _labels(by_split, labels, folder)
+    names, by_split = class_folders(folder, images_in, ("image", sorted(SUFFIXES)), labels)
     if max_value is None:
         files = [file for classes in by_split.values() for found in classes.values() for file in found]
         max_value = common_white(files, workers)
     preprocessing = image_preprocessing(size, channels, mean, std, max_value)
-    reader = ImageReader(preprocessing, workers, memory_mb)
-    samples = {name: _samples(classes, names) for name, classes in by_split.items()}
-    shares: dict[SplitName, float] = dict(
-        fractions or {"train": 0.6, "calibration": 0.1, "validation": 0.1, "test": 0.2}
-    )
-    if not presplit:
-        samples = _dealt_out(samples["train"], names, shares, seed, reader)
-    elif "train" in samples and not samples.keys() >= shares.keys():
-        cut: dict[SplitName, float] = {n: s for n, s in shares.items() if n == "train" or n not in samples}
-        if "train" not in cut:
-            raise DataError(f"fractions {shares} lack 'train', out of which {', '.join(cut)} is to be cut")
-        samples.update(_dealt_out(samples["train"], names, cut, seed, reader))
-    splits = {name: _files(rows, reader) for name, rows in samples.items()}
+    splits = class_splits(by_split, names, ImageReader(preprocessing, workers, memory_mb), fractions, seed)
     return ImageClassification(
         splits,
         names,
@@ -108,83 +82,3 @@ def image_folder(
         metric=metric,
         name=folder.name or "image_folder",
     )
-
-
-@dataclass(frozen=True)
-class _Sample:
-    file: Path
-    target: int
-
-
-def _folders(place: Path) -> list[Path]:
-    return sorted(entry for entry in place.iterdir() if entry.is_dir() and not entry.name.startswith((".", "__")))
-
-
-def _split_folders(folder: Path) -> dict[SplitName, Path]:
-    """Split -> its folder; empty if the folders are classes.
-
-    A class may be called "train": only a folder of folders is a split.
-    """
-    inside = _folders(folder)
-    found = {_SPLIT_FOLDERS[p.name]: p for p in inside if p.name in _SPLIT_FOLDERS and _folders(p)}
-    if not found:
-        return {}
-    for place in inside:
-        if found.get(_SPLIT_FOLDERS.get(place.name, "train")) != place:
-            raise DataError(
-                f"{folder} holds the split folder {next(iter(found.values())).name!r} and beside it "
-                f"{place.name!r}"
-                f"{did_you_mean(place.name, list(SPLITS))}, which is none or holds no class folders: use "
-                f"{', '.join(SPLITS)}, each with one folder per class, or class folders only"
-            )
-    return {name: found[name] for name in SPLITS if name in found}
-
-
-def _classes_in(place: Path) -> dict[str, list[Path]]:
-    return {entry.name: sorted(images_in(entry)) for entry in _folders(place)}
-
-
-def _labels(
-    by_split: Mapping[SplitName, Mapping[str, list[Path]]], labels: Sequence[str] | None, folder: Path
-) -> list[str]:
-    """Class names in the order of the logits; refuses classes without samples."""
-    found = sorted({name for classes in by_split.values() for name in classes})
-    if not found:
-        raise DataError(f"{folder} holds no class folders: put the images of each class into a folder of its own")
-    names = found if labels is None else [str(label) for label in labels]
-    for name in found:
-        if name not in names:
-            raise DataError(
-                f"{folder} has a folder for the class {name!r}{did_you_mean(name, names)}, which labels lacks"
-            )
-    for split, classes in by_split.items():
-        for name in names:
-            if not classes.get(name) and (name in classes or split == "train"):
-                kinds = ", ".join(sorted(SUFFIXES))
-                raise DataError(
-                    f"class {name!r} has no image in {folder} (split {split!r}): add files ({kinds}), "
-                    "or remove the class"
-                )
-    return names
-
-
-def _files(samples: Sequence[_Sample], reader: ImageReader) -> ImageFiles:
-    targets = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
-    return ImageFiles([sample.file for sample in samples], targets, reader)
-
-
-def _samples(classes: Mapping[str, list[Path]], names: Sequence[str]) -> list[_Sample]:
-    return [_Sample(file, target) for target, name in enumerate(names) for file in classes.get(name, [])]
-
-
-def _dealt_out(
-    samples: Sequence[_Sample],
-    names: Sequence[str],
-    fractions: Mapping[SplitName, float],
-    seed: int,
-    reader: ImageReader,
-) -> dict[SplitName, list[_Sample]]:
-    targets = torch.tensor([sample.target for sample in samples], dtype=torch.int64)
-    digests = reader.digests([sample.file for sample in samples])
-    rows = stratified_split(digests, targets, names, fractions, seed)
-    return {name: [samples[row] for row in chosen] for name, chosen in rows.items()}

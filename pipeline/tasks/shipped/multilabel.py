@@ -14,7 +14,8 @@ from edgewright.models.sources.python_source import did_you_mean
 from ...errors import DataError
 from ...task import SPLITS, Batch, SplitName
 from ..array_task import Augmentation
-from ..image_files import ImageFiles, ImageReader, check_image_arguments, common_white, image_preprocessing
+from ..image_files import ImageReader, check_image_arguments, common_white, image_preprocessing
+from ..input_files import FileSplit
 from ..multilabel import MultiLabel
 from ..splitting import stratified_split
 from .augmentation import flip_and_crop
@@ -114,9 +115,9 @@ class _Row:
     split: str | None
 
 
-def _files(rows: Sequence[_Row], names: Sequence[str], reader: ImageReader) -> ImageFiles:
+def _files(rows: Sequence[_Row], names: Sequence[str], reader: ImageReader) -> FileSplit:
     targets = torch.tensor([[float(name in row.shown) for name in names] for row in rows], dtype=torch.float32)
-    return ImageFiles([row.file for row in rows], targets, reader)
+    return FileSplit([row.file for row in rows], targets, reader)
 
 
 def _read(

@@ -16,7 +16,6 @@ from ...errors import DataError
 from ...stage import Progress
 from ...task import Batch, SplitName
 from ..image_files import (
-    ImageFiles,
     ImageReader,
     check_image_arguments,
     common_white,
@@ -24,6 +23,7 @@ from ..image_files import (
     images_in,
     size_of_image,
 )
+from ..input_files import FileSplit
 from ..restoration import Degradation, Restoration
 from ..splitting import stratified_split
 
@@ -116,9 +116,9 @@ class ImagePairs:
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], readers: _Readers, degradation: Degradation) -> None:
         none = torch.zeros(len(pairs), dtype=torch.int64)
-        self._good = ImageFiles([pair[0] for pair in pairs], none, readers.good)
+        self._good = FileSplit([pair[0] for pair in pairs], none, readers.good)
         self._degraded = (
-            None if readers.degraded is None else ImageFiles([pair[1] for pair in pairs], none, readers.degraded)
+            None if readers.degraded is None else FileSplit([pair[1] for pair in pairs], none, readers.degraded)
         )
         self._degradation = degradation
 

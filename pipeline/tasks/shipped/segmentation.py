@@ -18,7 +18,6 @@ from ...metric import IGNORED
 from ...stage import Progress
 from ...task import SPLITS, Batch, SplitName
 from ..image_files import (
-    ImageFiles,
     ImageReader,
     check_image_arguments,
     common_white,
@@ -26,6 +25,7 @@ from ..image_files import (
     images_in,
     size_of_image,
 )
+from ..input_files import FileSplit
 from ..segmentation import Segmentation
 from ..splitting import stratified_split
 
@@ -116,7 +116,7 @@ class MaskedImages:
     def __init__(
         self, pairs: Sequence[tuple[Path, Path]], reader: ImageReader, classes: int, ignore: int | None
     ) -> None:
-        self._images = ImageFiles([image for image, _ in pairs], torch.zeros(len(pairs), dtype=torch.int64), reader)
+        self._images = FileSplit([image for image, _ in pairs], torch.zeros(len(pairs), dtype=torch.int64), reader)
         self._masks = [mask for _, mask in pairs]
         self._reader, self._classes, self._ignore = reader, classes, ignore
 

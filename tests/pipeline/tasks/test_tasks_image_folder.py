@@ -12,8 +12,9 @@ from PIL import Image
 from edgewright.edge_runtime.inference.image_file import load_image
 from edgewright.pipeline.errors import DataError
 from edgewright.pipeline.task import batches, data_digests
+from edgewright.pipeline.tasks.input_files import FileSplit
 from edgewright.pipeline.tasks.shipped.augmentation import flip_and_crop, random_affine
-from edgewright.pipeline.tasks.shipped.image_folder import ImageFiles, image_folder
+from edgewright.pipeline.tasks.shipped.image_folder import image_folder
 
 
 def picture(file: Path, seed: int, size: tuple[int, int] = (9, 7), mode: str = "RGB") -> Path:
@@ -58,7 +59,7 @@ def test_inputs_are_what_the_device_computes(plain: Path) -> None:
     for channels in (3, 1):
         task = image_folder(plain, (8, 6), channels=channels, memory_mb=channels - 1)
         split = task.splits["train"]
-        assert isinstance(split, ImageFiles)
+        assert isinstance(split, FileSplit)
         for _ in range(2):  # the second time from memory, where allowed
             for rows in ([0, 5, 0], torch.tensor([3]), range(len(split))):
                 batch = split.batch(rows)
@@ -75,7 +76,7 @@ def test_sixteen_bits_are_kept_and_the_manifest_says_so(tmp_path: Path) -> None:
     task = image_folder(tmp_path, (9, 7), channels=1, mean=[0], std=[1])
     assert task.preprocessing.max_value == 65535 and task.preprocessing.scale == 1 / 65535
     split = task.splits["train"]
-    assert isinstance(split, ImageFiles)
+    assert isinstance(split, FileSplit)
     stored = np.asarray(Image.open(split.files[0]), np.float64)
     assert np.allclose(split.batch([0]).inputs[0][0, 0], stored / 65535, atol=1e-6)
     twelve = image_folder(tmp_path, (9, 7), channels=1, mean=[0], std=[1], max_value=4095)
@@ -94,7 +95,7 @@ def test_files_of_other_depths_are_named_or_stretched(tmp_path: Path) -> None:
         image_folder(tmp_path, 8, channels=1)
     task = image_folder(tmp_path, 8, channels=1, max_value=65535, mean=[0], std=[1])
     for split in task.splits.values():
-        assert isinstance(split, ImageFiles)
+        assert isinstance(split, FileSplit)
         for row, file in enumerate(split.files):
             want = (10 * int(file.stem) + 10) / 255
             assert split.batch([row]).inputs[0].unique().tolist() == pytest.approx([want], abs=1e-6)
@@ -157,7 +158,7 @@ def test_missing_splits_are_cut_out_of_train(tmp_path: Path) -> None:
 def test_labels_may_be_given_in_the_order_of_the_logits(plain: Path) -> None:
     task = image_folder(plain, 8, labels=["dog", "train", "cat"])
     split = task.splits["train"]
-    assert isinstance(split, ImageFiles)
+    assert isinstance(split, FileSplit)
     assert all(file.parent.name == task.labels[t] for file, t in zip(split.files, split.targets, strict=True))
     with pytest.raises(DataError, match=r"folder for the class 'cat' \(did you mean 'cats'\?\), which labels lacks"):
         image_folder(plain, 8, labels=["dog", "train", "cats"])
@@ -199,7 +200,7 @@ def test_a_corrupt_file_is_named(tmp_path: Path, damage: object) -> None:
 
 def test_a_file_that_vanishes_is_named(plain: Path) -> None:
     split = image_folder(plain, 8, memory_mb=0).splits["train"]
-    assert isinstance(split, ImageFiles)
+    assert isinstance(split, FileSplit)
     split.files[0].unlink()
     with pytest.raises(DataError, match=split.files[0].name):
         split.batch([0])
