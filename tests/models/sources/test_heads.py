@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+from edgewright.edge_runtime import AnswerSpec, load, verify
+from edgewright.export import export_bundle
 from edgewright.models.registry import build
+from edgewright.pipeline.tasks.array_task import ArrayTask
 
 _TEXT = {
     "vocab_size": 64,
@@ -205,3 +210,71 @@ def test_an_encoder_decoder_as_a_whole_is_refused_with_what_to_do(tmp_path: Path
     _saved("T5ForConditionalGeneration", _t5(), tmp_path)
     with pytest.raises(ValueError, match="part: encoder"):
         build(f"hf:{tmp_path}", {}, Path())
+
+
+class Rows(ArrayTask):
+    """Only what an export asks for."""
+
+    def __init__(self, inputs: Sequence[Tensor], names: Sequence[str], answers: Sequence[AnswerSpec]) -> None:
+        super().__init__(
+            {"test": (list(inputs), torch.zeros(len(inputs[0])))}, preprocessing=None, augment=None, name="rows",
+            input_name=names, provenance=None, file_digests=None,
+        )  # fmt: skip
+        self._specs = answers
+
+    @property
+    def answers(self) -> Sequence[AnswerSpec]:
+        """As given."""
+        return self._specs
+
+
+def _bundle(
+    model: Any, inputs: Sequence[Tensor], names: Sequence[str], answers: Sequence[AnswerSpec], folder: Path
+) -> dict[str, np.ndarray]:
+    """What ONNX Runtime answers by output."""
+    path = export_bundle(model.eval(), Rows(inputs, names, answers), folder / "bundle").path
+    verify(path).raise_if_failed()
+    with load(path) as runner:
+        return dict(runner.run({name: x.numpy() for name, x in zip(names, inputs, strict=True)}))
+
+
+@pytest.mark.slow
+def test_a_pooled_encoder_answers_with_vectors(tmp_path: Path) -> None:
+    whole = _saved("BertModel", _bert(), tmp_path / "model")
+    model = build(f"hf:{tmp_path / 'model'}", {"pool": "mean"}, Path())
+    found = _bundle(model, (IDS, MASK), ("input_ids", "attention_mask"), [AnswerSpec("vector", "embedding")], tmp_path)
+    with torch.no_grad():
+        states = whole(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    wanted = torch.stack([states[0].mean(dim=0), states[1, :6].mean(dim=0)])
+    np.testing.assert_allclose(found["vector"], wanted.numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_answers_to_questions_are_two_outputs(tmp_path: Path) -> None:
+    whole = _saved("BertForQuestionAnswering", _bert(), tmp_path / "model")
+    model = build(f"hf:{tmp_path / 'model'}", {}, Path())
+    names = ("start_logits", "end_logits")
+    answers = [AnswerSpec(name, "values", leaf=name) for name in names]
+    found = _bundle(model, (IDS, MASK), ("input_ids", "attention_mask"), answers, tmp_path)
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS, attention_mask=MASK)
+    for name in names:
+        np.testing.assert_allclose(found[name], wanted[name].numpy(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_encoder_and_a_decoder_file_answer_as_the_whole(tmp_path: Path) -> None:
+    whole: transformers.T5ForConditionalGeneration = _saved("T5ForConditionalGeneration", _t5(), tmp_path / "model")
+    encoder, decoder = (build(f"hf:{tmp_path / 'model'}", {"part": part}, Path()) for part in ("encoder", "decoder"))
+    states = _bundle(encoder, (IDS,), ("input_ids",), [AnswerSpec("states", "values")], tmp_path / "encoder")["states"]
+    tokens = torch.tensor([[0, 5, 7], [0, 9, 3]])
+    found = _bundle(
+        decoder,
+        (tokens, torch.from_numpy(np.array(states))),
+        ("decoder_input_ids", "encoder_states"),
+        [AnswerSpec("logits", "tokens")],
+        tmp_path / "decoder",
+    )["logits"]
+    with torch.no_grad():
+        wanted = whole(input_ids=IDS, decoder_input_ids=tokens).logits
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)

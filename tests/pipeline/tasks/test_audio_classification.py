@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from wav_files import tone, write
 
 from edgewright.edge_runtime import load_sound
 from edgewright.models.layers.log_mel import LogMel
 from edgewright.pipeline.errors import DataError, EditedSourceError
 from edgewright.pipeline.tasks.shipped.audio_classification import audio_classification
 from edgewright.pipeline.tasks.shipped.synthetic_audio import synthetic_audio
-
-sys.path.append(str(Path(__file__).parents[2] / "edge_runtime" / "inference"))
-from test_runtime_sound_file import tone, write
 
 
 def folders(place: Path, count: int = 12) -> Path:
