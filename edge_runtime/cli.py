@@ -360,7 +360,7 @@ def _read_input(path: Path, bundle: Bundle) -> tuple[Any, Any]:
         return load_table(path, manifest.preprocessing), None
     if path.suffix.lower() in SOUNDS:
         return load_sound(path, manifest.preprocessing), None
-    if path.suffix.lower() in TEXTS:
+    if path.suffix.lower() in TEXTS and manifest.preprocessing.kind == "text":
         return encode_texts(read_texts(path), bundle), None
     if path.suffix.lower() not in SUFFIXES:
         return read_inputs(path), None

@@ -392,7 +392,7 @@ def test_a_manifest_of_another_form_is_refused(bundle: Path, change, message: st
             lambda data: data["operating_points"][1].update(thresholds=[0.5, 3]),
             r"'deep': the threshold of exit 1 \(body1\), 3 lies outside the range",
         ),
-        (lambda data: data["preprocessing"].update(kind="sound"), "kind 'sound'"),
+        (lambda data: data["preprocessing"].update(kind="video"), "kind 'video'"),
         (lambda data: data["preprocessing"].update(size=[0, 6]), "images of"),
         (lambda data: data["preprocessing"].update(mean=[0.5]), "mean has 1 values for 3"),
         (lambda data: data["preprocessing"].update(std=[1, 0, 1]), "standard deviation of 0"),
