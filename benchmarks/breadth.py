@@ -138,11 +138,14 @@ REASONS: Mapping[str, Reason] = {
 
 
 def _recipe(name: str, what: str) -> dict[str, Any]:
+    from architectures import TABLE
+
     stages = [dict(stage) for stage in CELLS[what]]
     if what == "chain" and _no_classes(name):
         stages = [stage for stage in stages if stage["name"] != _NEEDS_CLASSES]
+    named, args = TABLE[name].named or ("python:architectures.py:model", {"name": name})
     return {
-        "model": {"name": "python:architectures.py:model", "args": {"name": name}},
+        "model": {"name": named, "args": dict(args)},
         "task": {"name": "python:data.py:task", "args": {"name": name}},
         "stages": stages,
         "threads": 1,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from edgewright.edge_runtime.bundle.manifest import AnswerSpec
 from edgewright.edge_runtime.errors import ExportError
@@ -155,6 +155,27 @@ class ShowsClasses(Protocol):
             output: as `Task.loss` takes it.
             targets: of a batch.
             index: of the class.
+        """
+        ...
+
+
+@runtime_checkable
+class ReadsModel(Protocol):
+    """A task that depends on the model, such as on the anchors of its head: a run shows it the base model first."""
+
+    @property
+    def reads_model(self) -> bool:
+        """Whether it still has to see the model."""
+        ...
+
+    def for_model(self, model: nn.Module) -> Task:
+        """The task for `model`.
+
+        Args:
+            model: before all stages.
+
+        Raises:
+            ModelError: the model does not tell what the task has to know.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import modules
@@ -33,12 +34,14 @@ class Architecture:
         inputs: in the order of its forward.
         kind: of its answer, as the tasks of `tasks.py` name them.
         answers: of several answers: leaf -> kind.
+        named: what recipes name instead of `build`, with its arguments; reasons are held against what `build` makes.
     """
 
     build: Callable[[], nn.Module]
     inputs: tuple[Input, ...]
     kind: str = "classes"
     answers: Mapping[str | int, str] | None = None
+    named: tuple[str, Mapping[str, Any]] | None = None
 
 
 def image(size: int, channels: int = CHANNELS) -> tuple[Input, ...]:
@@ -72,6 +75,17 @@ def _torchvision(place: str, name: str, **options: Any) -> Callable[[], nn.Modul
 
         made: nn.Module = getattr(importlib.import_module(f"torchvision.models{place}"), name)(**options)
         return made
+
+    return build
+
+
+def _named(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """A model that recipes name."""
+
+    def build() -> nn.Module:
+        from edgewright.models import registry
+
+        return registry.build(name, options, Path.cwd())
 
     return build
 
@@ -155,8 +169,15 @@ TABLE: dict[str, Architecture] = {
         image(64),
         answers={"out": "class_map"},
     ),
-    "torchvision:ssdlite320_mobilenet_v3_large": Architecture(modules.ssd_heads, image(320), "values"),
-    "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": Architecture(modules.two_stage, image(64), "values"),
+    "torchvision:ssdlite320_mobilenet_v3_large": Architecture(
+        _named("torchvision:ssdlite320_mobilenet_v3_large", classes=CLASSES), image(320), "boxes"
+    ),
+    "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": Architecture(
+        modules.two_stage,
+        image(64),
+        "values",
+        named=("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", {"classes": CLASSES}),
+    ),
     "torchvision:r3d_18": Architecture(
         _torchvision(".video", "r3d_18", num_classes=CLASSES, weights=None), (Input("clip", (3, 4, 32, 32)),)
     ),

@@ -15,6 +15,7 @@ from edgewright.pipeline import ImageClassification, Regression, Segmentation
 from edgewright.pipeline.metric import Answer, Metric, Score
 from edgewright.pipeline.task import SplitName, Task
 from edgewright.pipeline.tasks.array_task import ArrayTask
+from edgewright.pipeline.tasks.detection import Detection
 from edgewright.pipeline.tasks.splits import TensorSplit
 
 ROWS: Mapping[SplitName, int] = {"train": 32, "calibration": 16, "validation": 16, "test": 8}
@@ -93,6 +94,13 @@ def _loss(output: Tensor, kind: str, targets: Tensor) -> Tensor:
     return (output - targets.float().reshape(-1, *(1,) * (output.dim() - 1)) / 4.0).square().mean()
 
 
+def _boxes(numbers: Tensor, size: Sequence[int]) -> Tensor:
+    """One for each row, of its class, in the corner that its number says."""
+    side = torch.tensor([size[1] / 2, size[0] / 2])
+    corner = torch.stack([numbers % 2, numbers // 2 % 2], dim=1) * side
+    return torch.cat([(numbers % CLASSES)[:, None].float(), corner, corner + side], dim=1)[:, None]
+
+
 def task(name: str) -> Task:
     """The task of the architecture called `name`; the function that recipes name."""
     made: Architecture = TABLE[name]
@@ -115,6 +123,10 @@ def task(name: str) -> Task:
         return ImageClassification({s: TensorSplit(x, y) for s, (x, y) in parts.items()}, LABELS, input_name=names)
     if made.kind == "tokens":
         return Several(parts, [AnswerSpec("logits", "tokens")], names)
+    if made.kind == "boxes":
+        boxes = {s: (x, _boxes(y, made.inputs[0].shape[1:])) for s, (x, y) in parts.items()}
+        seen = Detection(boxes, LABELS, size=made.inputs[0].shape[1:], decoder="model", input_name=names)
+        return seen.for_model(model(name))
     with torch.no_grad():
         shape = model(name)(*(x[:1] for x in parts["test"][0])).shape[1:]
     if made.kind == "class_map":

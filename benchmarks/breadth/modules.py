@@ -78,22 +78,6 @@ def t5() -> nn.Module:
     return Sequences(transformers.T5ForConditionalGeneration(config))
 
 
-class ssd_heads(nn.Module):
-    """SSDLite without its postprocessing: box codes and class logits of all anchors [N, A, 4 + C]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-
-        self.model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=CLASSES + 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Raw heads."""
-        features = list(self.model.backbone(image).values())
-        found = self.model.head(features)
-        return torch.cat([found["bbox_regression"], found["cls_logits"]], dim=2)
-
-
 class two_stage(nn.Module):
     """Faster R-CNN, whole: its proposals depend on data."""
 

@@ -175,7 +175,7 @@ class BoxesKind(Kind):
         if decoder is None or decoder.name not in DECODERS:
             known = ", ".join(DECODERS)
             return f"the answer {spec.name!r} ({self.name}) names no decoder that this runtime knows ({known})"
-        if reason := _senseless(decoder):
+        if reason := senseless(decoder):
             return f"the decoder of {spec.name!r}: {reason}"
         if len(tensor.shape) != 3:
             return f"the output {spec.name!r} has the shape {list(tensor.shape)}, and {self.name} are [N, A, 4 + C]"
@@ -237,7 +237,8 @@ def _logit(score: float) -> float:
     return float(np.log(score / (1 - score)))
 
 
-def _senseless(decoder: DecoderSpec) -> str | None:
+def senseless(decoder: DecoderSpec) -> str | None:
+    """What is wrong with a decoder's numbers; None if nothing is."""
     if min(decoder.size) < 1 or not 0 < decoder.score_threshold < 1 or not 0 < decoder.iou_threshold <= 1:
         return "its size is positive, its thresholds lie between 0 and 1"
     if decoder.most < 1:

@@ -1,4 +1,4 @@
-"""Models of torchvision: ``torchvision:NAME``, for classification, segmentation and video."""
+"""Models of torchvision: ``torchvision:NAME``, for classification, segmentation, detection and video."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import torchvision_detection
 from .library import Library, ModelInfo
 from .python_source import did_you_mean, refuse_unknown_arguments
 
@@ -66,7 +67,7 @@ _FAMILIES = (
 
 
 def _names() -> list[str]:
-    return [name for family in _FAMILIES for name in family.names()]
+    return [*(name for family in _FAMILIES for name in family.names()), *torchvision_detection.ANCHORED]
 
 
 def _family_of(name: str) -> _Family | None:
@@ -82,7 +83,9 @@ def _info(name: str) -> ModelInfo:
     side = getattr(getattr(weights[0], "transforms", None), "keywords", {}).get("crop_size") if weights else None
     count, classes = meta.get("num_params"), len(meta.get("categories", ()))
     described = f", {count / 1e6:.1f} M parameters with {classes} classes" if count else ""
-    kind = f", {family.what}" if family is not None and family.room else ""
+    what = torchvision_detection.WHAT if family is None else family.what if family.room else ""
+    kind = f", {what}" if what else ""
+    side = torchvision_detection.ANCHORED.get(name, side)
     return ModelInfo(
         _PREFIX + name, f"torchvision{kind}{described}", (3, side, side) if isinstance(side, int) else None
     )
@@ -92,14 +95,18 @@ def _build(short: str, args: Mapping[str, Any]) -> nn.Module:
     from torchvision.models import get_model_builder
 
     name, family = _PREFIX + short, _family_of(short)
-    if family is None:
+    if reason := torchvision_detection.refusal(short):
+        raise ValueError(reason)
+    if family is None and short not in torchvision_detection.ANCHORED:
         raise ValueError(
-            f"torchvision has no model {short!r} for classification, segmentation or video"
+            f"torchvision has no model {short!r} for classification, segmentation, detection or video"
             f"{did_you_mean(short, _names())}; `edgewright models` lists them"
         )
     for key in _NOT_HERE:
         if key in args:
             raise ValueError(f"{name}: {key!r} is no model argument here: put a weights file under model.weights")
+    if family is None:
+        return torchvision_detection.build(short, args)
     builder = get_model_builder(short)
     accepted = _arguments(builder)
     refuse_unknown_arguments(args, accepted, name)

@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..recipe.recipe import Recipe
 from ..stage import Json, Progress
 from ..stage_registry import stage_named
+from ..task import ReadsModel, Task
 from .determinism import seeded
 from .inputs import Inputs
 from .model_check import check_exportable, check_generates, check_model, first_rows
@@ -93,6 +94,17 @@ def folded(model: nn.Module, recipe: Recipe, rows: Sequence[Tensor]) -> tuple[nn
         return model, Folds()
     folds = find_folds(model, rows)
     return fold(model, folds), folds
+
+
+def bound_to_model(task: Task, recipe: Recipe) -> Task:
+    """`task` as it is for the recipe's model, if it asks for that (`ReadsModel`).
+
+    Raises:
+        ModelError: see `build_named` and `ReadsModel.for_model`.
+    """
+    if not (isinstance(task, ReadsModel) and task.reads_model):
+        return task
+    return task.for_model(build_named(recipe))
 
 
 def build_named(recipe: Recipe, seed: int | None = None, notes: list[str] | None = None) -> nn.Module:

@@ -32,7 +32,7 @@ from ..stage import Json, Preview
 from ..stage_registry import stage_named, usable_stages
 from ..task import Batch, Task
 from ..tasks import build_task
-from .base_model import build_named, folded
+from .base_model import bound_to_model, build_named, folded
 from .determinism import seeded
 from .preparation import check_answers, example_inputs, tasks_of
 
@@ -146,7 +146,7 @@ def outlook(recipe: Recipe, shape: tuple[int, ...] | None, alone: bool, export: 
     task: Task | None = None
     if not alone:
         with seeded(recipe.seed):
-            task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
+            task = bound_to_model(build_task(recipe.task.name, recipe.task.args, recipe.folder), recipe)
     inputs = example_inputs(recipe, shape) if shape is not None or task is None else _rows(task)
     notes: list[str] = []
     model, folds = folded(build_named(recipe, notes=notes), recipe, inputs)

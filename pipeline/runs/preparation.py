@@ -38,7 +38,7 @@ from ..task import (
 from ..tasks import build_task, task_sources
 from ..tasks.class_subset import restricted
 from ..training.training import trainings_in
-from .base_model import build_named, folded, trainings_first
+from .base_model import bound_to_model, build_named, folded, trainings_first
 from .determinism import seeded
 from .inputs import Inputs
 from .model_check import check_model, first_rows
@@ -80,6 +80,7 @@ def prepare(recipe: Recipe, watch: Watch | None = None) -> Inputs:
     with seeded(recipe.seed):
         with files_read(recipe.folder, read_by_task):
             task = build_task(recipe.task.name, recipe.task.args, recipe.folder)
+        task = bound_to_model(task, recipe)
         check_labels(task)
         answers_of(task)  # refuses those that contradict themselves
         check_inputs(task)

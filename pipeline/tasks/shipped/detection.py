@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...task import SPLITS, SplitName
-from ..detection import NO_BOX, Detection, mirrored
+from ..detection import GRID, NO_BOX, Detection, mirrored
 from ..image_files import (
     ImageReader,
     check_image_arguments,
@@ -35,6 +35,7 @@ def detection(
     size: int | Sequence[int] = 320,
     *,
     strides: Sequence[int] = (8, 16, 32),
+    decoder: str = GRID,
     crowd: str = "refuse",
     channels: int = 3,
     max_value: float | None = None,
@@ -59,6 +60,7 @@ def detection(
         annotations_path: JSON with ``images``, ``annotations`` and ``categories``.
         size: side of the input in pixels, or (height, width).
         strides: of the levels of the model's head, see `Detection`.
+        decoder: ``grid``, or ``model`` for a model with a `box_decoder`, such as one of torchvision.
         crowd: ``refuse`` annotations with ``iscrowd``, or ``leave_out``: their objects are then background.
         channels: 3 for RGB, 1 for grey; files are converted.
         max_value: as of `image_folder`.
@@ -113,6 +115,7 @@ def detection(
         next(iter(categories)),
         size=(height, width),
         strides=strides,
+        decoder=decoder,
         metric=metric,
         score_threshold=score_threshold,
         iou_threshold=iou_threshold,

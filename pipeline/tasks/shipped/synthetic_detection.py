@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ...task import SplitName
-from ..detection import Detection, mirrored
+from ..detection import GRID, Detection, mirrored
 from .pages import CHARACTERS, draw_book
 from .raw_images import RawImages
 
@@ -20,6 +20,7 @@ def synthetic_detection(
     system_fonts: bool = False,
     flip: bool = False,
     metric: str = "map_50",
+    decoder: str = GRID,
 ) -> Detection:
     """Pages [1, size, size], and a box around each character.
 
@@ -33,6 +34,7 @@ def synthetic_detection(
         system_fonts: also use the fonts installed on this machine; without them every machine has the same task.
         flip: mirror half of the training pages, with their boxes.
         metric: ``map`` or ``map_50``.
+        decoder: ``grid``, or ``model`` for a model with a `box_decoder`.
 
     Raises:
         DataError: too few fonts, or arguments that make no sense.
@@ -43,6 +45,7 @@ def synthetic_detection(
         tuple(characters),
         size=size,
         strides=strides,
+        decoder=decoder,
         metric=metric,
         preprocessing=book.preprocessing,
         augment=mirrored if flip else None,
