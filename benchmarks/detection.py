@@ -42,9 +42,9 @@ from figures import arguments, mean_of, report
 
 SEEDS = (0, 1, 2)
 CHARACTERS, SIZE = "AKTX", 48
-ROWS: Mapping[SplitName, int] = {"train": 2000, "calibration": 120, "validation": 200, "test": 1000}
+ROWS: Mapping[SplitName, int] = {"train": 6000, "calibration": 120, "validation": 200, "test": 1000}
 FEW: Mapping[SplitName, int] = {"train": 200, "calibration": 40, "validation": 40, "test": 100}
-EPOCHS, STEPS, BETWEEN, AFTER = 40, 3, 2, 16
+EPOCHS, STEPS, BETWEEN, AFTER = 10, 3, 1, 3
 """Of the dense training; how often is pruned, and how long is trained behind each time and behind all of them."""
 _RATE, _RATE_AFTER, _BATCH = 3e-3, 2e-3, 32
 

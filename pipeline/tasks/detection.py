@@ -96,7 +96,7 @@ class Detection(ArrayTask):
         if not self._classes or len(set(self._classes)) < len(self._classes):
             raise DataError(f"the classes are {list(self._classes)}: give at least one, each once")
         self._size = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self._thresholds = {"score_threshold": score_threshold, "iou_threshold": iou_threshold}
+        self._thresholds = score_threshold, iou_threshold
         self._metric = MeanAveragePrecision(metric) if isinstance(metric, str) else metric
         for key, split in self._splits.items():
             _check_targets(key, split.targets, len(self._classes), *self._size)
@@ -112,7 +112,8 @@ class Detection(ArrayTask):
             raise DataError(f"decoder is {decoder!r}: it is {GRID!r}, {OF_MODEL!r}, or a DecoderSpec")
 
     def _decode_by(self, decoder: DecoderSpec) -> None:
-        self._decoder = dataclasses.replace(decoder, **self._thresholds)
+        score, overlap = self._thresholds
+        self._decoder = dataclasses.replace(decoder, score_threshold=score, iou_threshold=overlap)
         if decoder.size != self._size:
             raise DataError(
                 f"the decoder is for images of {decoder.size[0]} x {decoder.size[1]} pixels, and the task's have "
