@@ -41,10 +41,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from figures import arguments, mean_of, report
 
 SEEDS = (0, 1, 2)
-CHARACTERS, SIZE = "AKTX", 48
-ROWS: Mapping[SplitName, int] = {"train": 6000, "calibration": 120, "validation": 200, "test": 1000}
+CHARACTERS, SIZE = "AKTX", 64
+ROWS: Mapping[SplitName, int] = {"train": 5000, "calibration": 120, "validation": 200, "test": 1000}
 FEW: Mapping[SplitName, int] = {"train": 200, "calibration": 40, "validation": 40, "test": 100}
-EPOCHS, STEPS, BETWEEN, AFTER = 10, 3, 1, 3
+EPOCHS, STEPS, BETWEEN, AFTER = 9, 3, 1, 3
 """Of the dense training; how often is pruned, and how long is trained behind each time and behind all of them."""
 _RATE, _RATE_AFTER, _BATCH = 3e-3, 2e-3, 32
 
@@ -58,10 +58,10 @@ class Detector(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.fine = nn.Sequential(_conv(1, 16, 2), _conv(16, 32, 2), _conv(32, 48), _conv(48, 48))
-        self.coarse = nn.Sequential(_conv(48, 64, 2), _conv(64, 64), _conv(64, 64))
-        self.necks = nn.ModuleList([_conv(48, 48), _conv(64, 64)])
-        self.heads = nn.ModuleList([nn.Conv2d(width, 4 + classes, 1) for width in (48, 64)])
+        self.fine = nn.Sequential(_conv(1, 16, 2), _conv(16, 32, 2), _conv(32, 40), _conv(40, 40))
+        self.coarse = nn.Sequential(_conv(40, 64, 2), _conv(64, 64), _conv(64, 64))
+        self.necks = nn.ModuleList([_conv(40, 40), _conv(64, 64)])
+        self.heads = nn.ModuleList([nn.Conv2d(width, 4 + classes, 1) for width in (40, 64)])
         for head in self.heads:
             assert isinstance(head, nn.Conv2d) and head.bias is not None
             nn.init.constant_(head.bias[4:], -3.0)
