@@ -19,10 +19,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,6 +38,7 @@ sys.path[:0] = [str(HERE), str(HERE / "breadth")]
 from figures import Figure, arguments, report  # noqa: E402
 
 LIMIT_S = 240.0
+_SERVER = multiprocessing.get_context("forkserver")
 _SHORT = {"epochs": 0}
 _PRUNE = {
     "name": "class_aware_pruning",
@@ -210,32 +211,34 @@ def _reason(text: str, name: str) -> str | None:
 
 
 def _apart(name: str, what: str, place: Path) -> Cell:
-    """Runs a cell in a process of its own."""
+    """Runs a cell in a process of its own, forked from a server that has imported everything."""
     began = time.monotonic()
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--cell", name, what, str(place)],
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        try:
-            code: int | None = process.wait(timeout=LIMIT_S)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if place.is_file():
-            return Cell(**json.loads(place.read_text(encoding="utf-8")))
-        errors.seek(0)
-        last = (errors.read().decode(errors="replace").strip().splitlines() or ["nothing on stderr"])[-1][:300]
+    said = place.with_suffix(".said")
+    process = _SERVER.Process(target=_alone, args=(name, what, place, said))
+    process.start()
+    process.join(LIMIT_S)
+    code = process.exitcode
+    with contextlib.suppress(ProcessLookupError, TypeError):
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    process.join()
+    lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() if said.is_file() else []
+    said.unlink(missing_ok=True)
+    if place.is_file():
+        return Cell(**json.loads(place.read_text(encoding="utf-8")))
+    last = (lines or ["nothing on stderr"])[-1][:300]
     why = f"not finished after {LIMIT_S:.0f} s" if code is None else f"ended with {code}: {last}"
     cell = Cell(name, what, "X", why, time.monotonic() - began)
     _write(cell, place)
     return cell
+
+
+def _alone(name: str, what: str, place: Path, said: Path) -> None:
+    """The process of a cell; leads a group of its own, so that nothing of it outlives its time."""
+    os.setsid()
+    with said.open("wb") as stream:
+        os.dup2(stream.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _write(run_cell(name, what), place)
 
 
 def _write(cell: Cell, place: Path) -> None:
@@ -246,10 +249,6 @@ def _write(cell: Cell, place: Path) -> None:
 
 def main() -> int:
     """Runs what is missing and prints the table."""
-    if sys.argv[1:2] == ["--cell"]:
-        name, what, place = sys.argv[2:5]
-        _write(run_cell(name, what), Path(place))
-        return 0
     from architectures import QUICK, TABLE
 
     def more(parser: argparse.ArgumentParser) -> None:
@@ -262,6 +261,9 @@ def main() -> int:
     options = arguments(__doc__ or "", more)
     names = [n for n in (QUICK if options.quick else TABLE) if any(part in n for part in options.only)]
     options.work.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE / "breadth")])
+    _SERVER.set_forkserver_preload(["warm"])
 
     def cell(name: str, what: str) -> Cell:
         place = options.work / f"{re.sub(r'[^a-z0-9_]', '-', name)}.{what}.json"

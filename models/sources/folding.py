@@ -1,9 +1,9 @@
 """Weights that are computed from others, and branches that stand for one layer: folded before any compression.
 
 Parametrized weights (weight norm, spectral norm, old and new, and every other parametrization of torch) become plain
-ones. Networks that are trained with parallel branches and deployed with one layer in their place (RepVGG, MobileOne,
-FastViT, RepViT) bring the method that joins them; it is called where it makes a module simpler and leaves what the
-module computes as it is. Both are tried on a copy first.
+ones, and so do those that transformers' ``Conv1D`` stores transposed. Networks that are trained with parallel branches
+and deployed with one layer in their place (RepVGG, MobileOne, FastViT, RepViT) bring the method that joins them; it is
+called where it makes a module simpler and leaves what the module computes as it is. Both are tried on a copy first.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def find_folds(model: nn.Module, inputs: Sequence[Tensor]) -> Folds:
             return Folds()
     notes = []
     for path in weights:
-        _make_plain(trial.get_submodule(path))
+        trial = _replaced(trial, path, _made_plain(trial.get_submodule(path)))
     trial, joined, left = _join(trial, able, calls)
     folds = Folds(weights, joined)
     difference = _difference(before, _numbers(copied(trial)(*inputs))) if folds else 0.0
@@ -103,14 +103,41 @@ def fold(model: nn.Module, folds: Folds) -> nn.Module:
         AttributeError: it has no such module.
     """
     for path in folds.weights:
-        _make_plain(model.get_submodule(path))
+        model = _replaced(model, path, _made_plain(model.get_submodule(path)))
     for path, method in folds.joined:
         model = _replaced(model, path, _joined(model.get_submodule(path), method))
     return model
 
 
 def _has_computed_weights(module: nn.Module) -> bool:
-    return parametrize.is_parametrized(module) or any(_old_norms(module))
+    return parametrize.is_parametrized(module) or is_transposed_linear(module) or any(_old_norms(module))
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether `module` is the ``Conv1D`` of transformers: a linear layer that stores its weight [in, out] (GPT-2)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+
+
+def plain_linear(module: Any) -> nn.Linear:
+    """The `nn.Linear` that computes what a transposed linear layer does, with its numbers.
+
+    Args:
+        module: see `is_transposed_linear`.
+    """
+    weight: nn.Parameter = module.weight
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def _made_plain(module: nn.Module) -> nn.Module:
+    """`module` with plain weights, or what takes its place."""
+    if is_transposed_linear(module):
+        return plain_linear(module)
+    _make_plain(module)
+    return module
 
 
 def _old_norms(module: nn.Module) -> Iterator[WeightNorm | SpectralNorm]:
@@ -275,7 +302,7 @@ def _difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 def _what(folds: Folds) -> str:
     parts = []
     if folds.weights:
-        parts.append(f"the computed weights (weight norm and the like) of {_listed(folds.weights)}")
+        parts.append(f"the computed or transposed weights (weight norm and the like) of {_listed(folds.weights)}")
     if folds.joined:
         methods = " and ".join(sorted({f"{method}()" for _, method in folds.joined}))
         parts.append(f"the branches of {_listed([path for path, _ in folds.joined])}, by {methods},")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .folding import is_transposed_linear, plain_linear
 from .generating import HEADLESS, NotOneAnswer, refuse_encoder_decoder
 from .heads import check_arguments, with_head
 
@@ -229,13 +230,7 @@ def _without_transposed_linears(model: nn.Module) -> None:
 
     So that everything that knows linear layers (cost, factorizers, export) knows these too.
     """
-    from transformers.pytorch_utils import Conv1D
-
     for path, module in list(model.named_modules()):
-        if type(module) is Conv1D:
-            weight = module.weight.detach()
-            linear = nn.Linear(weight.shape[0], weight.shape[1])
-            linear.weight = nn.Parameter(weight.T.contiguous())
-            linear.bias = nn.Parameter(module.bias.detach())
+        if is_transposed_linear(module):
             parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, linear)
+            setattr(model.get_submodule(parent), last, plain_linear(module))

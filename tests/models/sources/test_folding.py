@@ -205,3 +205,32 @@ def test_networks_of_timm(name: str) -> None:
 
 def test_a_model_that_does_not_run_is_for_others_to_refuse(tmp_path: Path) -> None:
     assert not find_folds(InPlace().eval(), (torch.zeros(2, 7),))
+
+
+def test_linear_layers_of_transformers_that_are_stored_transposed_become_plain_ones() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, use_cache=False)
+    whole = transformers.GPT2LMHeadModel(config).eval()
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = whole
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.model(ids, use_cache=False).logits
+            return logits
+
+    ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(0))
+    model = Logits()
+    expected = model(ids)
+    folds = find_folds(model, [ids])
+    assert len(folds.weights) == 8 and "8 module(s)" in folds.notes[0]
+    model.model.transformer.h[0].mlp.c_fc.weight.requires_grad_(False)
+    model = fold(model, Folds.from_data(json.loads(json.dumps(folds.data()))))
+    assert torch.allclose(model(ids), expected, atol=1e-5)
+    layers = [model.get_submodule(path) for path in folds.weights]
+    assert all(type(layer) is nn.Linear for layer in layers)
+    assert [layer.weight.requires_grad for layer in layers].count(False) == 1
