@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edgewright.models.layers.log_mel import LogMel
 from edgewright.pipeline.task import SplitName
 from edgewright.pipeline.tasks.detection import Detection
 from edgewright.pipeline.tasks.embedding import Embedding
@@ -14,11 +15,13 @@ from edgewright.pipeline.tasks.image_classification import ImageClassification
 from edgewright.pipeline.tasks.multilabel import MultiLabel
 from edgewright.pipeline.tasks.restoration import Restoration
 from edgewright.pipeline.tasks.segmentation import Segmentation
+from edgewright.pipeline.tasks.shipped.synthetic_audio import synthetic_audio
 from edgewright.pipeline.tasks.shipped.synthetic_detection import synthetic_detection
 from edgewright.pipeline.tasks.shipped.synthetic_embedding import synthetic_embedding
 from edgewright.pipeline.tasks.shipped.synthetic_multilabel import synthetic_multilabel
 from edgewright.pipeline.tasks.shipped.synthetic_restoration import synthetic_restoration
 from edgewright.pipeline.tasks.shipped.synthetic_segmentation import synthetic_segmentation
+from edgewright.pipeline.tasks.shipped.synthetic_text import synthetic_text
 
 CLASSES = 4
 _PAGES: Mapping[SplitName, int] = {"train": 96, "calibration": 24, "validation": 24, "test": 24}
@@ -243,6 +246,54 @@ def tiny_denoiser() -> nn.Module:
 def tiny_noisy() -> Restoration:
     """Pages [1, 16, 16] with noise, for `tiny_denoiser`."""
     return synthetic_restoration(rows=_PAGES, size=16, characters="AX", most=2)
+
+
+class TinyText(nn.Module):
+    """Logits [N, 3] of token ids [N, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.near = nn.Embedding(64, 16), nn.Conv1d(16, 24, 3, padding=1)
+        self.mix, self.out = nn.Linear(24, 24), nn.Linear(24, 3)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        found = torch.relu(self.near(self.table(input_ids).transpose(1, 2))).amax(dim=2)
+        logits: Tensor = self.out(torch.relu(self.mix(found)))
+        return logits
+
+
+def tiny_text() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyText().eval()
+
+
+def tiny_sentences() -> ImageClassification:
+    """Token ids [16] of three classes, for `tiny_text`."""
+    return synthetic_text(rows=240)
+
+
+class TinySound(nn.Module):
+    """Logits [N, 6] of sound [N, 2000], over a log-mel spectrogram."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrogram = LogMel(4000, size=128, step=64, bands=12)
+        self.body = nn.Sequential(nn.Conv1d(12, 24, 3), nn.ReLU(), nn.Conv1d(24, 24, 3, 2), nn.ReLU())
+        self.out = nn.Linear(24, 6)
+
+    def forward(self, sound: Tensor) -> Tensor:
+        logits: Tensor = self.out(self.body(self.spectrogram(sound)).amax(dim=2))
+        return logits
+
+
+def tiny_sound() -> nn.Module:
+    torch.manual_seed(0)
+    return TinySound().eval()
+
+
+def tiny_sounds() -> ImageClassification:
+    """Sound [2000] of six classes, for `tiny_sound`."""
+    return synthetic_audio(rows=240, rate=4000)
 
 
 def tiny_labels() -> MultiLabel:
