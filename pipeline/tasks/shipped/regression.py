@@ -23,7 +23,7 @@ from ..splitting import stratified_split
 from ..time_windows import stretches_in_time, windows
 
 _LEAST_ROWS = 20
-_STRIDES: Mapping[SplitName, int] = {"train": 1}
+_STRIDES: Mapping[SplitName, int] = {"train": 1, "calibration": 1}
 
 
 def regression(
@@ -57,8 +57,8 @@ def regression(
         inputs: columns to read; default of rows all others, of a series all, the targets' own past too.
         window: rows that a forecast reads.
         horizon: rows that it predicts.
-        stride: rows from one window to the next; default 1 in train, and `horizon` in the other splits, so that no row
-            is judged twice.
+        stride: rows from one window to the next; default 1 in train and calibration, and `horizon` in the other splits,
+            so that no row is judged twice.
         unit: of the targets, for people.
         standardise: the model learns ``(target - mean) / deviation`` of the train rows; answers are in the unit.
         standardise_inputs: columns of a CSV file are read so too; `predict` does the same to a CSV file, while arrays

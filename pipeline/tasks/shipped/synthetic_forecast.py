@@ -39,7 +39,7 @@ def synthetic_forecast(
     load = 0.7 * late + np.sin(2 * np.pi * time / 12.0 + 0.5) + 0.3 * late * late + noise * rng.normal(size=rows)
     both = np.stack([load, temperature], axis=1)[3:].astype(np.float32)
     target = (both[:, :1] * 20.0 + 100.0).astype(np.float32)
-    splits, strides = {}, {"train": 1}
+    splits, strides = {}, {"train": 1, "calibration": 1}
     for name, stretch in stretches_in_time(len(both)).items():
         x, y = windows(both, target, stretch, window, horizon, strides.get(name, horizon))
         splits[name] = (x, y[:, 0])
