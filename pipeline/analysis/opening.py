@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from edgewright.models.layers.attention import OpenAttention
+from edgewright.models.layers.channel_norm import ChannelNorm, treats_channels_alike
 from edgewright.models.layers.recurrent import OpenRecurrent
 from edgewright.models.layers.window_attention import OpenWindowAttention
 
 from ..errors import CheckpointError
-from .channels.modes import plain_eval
+from .channels.modes import hooked, plain_eval
 
 
 class Opened(Protocol):
@@ -35,6 +36,8 @@ class Opened(Protocol):
 
 ATTENTION: tuple[type[Opened], ...] = (OpenAttention, OpenWindowAttention)
 """Of which whole heads can go."""
+NORMS: tuple[type[Opened], ...] = (ChannelNorm,)
+"""Normalisations of the user's own, of which channels can go."""
 RECURRENT: tuple[type[Opened], ...] = (OpenRecurrent,)
 """Of which units can go, and input matrices be factors."""
 
@@ -63,6 +66,8 @@ def open_layers(
         and all(owners[id(p)] == 1 for p in module.parameters())
         and not any(fnmatchcase(path, pattern) for pattern in exclude)
     }
+    if any(kind is ChannelNorm for kind in kinds):
+        closed = _that_treat_channels_alike(model, inputs, closed)
     if not closed:
         return {}
     before = _outputs(model, inputs)
@@ -73,6 +78,31 @@ def open_layers(
     return {
         path: module for path, module in closed.items() if alone and _stays_same(model, inputs, {path: module}, before)
     }
+
+
+def _that_treat_channels_alike(
+    model: nn.Module, inputs: Sequence[Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """Those of `modules` that do, by what they are given in a run of the model."""
+    seen: dict[str, Tensor] = {}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if len(args) == 1 and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                seen.setdefault(path, args[0].detach().clone())
+
+        return hook
+
+    with hooked([module.register_forward_pre_hook(note(path)) for path, module in modules.items()]):
+        _outputs(model, inputs)
+    found = {}
+    for path, module in modules.items():
+        try:
+            if path in seen and treats_channels_alike(module, seen[path]):
+                found[path] = module
+        except Exception:  # a user's module may count on its size; it stays as it is
+            continue
+    return found
 
 
 def _stays_same(
@@ -99,7 +129,7 @@ def reopen(model: nn.Module, paths: Iterable[str]) -> None:
         CheckpointError: there is no such layer at a path.
     """
     modules = dict(model.named_modules())
-    kinds = (*ATTENTION, *RECURRENT)
+    kinds = (*ATTENTION, *RECURRENT, *NORMS)
     for path in paths:
         module = modules.get(path)
         kind = next((kind for kind in kinds if module is not None and kind.can_open(module)), None)

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from edgewright.models.layers.channel_norm import ChannelNorm, axis_of
+
 Side: TypeAlias = Literal["in", "out"]
 """An axis of a layer; following layers other than depthwise convolutions have ``out`` only."""
 
@@ -46,12 +48,14 @@ def is_following(module: nn.Module) -> bool:
         return len(module.normalized_shape) == 1
     if isinstance(module, nn.PReLU):
         return module.num_parameters > 1
+    if isinstance(module, ChannelNorm):
+        return True
     return is_depthwise(module) or isinstance(module, (*_BATCH_NORMS, nn.GroupNorm))
 
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a layer of one of the types here computes in another way than PyTorch's."""
-    if not (is_mixing(module) or is_following(module)):
+    if not (is_mixing(module) or is_following(module)) or isinstance(module, ChannelNorm):
         return False
     if "forward" in vars(module) or has_derived_weight(module):
         return True
@@ -63,7 +67,9 @@ def has_own_forward(module: nn.Module) -> bool:
 
 def has_statistics_over_channels(module: nn.Module) -> bool:
     """Whether removing one channel changes how the others are normalised."""
-    return isinstance(module, _TRAILING_NORMS) or (isinstance(module, nn.GroupNorm) and module.num_groups == 1)
+    return isinstance(module, (*_TRAILING_NORMS, ChannelNorm)) or (
+        isinstance(module, nn.GroupNorm) and module.num_groups == 1
+    )
 
 
 def width(module: nn.Module, side: Side) -> int:
@@ -77,6 +83,8 @@ def width(module: nn.Module, side: Side) -> int:
         return int(layer.normalized_shape[0])
     if isinstance(module, nn.GroupNorm):
         return int(layer.num_channels)
+    if isinstance(module, ChannelNorm):
+        return module.channels
     return int(layer.num_parameters if isinstance(module, nn.PReLU) else layer.num_features)
 
 
@@ -89,6 +97,8 @@ def channel_dim(module: nn.Module, x: Tensor) -> int:
         return x.dim() - 1 if x.shape[-1] == module.normalized_shape[0] else min(1, x.dim() - 1)
     if isinstance(module, _CONVOLUTIONS):
         return x.dim() - 1 - len(module.kernel_size)
+    if isinstance(module, ChannelNorm):
+        return module.channel_axis(x)
     return min(1, x.dim() - 1)
 
 
@@ -120,6 +130,8 @@ def sliced_tensors(module: nn.Module, derived: bool = False) -> list[tuple[str, 
         if has_derived_weight(module) and not derived:
             found = []
         return found + ([("bias", 0, "out")] if module._parameters.get("bias") is not None else [])
+    if isinstance(module, ChannelNorm):
+        return [(name, axis_of(p), "out") for name, p in module._parameters.items() if p is not None]
     for name in ("weight", "bias", "running_mean", "running_var"):
         if module._parameters.get(name) is not None or module._buffers.get(name) is not None:
             found.append((name, 0, "out"))
@@ -141,6 +153,8 @@ def narrowed_attributes(module: nn.Module, kept: dict[Side, int]) -> dict[str, i
     if isinstance(module, nn.GroupNorm):
         groups = 1 if module.num_groups == 1 else module.num_groups * kept["out"] // module.num_channels
         return {"num_channels": kept["out"], "num_groups": groups}
+    if isinstance(module, ChannelNorm):
+        return {}
     return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": kept["out"]}
 
 

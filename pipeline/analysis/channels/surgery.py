@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from edgewright.models.layers.channel_norm import ChannelNorm
 from edgewright.models.sources.module_state import copied
 
 from ...errors import CheckpointError
@@ -108,6 +109,8 @@ def masked(model: nn.Module, keep: Keep) -> nn.Module:
                     path[len(owner) + 1 :]: cut for path, cut in keep.items() if f"{path}.".startswith(f"{owner}.")
                 }
                 module.register_forward_hook(_by_narrowed(pruned(module, inside), axes), with_kwargs=True)
+        elif isinstance(module, ChannelNorm):
+            module.register_forward_hook(_by_narrowed(pruned(module, {"": axes}), axes), with_kwargs=True)
         elif has_statistics_over_channels(module):
             module.register_forward_hook(_normalise_kept(axes["out"]))
         elif "in" in axes and (not is_convolution(module) or getattr(module, "groups", 1) == 1):

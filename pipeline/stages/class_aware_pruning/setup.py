@@ -16,7 +16,7 @@ from ...analysis.channels.finding import find_channels
 from ...analysis.channels.groups import Channels
 from ...analysis.channels.specialising import class_columns, class_cut
 from ...analysis.cost import Cost, count
-from ...analysis.opening import ATTENTION, RECURRENT, close, open_layers
+from ...analysis.opening import ATTENTION, NORMS, RECURRENT, close, open_layers
 from ...errors import RecipeError, StageError
 from ...metric import Score
 from ...stage import Context
@@ -113,16 +113,20 @@ def set_up(model: nn.Module, task: Task, config: ClassAwarePruningConfig, contex
 
 
 def opened_for(model: nn.Module, inputs: tuple[Tensor, ...], config: ClassAwarePruningConfig) -> dict[str, nn.Module]:
-    """Opens attention layers, LSTMs and GRUs of `model` in place; returns what stood there, by path."""
-    opened = open_layers(model, inputs, ATTENTION, config.exclude)
-    return opened | open_layers(model, inputs, RECURRENT, config.exclude)
+    """Opens attention, LSTMs, GRUs and norms of its own of `model` in place; returns what stood there, by path."""
+    opened: dict[str, nn.Module] = {}
+    for kinds in (ATTENTION, RECURRENT, NORMS):
+        opened |= open_layers(model, inputs, kinds, config.exclude)
+    return opened
 
 
 def close_untouched(opened: dict[str, nn.Module], channels: Channels, *models: nn.Module) -> None:
-    """Puts LSTMs and GRUs of which nothing can go back into the models, and takes them out of `opened`."""
-    axes = {axis[0] for group in channels.groups for axis in group.members}
+    """Puts LSTMs, GRUs and norms of which nothing can go back into the models, and takes them out of `opened`."""
+    axes = {f"{axis[0]}." for group in channels.groups for axis in group.members}
     for path, module in list(opened.items()):
-        if any(kind.can_open(module) for kind in RECURRENT) and not any(axis.startswith(f"{path}.") for axis in axes):
+        if any(kind.can_open(module) for kind in (*RECURRENT, *NORMS)) and not any(
+            axis.startswith(f"{path}.") for axis in axes
+        ):
             del opened[path]
             for model in models:
                 close(model, {path: copied(module)})
