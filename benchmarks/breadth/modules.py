@@ -85,7 +85,8 @@ class two_stage(nn.Module):
         super().__init__()
         from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-        self.model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5)
+        # training mode would want targets
+        self.model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5).eval()
 
     def forward(self, image: Tensor) -> Tensor:
         """Boxes and scores of the first image."""
