@@ -62,7 +62,7 @@ class AnchorLoss:
         label = torch.where(found, own[..., 0].long() + 1, 0)
         # one row for each anchor: the form with places has no deterministic kernel on CUDA
         flat = nn.functional.cross_entropy(raw[..., BOX:].flatten(0, 1), label.flatten(), reduction="none")
-        each = flat.unflatten(0, label.shape)
+        each = flat.reshape(label.shape)
         hard = _hardest(each.detach(), found)
         offsets = torch.where(found[..., None], self.codes(own[..., 1:]), 0.0)
         away = nn.functional.smooth_l1_loss(raw[..., :BOX], offsets, reduction="none").sum(dim=2)
