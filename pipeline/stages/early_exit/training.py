@@ -24,6 +24,7 @@ from ...training.training import TrainingConfig, train_model
 
 _CACHE_BYTES = 1 << 30  # of pooled features of the train split
 _ROWS_FOR_STATISTICS = 2048
+_LEAST_VARIATION = 0.01
 
 
 class ExitTrainingConfig(StageConfig):
@@ -204,8 +205,7 @@ def train_heads(
     rows = split if cached else _Part(split, torch.randperm(len(split), generator=context.generator("part")))
     features = _features(model, rows, context)
     moments = [torch.std_mean(x, dim=0, correction=0) for x in features[:-1]]
-    # a feature that never varies stays at zero and learns nothing
-    scales = [torch.where(std > 1e-8, std, 1.0) for std, _ in moments]
+    scales = [_scale(std, mean) for std, mean in moments]
     heads = _Heads(model, [mean for _, mean in moments], scales, context.generator("hidden layers"))
     training = TrainingConfig(
         epochs=config.head_epochs,
@@ -232,6 +232,16 @@ def train_heads(
     model.to("cpu").eval()
     heads.fold_into(model)
     return log
+
+
+def _scale(std: Tensor, mean: Tensor) -> Tensor:
+    """What features are divided by.
+
+    One that never varies stays at zero and learns nothing. One that varies by less than a hundredth of its mean is
+    taken to vary by that: its first digits are the same in all rows, and a weight that lifts the last ones lifts the
+    rounding errors of whatever computes it, PyTorch or ONNX Runtime, by as much.
+    """
+    return torch.where(std > 1e-8, torch.maximum(std, _LEAST_VARIATION * mean.abs()), 1.0)
 
 
 def _augments(task: Task, context: Context) -> bool:

@@ -240,6 +240,33 @@ def test_the_features_scale_does_not_matter_to_the_heads(folder: Path, tmp_path:
     assert accuracy[0] > 0.5 and abs(accuracy[0] - accuracy[1]) < 0.05
 
 
+def test_features_that_hardly_vary_lift_no_rounding_errors(folder: Path, tmp_path: Path) -> None:
+    class Nearly(nn.Module):
+        """Shows features that differ in their last digits alone."""
+
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.look = base, nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.base.blocks[0](self.base.stem(x))
+            self.look(1e-3 * y + 10.0)
+            logits: Tensor = self.base.fc(self.base.blocks[2](self.base.blocks[1](y)).mean(dim=(2, 3)))
+            return logits
+
+    network = MultiExit(
+        Nearly(trained("residual", folder)).eval(), [HeadSpec("look", 8)], [4], CLASSES, "max_probability"
+    ).eval()
+    config = ExitTrainingConfig(freeze_backbone=True, head_epochs=10, training=TrainingConfig(batch_size=32))
+    train_heads(network, tiny_task(), config, FolderContext(tmp_path), augment=True)
+    split = tiny_task().splits["validation"]
+    found, exact = collect_logits(network, split)[0], network.double()
+    with torch.no_grad():
+        features, _ = exact.pooled(split.batch(range(len(split))).inputs[0].double())
+        wanted = exact.head(0).classify(features[0])
+    assert float((found - wanted).abs().max()) < 1e-4 and float(found.std()) > 0
+
+
 @pytest.mark.slow
 def test_joint_training_that_ruins_the_network_is_undone(folder: Path, tmp_path: Path) -> None:
     given = trained("transformer", folder)
