@@ -2,8 +2,8 @@
 
 A cell is a recipe on a tiny synthetic task with random weights. It ends as
 
-- ``.`` done: the bundle is verified, and MACs (prune) or unique bytes (share) really fell, or it has exits; where a note
-  says that `prune_residual` alone reaches the target, the cell does as it is told and runs once more;
+- ``.`` done: the bundle is verified, and MACs (prune) or unique bytes (share) really fell, or it has exits; where a
+  note says that `prune_residual` alone reaches the target, the cell does as it is told and runs once more;
 - ``o`` nothing to do, and said so, for one of the reasons of `REASONS` that is true of the network;
 - ``r`` refused in words, for one of these reasons;
 - ``X`` anything else: a crash, a refusal without such a reason, a claim that is not true, no end after four minutes.
