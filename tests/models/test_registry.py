@@ -101,7 +101,7 @@ def test_torchvision_arguments_pass_through(name: str, args: dict[str, object]) 
         ("zoo:resnet65", {}, r"unknown model 'zoo:resnet65' \(did you mean 'zoo:resnet56'"),
         ("resnet18", {}, r"unknown model 'resnet18' \(did you mean .*torchvision:resnet18"),
         ("torchvision:resnet19", {}, r"no model 'resnet19' for classification, .* \(did you mean 'resnet1"),
-        ("torchvision:fasterrcnn_resnet50_fpn", {}, "no model 'fasterrcnn_resnet50_fpn' for classification"),
+        ("torchvision:fasterrcnn_resnet50_fpn", {}, "has two stages"),
         ("torchvision:quantized_r3d_18", {}, "no model"),
         ("torchvision:fcn_resnet50", {"weights_backbone": "DEFAULT"}, "put a weights file under model.weights"),
         ("zoo:resnet_small", {"clases": 3}, r"zoo:resnet_small has no argument 'clases' \(did you mean 'classes'"),
