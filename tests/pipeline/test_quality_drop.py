@@ -105,6 +105,7 @@ def test_how_many_rows_a_promise_needs() -> None:
     assert no_promise(drop, 0.5) is None
 
 
+@pytest.mark.slow
 def test_a_run_pairs_every_step_with_the_reference(tmp_path: Any) -> None:
     stages = [
         {"name": "train", "epochs": 1, "batch_size": 16},

@@ -124,6 +124,7 @@ def test_rows_never_influence_each_other(network, exported):
     any_batch()
 
 
+@pytest.mark.slow
 def test_a_level_that_no_row_needs_does_not_run(exported, tmp_path):
     _, path = exported("residual")
     x = torch.randn(5, 1, 12, 12).numpy()

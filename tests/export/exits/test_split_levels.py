@@ -79,6 +79,7 @@ def test_both_layouts_answer_alike_by_every_exit_and_for_every_batch(exported):
     assert seen == {0, 1, 2} and mixed, "every exit, and one batch whose rows leave at all of them"
 
 
+@pytest.mark.slow
 def test_a_compact_bundle_is_verified_and_takes_no_rows_too(exported):
     _, path = exported
     report = verify(path)

@@ -67,7 +67,6 @@ CASES = [
         {"whitening": "two_sided", "ranks": "loss", "groups": "readers", "updates": 2},
         tiny_transformer,
     ),
-    StageCase("prune-recurrent", "class_aware_pruning", {**_HALF, "criterion": "taylor"}, tiny_recurrent),
     StageCase("share-recurrent", "basis_sharing", {"groups": "readers", "updates": 2, "min_width": 8}, tiny_recurrent),
     StageCase("share-siamese", "basis_sharing", {"whitening": "two_sided", "updates": 2, "min_width": 8}, tiny_siamese),
     StageCase("prune-siamese", "class_aware_pruning", {**_HALF, "criterion": "l1"}, tiny_siamese),
@@ -121,8 +120,8 @@ CASES = [
 ]
 
 
-_QUICK = {"train-values", "prune-values", "share-values", "exit-exclusion"}
-"""One of each stage, in the fast tier too."""
+_QUICK = {"train-values", "prune-values", "share-values"}
+"""One of each stage, in the fast tier too; a network with exits takes half a minute."""
 
 
 @pytest.mark.parametrize(
@@ -135,7 +134,7 @@ def test_stage_keeps_the_contract(case: StageCase, tmp_path: Path) -> None:
 
 def test_every_stage_has_a_case() -> None:
     assert {case.stage for case in CASES} == set(SHIPPED)
-    assert {case.stage for case in CASES if case.id in _QUICK} == set(SHIPPED)
+    assert {case.stage for case in CASES if case.id in _QUICK} == set(SHIPPED) - {"early_exit"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
