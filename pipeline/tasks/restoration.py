@@ -157,8 +157,7 @@ class ImageQuality:
             error = (images - targets).square().flatten(1).mean(dim=1)
             found = theirs.peak_signal_noise_ratio(images, targets, data_range=1.0, reduction="none", dim=(1, 2, 3))
             return torch.where(error > 0, found, torch.full_like(found, _MOST_DB)).clamp_max(_MOST_DB)
-        if min(targets.shape[2:]) < _SSIM_WINDOW:
-            raise DataError(f"images of {list(targets.shape[2:])} pixels are too small for ssim: use psnr")
+        check_ssim(targets.shape[2:])
         similar = theirs.structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
         assert isinstance(similar, Tensor)
         return similar
@@ -166,6 +165,16 @@ class ImageQuality:
     def drop(self, before: float, after: float) -> float:
         """Of ``psnr`` the share of the dB that is lost, of ``ssim`` the difference."""
         return (before - after) / max(before, 1.0) if self.name == "psnr" else before - after
+
+
+def check_ssim(size: Sequence[int]) -> None:
+    """Refuses images, (height, width), that the window of the structural similarity does not fit into.
+
+    Raises:
+        DataError: says so.
+    """
+    if min(size) < _SSIM_WINDOW:
+        raise DataError(f"images of {list(size)} pixels are too small for ssim: use psnr")
 
 
 def _check_shapes(output: Tensor, targets: Tensor) -> None:

@@ -33,7 +33,7 @@ def regression(
     targets: Sequence[str] = (),
     inputs: Sequence[str] | None = None,
     window: int | None = None,
-    horizon: int = 1,
+    horizon: int | None = None,
     stride: int | None = None,
     unit: str = "",
     standardise: bool = True,
@@ -56,7 +56,7 @@ def regression(
         targets: columns to predict.
         inputs: columns to read; default of rows all others, of a series all, the targets' own past too.
         window: rows that a forecast reads.
-        horizon: rows that it predicts.
+        horizon: rows that it predicts, default 1.
         stride: rows from one window to the next; default 1 in train and calibration, and `horizon` in the other splits,
             so that no row is judged twice.
         unit: of the targets, for people.
@@ -71,6 +71,8 @@ def regression(
         DataError: arguments that do not go together, a cell that is no finite number, a column that does not change in
             train, or too few rows.
     """
+    _check_steps(window, horizon, stride)
+    horizon = 1 if horizon is None else horizon
     options: dict[str, Any] = {"unit": unit, "standardise": standardise, "metric": metric}
     if (csv_path is None) == (path is None):
         raise DataError("a regression needs a csv_path with a table, or a path with arrays (.npz), one of both")
@@ -81,9 +83,13 @@ def regression(
         file = Path(path)
         x, y = _arrays(file)
         digests = {file: content_digest(file)}
-        return Regression.from_arrays(
+        if len(x) < _LEAST_ROWS:
+            raise DataError(f"{file} has {len(x)} rows: at least {_LEAST_ROWS} are needed for four splits")
+        task = Regression.from_arrays(
             x, y, fractions=fractions, seed=seed, name=file.stem, file_digests=digests, **options
         )
+        _refuse_constant_arrays(file, task)
+        return task
     table = Path(csv_path)
     try:
         read, predicted = _columns(table, inputs, targets, window)
@@ -108,7 +114,12 @@ def regression(
     else:
         found = {
             name: windows(
-                known, future, range(at[0], at[-1] + 1), window, horizon, stride or _STRIDES.get(name, horizon)
+                known,
+                future,
+                range(at[0], at[-1] + 1),
+                window,
+                horizon,
+                _STRIDES.get(name, horizon) if stride is None else stride,
             )
             for name, at in chosen.items()
             if at
@@ -159,10 +170,37 @@ def _refuse_constant(table: Path, columns: Sequence[str], train: NDArray[np.floa
     if not len(train):
         raise DataError("fractions leave no row for train, whose mean and deviation are needed")
     for name, column in zip(columns, train.T, strict=True):
-        if (column == column[0]).all():
+        # a deviation of 0 or of no float32 is that of rounding, and would make all rows infinite
+        if (column == column[0]).all() or column.std() < float(np.finfo(np.float32).tiny):
             raise DataError(
                 f"{table}: column {name!r} is {column[0]:g} in all {len(column)} rows of train: leave it out"
             )
+
+
+def _refuse_constant_arrays(file: Path, task: Regression) -> None:
+    """As `_refuse_constant`, of targets and of inputs that are columns; pixels of images may be constant."""
+    if "train" not in task.splits:
+        return
+    train = task.splits["train"]
+    for name, x in (("inputs", train.batch(range(len(train))).inputs[0]), ("targets", train.targets)):
+        if x.dim() > 2:
+            continue
+        still = (x == x[:1]).reshape(len(x), -1).all(dim=0).nonzero().flatten().tolist()
+        if still:
+            raise DataError(
+                f"{file}: column {still[0]} of {name} is the same in all {len(x)} rows of train: leave it out"
+            )
+
+
+def _check_steps(window: int | None, horizon: int | None, stride: int | None) -> None:
+    """Whole positive numbers; those of a series for a series alone."""
+    for name, value in (("window", window), ("horizon", horizon), ("stride", stride)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(f"{name} is {value!r}: give a number of rows, at least 1")
+        if window is None:
+            raise DataError(f"{name} is of forecasts, which need a window: give it too, or leave {name} out")
 
 
 def _preprocessing(
@@ -206,5 +244,17 @@ def _arrays(file: Path) -> tuple[NDArray[Any], NDArray[Any]]:
         raise
     except Exception as error:  # numpy raises zipfile's, its own and plain ValueError
         raise DataError(f"{file} cannot be read as a .npz without pickle ({error}): save it with numpy.savez") from None
-    x, y = (array.astype(np.float32) if array.dtype.kind == "f" else array for array in (x, y))
-    return x, y
+    return _numbers(file, "inputs", x), _numbers(file, "targets", y)
+
+
+def _numbers(file: Path, name: str, array: NDArray[Any]) -> NDArray[Any]:
+    """Floats as float32, which has room for each; whole numbers as they are."""
+    if array.dtype.kind not in "fiu" or array.ndim == 0:
+        raise DataError(f"{file}: {name} are {array.dtype} {list(array.shape)}: give numbers, first axis the rows")
+    if array.dtype.kind != "f":
+        return array
+    rows = np.abs(array).reshape(len(array), -1)
+    bad = np.flatnonzero(~(rows <= np.finfo(np.float32).max).all(axis=1))
+    if len(bad):
+        raise DataError(f"{file}: row {bad[0]} of {name} holds NaN, infinity or what is beyond float32: mend it")
+    return array.astype(np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..image_files import (
     size_of_image,
 )
 from ..input_files import FileSplit
-from ..restoration import Degradation, Restoration
+from ..restoration import Degradation, Restoration, check_ssim
 from ..splitting import stratified_split
 
 
@@ -74,6 +75,8 @@ def restoration(
     good = Path(path)
     degradation = Degradation(scale, noise, seed)
     check_image_arguments(size, channels, max_value)
+    if degraded_path is not None and Path(degraded_path).resolve() == good.resolve():
+        raise DataError(f"degraded_path is {good} too: leave it out for a model that gives back what it reads")
     if degraded_path is not None and noise:
         raise DataError("noise is made here, and degraded_path has images that are worse already: give one of both")
     pairs = _pairs(good, None if degraded_path is None else Path(degraded_path))
@@ -84,6 +87,8 @@ def restoration(
     read = image_preprocessing(size, channels, (0.0,) * channels, (1.0,) * channels, max_value)
     assert read.size is not None
     whole = dataclasses.replace(read, size=(scale * read.size[0], scale * read.size[1]))
+    if metric == "ssim" and whole.size is not None:
+        check_ssim(whole.size)
     readers = _Readers(whole, read if degraded_path is not None else None, workers, memory_mb)
     digests = readers.good.digests([pair[0] for pair in pairs])
     dealt = stratified_split(digests, torch.zeros(len(pairs), dtype=torch.int64), ("all",), fractions, seed)
@@ -129,8 +134,12 @@ class ImagePairs:
 
     @property
     def sample_digests(self) -> Sequence[bytes]:
-        """A hash of every good image's bytes."""
-        return self._good.sample_digests
+        """A hash of the bytes of every file, or pair of files: an edit of either is another sample."""
+        good = self._good.sample_digests
+        if self._degraded is None:
+            return good
+        pairs = zip(good, self._degraded.sample_digests, strict=True)
+        return [hashlib.blake2b(one + other, digest_size=32).digest() for one, other in pairs]
 
     @property
     def file_digests(self) -> Mapping[Path, str]:

@@ -10,7 +10,7 @@ import torch
 from edgewright.edge_runtime.bundle.manifest import Preprocessing
 
 from ...task import SplitName
-from ..restoration import Degradation, Restoration
+from ..restoration import Degradation, Restoration, check_ssim
 from .pages import CHARACTERS, draw_book
 from .raw_images import image_digests
 
@@ -43,6 +43,8 @@ def synthetic_restoration(
         DataError: too few fonts, or arguments that make no sense.
     """
     degradation = Degradation(scale, noise, seed)
+    if metric == "ssim":
+        check_ssim((size, size))
     book = draw_book(seed, rows, size, characters, most, system_fonts)
     splits: dict[SplitName, Any] = {}
     for name, pages in book.pages.items():

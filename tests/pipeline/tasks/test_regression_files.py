@@ -99,6 +99,10 @@ def test_arrays_of_a_file(tmp_path: Path) -> None:
         ({"b": [3] * 60}, {"targets": ["y"]}, "column 'b' is 3 in all 36 rows of train: leave it out"),
         ({"b": [*range(59), "nan"]}, {"targets": ["y"]}, "line 61, column 'b': nan is not finite"),
         ({"b": [*range(59), "x"]}, {"targets": ["y"]}, "line 61, column 'b': 'x' is no number"),
+        ({"b": np.arange(60) * 1e-170}, {"targets": ["y"]}, "column 'b' is .* in all 36 rows of train"),
+        ({}, {"targets": ["y"], "window": 4, "stride": 0}, "stride is 0: give a number of rows"),
+        ({}, {"targets": ["y"], "window": 2.5}, "window is 2.5: give a number of rows"),
+        ({}, {"targets": ["y"], "horizon": 4}, "horizon is of forecasts, which need a window"),
         ({}, {"targets": ["y"], "window": 10, "horizon": 2}, "a window of 10 with a horizon of 2 takes 12"),
         ({}, {"targets": ["y"], "metric": "rmsle"}, "unknown metric 'rmsle'"),
         ({}, {"targets": ["y"], "path": "d.npz"}, "one of both"),
@@ -109,6 +113,29 @@ def test_what_cannot_be_right_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         regression(table(tmp_path, **columns), **options)
+
+
+_X = np.random.default_rng(0).normal(size=(40, 3))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (_X, np.where(np.arange(40) == 7, np.nan, _X[:, 0]), "row 7 of targets holds NaN"),
+        (np.where(_X[2, 1] == _X, 1e39, _X), _X[:, 0], "row 2 of inputs holds .* beyond float32"),
+        (_X.astype(str), _X[:, 0], "inputs are <U"),
+        (np.float32(1), np.float32(1), r"inputs are float32 \[\]"),
+        (_X[:5], _X[:5, 0], "has 5 rows: at least 20"),
+        (np.concatenate([_X, np.ones((40, 1))], axis=1), _X[:, 0], "column 3 of inputs is the same in all 24 rows"),
+        (_X, np.ones(40), "column 0 of targets is the same"),
+    ],
+)
+def test_arrays_that_cannot_be_right_are_refused_by_file(
+    inputs: Any, targets: Any, message: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "d.npz", inputs=inputs, targets=targets)
+    with pytest.raises(DataError, match=rf"d\.npz.*{message}"):
+        regression(path=tmp_path / "d.npz")
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

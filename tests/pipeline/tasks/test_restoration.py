@@ -12,6 +12,7 @@ from tiny import tiny_noisy
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from edgewright.pipeline.errors import DataError
+from edgewright.pipeline.task import data_digests
 from edgewright.pipeline.tasks.restoration import Degradation, ImageQuality, Restoration
 from edgewright.pipeline.tasks.shipped.restoration import restoration
 from edgewright.pipeline.tasks.shipped.synthetic_restoration import synthetic_restoration
@@ -56,6 +57,11 @@ def test_pairs_are_files_of_one_name(tmp_path: Path) -> None:
     batch = task.splits["train"].batch([0])
     assert batch.inputs[0].shape[2:] == (12, 12) and batch.targets.shape[2:] == (24, 24)
     assert len({file for split in task.splits.values() for file in split.file_digests}) == 40  # type: ignore[attr-defined]
+    before = data_digests(task)
+    Image.fromarray(np.zeros((12, 12, 3), np.uint8)).save(worse / "5.png")
+    assert data_digests(restoration(good, worse, size=12, scale=2)) != before, "keys hold what the model reads"
+    with pytest.raises(DataError, match=r"degraded_path is .*good too"):
+        restoration(good, good, size=12)
     with pytest.raises(DataError, match="which makes 12 x 12 with scale 1"):
         restoration(good, worse, size=12)
     with pytest.raises(DataError, match="give one of both"):
@@ -73,6 +79,7 @@ def test_pairs_are_files_of_one_name(tmp_path: Path) -> None:
         ({"metric": "lpips"}, "unknown metric 'lpips'"),
         ({"loss": "huber"}, "unknown loss 'huber'"),
         ({"size": -1}, "size is -1"),
+        ({"size": 5, "scale": 2, "metric": "ssim"}, r"\[10, 10\] pixels are too small for ssim"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options: dict[str, object], message: str, tmp_path: Path) -> None:
